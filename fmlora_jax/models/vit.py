@@ -1,0 +1,170 @@
+"""One Vision Transformer for everything: plain, or changed by the `Adapters` it is handed.
+
+Source: ViT (arXiv:2010.11929) with pre-norm blocks; LayerScale and interpolated positions as in
+DINOv2 (arXiv:2304.07193). Equal to timm's and Hugging Face's forward pass (tests/models).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from fmlora_jax.models import low_rank
+from fmlora_jax.types import Adapters, Backbone, LowRank, Prefix, Sizes
+
+PROJECTIONS = ("query", "key", "value", "out", "fc1", "fc2")
+
+ARCHITECTURES: Mapping[str, Sizes] = {
+  "micro": Sizes(image_size=32, patch_size=8, width=96, depth=6, num_heads=3),
+  "vit_ti16": Sizes(width=192, num_heads=3),
+  "vit_s16": Sizes(width=384, num_heads=6),
+  "vit_b16": Sizes(),
+  "vit_l16": Sizes(width=1024, depth=24, num_heads=16),
+  "dinov2_s14": Sizes(patch_size=14, width=384, num_heads=6, layer_scale=True),
+  "dinov2_b14": Sizes(patch_size=14, layer_scale=True),
+}
+
+
+class AdaptedDense(nn.Module):
+  """A dense layer that a low-rank delta may shift; without one it is plain."""
+
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N D"], delta: LowRank | None
+  ) -> Float[Array, "B N E"]:
+    y = nn.Dense(self.features, dtype=self.dtype, name="dense")(x)
+    return y if delta is None else y + low_rank.apply(x, delta)
+
+
+def attention(
+  query: Float[Array, "B N H d"], key: Float[Array, "B M H d"], value: Float[Array, "B M H d"]
+) -> Float[Array, "B N H d"]:
+  """Returns softmax(q·kᵀ/√d)·v with the softmax in float32. Source: arXiv:1706.03762 Eq. (1)."""
+  return jax.nn.dot_product_attention(query, key, value)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention; a prefix adds keys and values that have no query."""
+
+  num_heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N D"], deltas: Mapping[str, LowRank], prefix: Prefix | None
+  ) -> Float[Array, "B N D"]:
+    width = x.shape[-1]
+
+    def project(name):
+      y = AdaptedDense(width, self.dtype, name=name)(x, deltas.get(name))
+      return rearrange(y, "b n (h d) -> b n h d", h=self.num_heads)
+
+    query, key, value = project("query"), project("key"), project("value")
+    if prefix is not None:
+      key, value = _prepend(prefix.key, key), _prepend(prefix.value, value)
+    mixed = rearrange(attention(query, key, value), "b n h d -> b n (h d)")
+    return AdaptedDense(width, self.dtype, name="out")(mixed, deltas.get("out"))
+
+
+def _prepend(front: Float[Array, "*B P D"], tokens: Float[Array, "B N *D"]) -> Array:
+  """Puts `front` before the tokens of each sample; one without a batch axis, or of 1, for all."""
+  front = jnp.broadcast_to(front, (tokens.shape[0], *front.shape[-tokens.ndim + 1 :]))
+  return jnp.concatenate([front.astype(tokens.dtype), tokens], axis=1)
+
+
+class Block(nn.Module):
+  """x + attention(LN(x)), then x + mlp(LN(x)); each branch with LayerScale where sizes say so."""
+
+  sizes: Sizes
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N D"], deltas: Mapping[str, LowRank], prefix: Prefix | None
+  ) -> Float[Array, "B N D"]:
+    sizes = self.sizes
+
+    def scaled(branch, name):
+      if not sizes.layer_scale:
+        return branch
+      gamma = self.param(name, nn.initializers.ones, (sizes.width,))
+      return branch * gamma.astype(self.dtype)
+
+    y = _layer_norm(self.dtype, "norm1")(x)
+    y = Attention(sizes.num_heads, self.dtype, name="attention")(y, deltas, prefix)
+    x = x + scaled(y, "scale1")
+    y = _layer_norm(self.dtype, "norm2")(x)
+    hidden = sizes.width * sizes.mlp_ratio
+    y = AdaptedDense(hidden, self.dtype, name="fc1")(y, deltas.get("fc1"))
+    y = jax.nn.gelu(y, approximate=sizes.gelu == "tanh")
+    y = AdaptedDense(sizes.width, self.dtype, name="fc2")(y, deltas.get("fc2"))
+    return x + scaled(y, "scale2")
+
+
+def _layer_norm(dtype, name):
+  # fp32 statistics whatever the dtype; the two-pass variance is the one timm computes
+  return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class ViT(nn.Module):
+  """Images -> tokens after the final LayerNorm; the class token is at index 0."""
+
+  sizes: Sizes
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "B S S 3"], adapters: Adapters | None = None
+  ) -> Float[Array, "B N D"]:
+    sizes, adapters = self.sizes, adapters or Adapters()
+    p = sizes.patch_size
+    # a convolution whose stride is its size is one matrix product over patches
+    patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+    x = nn.Dense(sizes.width, dtype=self.dtype, name="embedding")(patches)
+    cls = self.param("cls", nn.initializers.zeros, (1, sizes.width))
+    position = self.param(
+      "position", nn.initializers.normal(0.02), (sizes.num_tokens, sizes.width)
+    )
+    x = _prepend(cls, x) + position.astype(x.dtype)
+    if adapters.prompt is not None:
+      x = jnp.concatenate([x[:, :1], _prepend(adapters.prompt, x[:, 1:])], axis=1)
+    for layer in range(sizes.depth):
+      # the adapters of one layer: a row of each stacked array
+      deltas, prefix = jax.tree.map(lambda leaf: leaf[layer], (adapters.deltas, adapters.prefix))  # noqa: B023
+      x = Block(sizes, self.dtype, name=f"block_{layer}")(x, deltas, prefix)
+    return _layer_norm(self.dtype, "norm")(x)
+
+
+def make(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
+  """Returns the ViT of the given sizes as pure functions; compute in `dtype`, features float32."""
+  module = ViT(sizes, dtype)
+
+  def tokens(params, images, adapters=None):
+    return module.apply({"params": params}, images, adapters)
+
+  def apply(params, images, adapters=None):
+    return tokens(params, images, adapters)[:, 0].astype(jnp.float32)
+
+  def init(key):
+    image = jnp.zeros((1, sizes.image_size, sizes.image_size, 3), dtype)
+    return module.init(key, image)["params"]
+
+  return Backbone(apply=apply, tokens=tokens, init=init, sizes=sizes)
+
+
+def architecture(name: str, **changes) -> Sizes:
+  """Returns the sizes of a named architecture with fields changed (image_size, depth, gelu).
+
+  Raises:
+    ValueError: if the name is unknown.
+  """
+  if name not in ARCHITECTURES:
+    raise ValueError(f"architecture is {name!r}: must be one of {sorted(ARCHITECTURES)}")
+  return dataclasses.replace(ARCHITECTURES[name], **changes)

@@ -1,0 +1,267 @@
+"""The records that cross module borders, and the axis letters.
+
+Axis letters: B batch, N tokens, D width, F mlp width, H heads, L depth, R rank, P prompt length,
+T tasks, C classes (whole sequence), K classes of one task at most, S image side in pixels.
+
+Variables of a method live in four groups (plain nested dicts of arrays):
+  frozen   read-only, a function of the pre-trained weights and the other groups; never saved
+  shared   trained and carried from task to task
+  cur      trained now, fresh or copied at each task start
+  mem      read-only during a step; written between tasks; leading axis T where it grows
+Gradients and optimiser state exist for leaves of `shared` and `cur` only.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+Params = dict[str, Any]  # nested dict of arrays
+
+
+@flax.struct.dataclass
+class LowRank:
+  """A change of one projection in every layer: y += ((x·A)·core)·Bᵀ.
+
+  Attributes:
+    a: input factors.
+    b: output factors.
+    core: what stands between them; None means the identity.
+  """
+
+  a: Float[Array, "L D_in R"]
+  b: Float[Array, "L D_out R"]
+  core: Float[Array, "L R R"] | None = None
+
+
+@flax.struct.dataclass
+class Prefix:
+  """Keys and values put before a layer's own; one for all samples (B = 1) or one for each."""
+
+  key: Float[Array, "L B P H d"]
+  value: Float[Array, "L B P H d"]
+
+
+@flax.struct.dataclass
+class Adapters:
+  """All that a method may add to the plain ViT; each part may be absent.
+
+  Attributes:
+    deltas: projection name (query, key, value, out, fc1, fc2) -> its low-rank change.
+    prompt: tokens put after the class token, without a position; [P, D] or [B, P, D].
+    prefix: keys and values for the attention of the first `len(prefix.key)` layers.
+  """
+
+  deltas: Mapping[str, LowRank] = flax.struct.field(default_factory=dict)
+  prompt: Float[Array, "*B P D"] | None = None
+  prefix: Prefix | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """The shape of a ViT. Lengths in pixels or in units.
+
+  Attributes:
+    layer_scale: whether attention and MLP outputs are multiplied by a learned vector (DINOv2).
+    gelu: "erf" (timm, torch, Hugging Face) or "tanh" (Google's own code).
+  """
+
+  image_size: int = 224
+  patch_size: int = 16
+  width: int = 768
+  depth: int = 12
+  num_heads: int = 12
+  mlp_ratio: int = 4
+  layer_scale: bool = False
+  gelu: str = "erf"
+
+  def __post_init__(self):
+    if self.image_size % self.patch_size:
+      raise ValueError(
+        f"image_size is {self.image_size}: must be a multiple of the patch size {self.patch_size}"
+      )
+    if self.width % self.num_heads:
+      raise ValueError(f"num_heads is {self.num_heads}: must divide the width {self.width}")
+    if self.gelu not in ("erf", "tanh"):
+      raise ValueError(f"gelu is {self.gelu!r}: must be 'erf' or 'tanh'")
+
+  @property
+  def grid(self) -> int:
+    return self.image_size // self.patch_size
+
+  @property
+  def num_tokens(self) -> int:
+    """Class token and patches."""
+    return self.grid**2 + 1
+
+  def projection(self, name: str) -> tuple[int, int]:
+    """Returns (d_in, d_out) of the projection `name`."""
+    d, f = self.width, self.width * self.mlp_ratio
+    shapes = {k: (d, d) for k in ("query", "key", "value", "out")} | {"fc1": (d, f), "fc2": (f, d)}
+    return shapes[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backbone:
+  """A frozen feature extractor as pure functions.
+
+  Attributes:
+    apply: (params, images [B, S, S, 3], adapters or None) -> features [B, D] float32, the class
+      token after the final LayerNorm.
+    tokens: the same, -> all tokens [B, N(+P), D] after the final LayerNorm.
+    init: key -> random params.
+  """
+
+  apply: Callable[..., Float[Array, "B D"]]
+  tokens: Callable[..., Float[Array, "B N D"]]
+  init: Callable[[PRNGKeyArray], Params]
+  sizes: Sizes
+
+
+@flax.struct.dataclass
+class Batch:
+  """What a model sees: augmented, normalised images; rows where `valid` is False are padding.
+
+  Labels are positions in the class order of the sequence, in [0, C).
+  """
+
+  images: Float[Array, "B S S 3"]
+  labels: Int[Array, " B"]
+  valid: Bool[Array, " B"]
+
+
+@flax.struct.dataclass
+class Examples:
+  """Images of one split of one task as they are kept in memory, padded to a fixed capacity n.
+
+  Attributes:
+    images: decoded pixels in the upper left corner of a canvas.
+    sizes: (height, width) in pixels of each image within its canvas.
+    labels: positions in the class order.
+    valid: False for padding rows.
+  """
+
+  images: UInt8[Array, "n h w 3"]
+  sizes: Int[Array, "n 2"]
+  labels: Int[Array, " n"]
+  valid: Bool[Array, " n"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceSpec:
+  """What a method needs to know of a task sequence before it sees any data.
+
+  Attributes:
+    scenario: "cil", "dil" or "til".
+    num_tasks: T.
+    num_classes: C.
+    class_ranges: for each task (lo, hi): its labels are lo..hi-1.
+  """
+
+  scenario: str
+  num_tasks: int
+  num_classes: int
+  class_ranges: tuple[tuple[int, int], ...]
+
+  @property
+  def max_task_classes(self) -> int:
+    """K: rows of the head that one task trains at most."""
+    return max(hi - lo for lo, hi in self.class_ranges)
+
+  @property
+  def shares_classes(self) -> bool:
+    """Whether all tasks have the same labels, and so one head."""
+    return len(set(self.class_ranges)) == 1 and self.num_tasks > 1
+
+
+@flax.struct.dataclass
+class Variables:
+  """The four groups; see the module docstring."""
+
+  frozen: Params
+  shared: Params
+  cur: Params
+  mem: Params
+
+
+@flax.struct.dataclass
+class TaskArrays:
+  """The task a step belongs to, as data, so that one compiled step serves all tasks."""
+
+  index: Int[Array, ""]
+  lo: Int[Array, ""]
+  hi: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Output:
+  """What a training step needs: logits over the K slots of the current task, and a penalty."""
+
+  logits: Float[Array, "B K"]
+  penalty: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskView:
+  """What the host-side hooks of a method may see of the current task. Never test data.
+
+  Attributes:
+    index: t, from 0.
+    num_classes: of this task.
+    arrays: t, lo, hi on the device.
+    weights: the pre-trained backbone, float32, untouched.
+    train: the task's training images.
+    val: the task's validation images; None where the split has none.
+    steps_per_epoch: training steps in one epoch.
+    indices: epoch -> [steps, B] rows of `train`, -1 is padding; the run's own data order.
+    augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
+    center: (examples, rows [B]) -> Batch as at test time. Jittable.
+    key: PRNG key of (run seed, task, name of the stream).
+  """
+
+  index: int
+  num_classes: int
+  arrays: TaskArrays
+  weights: Params
+  train: Examples
+  val: Examples | None
+  steps_per_epoch: int
+  batch_size: int
+  indices: Callable[[int], Any]
+  augment: Callable[..., Batch]
+  center: Callable[..., Batch]
+  key: Callable[[str], PRNGKeyArray]
+
+
+Rules = tuple[tuple[str, str], ...]  # (regex over "group/path/of/leaf", label)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """A continual-learning method as pure functions over `Variables`.
+
+  A task t runs: begin_task, freeze, training steps with `apply`, end_task; then fold once and
+  `predict` on every test image. `begin_task` and `end_task` run on the host between tasks: they
+  may look at the task's data through the `TaskView` and may change the shapes in `cur`.
+
+  Attributes:
+    init: (key, weights) -> Variables with `frozen` empty.
+    begin_task: (variables, view) -> (variables, facts); facts is a JSON-able dict for the log.
+    freeze: (weights, variables) -> the `frozen` group for training at the current task.
+    apply: (variables, images, task: TaskArrays, key) -> Output.
+    end_task: (variables, view) -> (variables, facts).
+    fold: (weights, variables) -> a pytree for inference; the whole past folded in.
+    predict: (folded, images) -> logits [B, C] over all classes; unseen ones are masked outside.
+    rules: t -> labels of the leaves of shared and cur: a key of `optim.groups`, or "frozen".
+  """
+
+  init: Callable[..., Variables]
+  begin_task: Callable[..., tuple[Variables, dict]]
+  freeze: Callable[..., Params]
+  apply: Callable[..., Output]
+  end_task: Callable[..., tuple[Variables, dict]]
+  fold: Callable[..., Params]
+  predict: Callable[..., Float[Array, "B C"]]
+  rules: Callable[[int], Rules]
