@@ -1,0 +1,381 @@
+"""The settings of a run: declared, typed and checked here, and nowhere else.
+
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` that states what differs from
+the defaults below; `build` turns it into frozen dataclasses, and after that nobody sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import pkgutil
+import types
+import typing
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+
+class ConfigError(ValueError):
+  """A setting that can't be: the message names the field, the value, what is allowed, the mend."""
+
+
+def _require(ok: bool, field: str, value: Any, allowed: str) -> None:
+  if not ok:
+    raise ConfigError(f"{field} is {value!r}: must be {allowed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+  """Which data, cut into which tasks.
+
+  Attributes:
+    benchmark: a file in fmlora_jax/tasks/benchmarks.
+    scenario: cil (new classes per task), dil (new domain per task, shared classes), til (cil with
+      the task's identity given at test time).
+    num_tasks: T; in a dil benchmark at most the number of its domains.
+    order_seed: seed of the class order (cil, til) or domain order (dil); None takes the run's seed.
+    order: shuffled by order_seed, or the data's own.
+    data_dir: where the images lie; benchmarks that ship their data need none.
+    val_fraction: share of the training images held out for validation, per class; where the data
+      bring a validation split, that one is taken.
+    test_fraction: share held out for test, per class, where the data bring no test split.
+    split_seed: of the two cuts above; never tied to the run's seed.
+    broken_files: refuse the whole folder, or skip the file with a warning.
+    max_pixels: larger images are refused before they are decoded (decompression bombs).
+  """
+
+  benchmark: str = "digits"
+  scenario: Literal["cil", "dil", "til"] = "cil"
+  num_tasks: int = 5
+  order_seed: int | None = None
+  order: Literal["shuffled", "natural"] = "shuffled"
+  data_dir: str | None = None
+  val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
+  test_fraction: float = 0.2
+  split_seed: int = 0
+  broken_files: Literal["refuse", "skip"] = "refuse"
+  max_pixels: int = 178_956_970  # Pillow's own limit for an error
+
+  def __post_init__(self):
+    _require(self.num_tasks >= 1, "num_tasks", self.num_tasks, ">= 1")
+    _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
+    _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
+    _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig:
+  """How images reach the model.
+
+  Attributes:
+    mode: resident keeps the task's images on the device as uint8.
+    image_size: side in pixels that the ViT sees; None takes the architecture's.
+    source_size: shorter side in pixels that images are kept at; None takes image_size, which
+      augmentations that crop should not (they would enlarge).
+    augmentation: a name in fmlora_jax/tasks/augment.py.
+    normalisation: of pixels; None takes what the weights were trained with.
+    steps_per_dispatch: training steps in one device program.
+  """
+
+  mode: Literal["resident"] = "resident"
+  image_size: int | None = None
+  source_size: int | None = None
+  augmentation: str = "pilot"
+  normalisation: Literal["zero_one", "half", "imagenet"] | None = None
+  steps_per_dispatch: int = 32
+
+  def __post_init__(self):
+    for name in ("image_size", "source_size", "steps_per_dispatch"):
+      value = getattr(self, name)
+      _require(value is None or value >= 1, name, value, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+  """Which pre-trained ViT.
+
+  Attributes:
+    tag: a name in fmlora_jax/models/pretrained.py.
+    path: a local file in the tag's format; None takes the tag's own place.
+    depth: use the first blocks only; None takes all.
+    architecture: for tag "random" only: the sizes to draw.
+  """
+
+  tag: str = "augreg2_in21k_ft_in1k"
+  path: str | None = None
+  depth: int | None = None
+  architecture: str | None = None
+
+  def __post_init__(self):
+    _require(self.depth is None or self.depth >= 1, "depth", self.depth, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """AdamW with cosine annealing to 0, without warm-up, fresh at each task; FM-LoRA Sec. 4.1.
+
+  The learning rates and weight decays were lost in the paper's public text; the defaults are ours.
+
+  Attributes:
+    learning_rate: peak, for everything but the head.
+    weight_decay: decoupled, times the learning rate, for everything but the head.
+    head_learning_rate, head_weight_decay: the same for the linear head.
+    clip_norm: global L2 norm over the trained leaves; None does not clip.
+  """
+
+  learning_rate: float = 1e-3
+  weight_decay: float = 1e-2
+  head_learning_rate: float = 1e-2
+  head_weight_decay: float = 0.0
+  clip_norm: float | None = None
+
+  def __post_init__(self):
+    for name in ("learning_rate", "head_learning_rate"):
+      _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+    for name in ("weight_decay", "head_weight_decay"):
+      _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
+
+
+Projection = Literal["query", "key", "value", "out", "fc1", "fc2"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasesConfig:
+  """F-LoRA's shared bases; FM-LoRA Sec. 3.2.
+
+  Attributes:
+    max_rank: r_max, columns of A and B.
+    orthonormalise: after task 1, "svd" makes both bases orthonormal with the most important
+      columns first and leaves dW_1 as it was (ours); "none" leaves them as trained.
+    targets: the projections that are adapted.
+  """
+
+  max_rank: int = 32
+  orthonormalise: Literal["svd", "none"] = "svd"
+  targets: tuple[Projection, ...] = ("query", "value")
+
+  def __post_init__(self):
+    _require(self.max_rank >= 1, "max_rank", self.max_rank, ">= 1")
+    _require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
+    _require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrsConfig:
+  """The dynamic rank selector; FM-LoRA Sec. 3.3 and 4.1.
+
+  Attributes:
+    strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
+      of the best validation accuracy), or fixed (always `rank`; the rows of Table 3).
+    candidate_ranks: R, ascending, at most bases.max_rank.
+    rank: for "fixed".
+    price: lambda, what the whole r_max costs in nats at complexity 1.
+    tau: temperature of the Gumbel-Softmax, > 0.
+    tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
+    epochs: length of the preliminary training.
+    selector_learning_rate: Adam's, for the selector's logits.
+  """
+
+  strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"
+  candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
+  rank: int = 16
+  price: float = 0.1
+  tau: float = 1.0
+  tolerance: float = 0.01
+  epochs: int = 1
+  selector_learning_rate: float = 0.1
+
+  def __post_init__(self):
+    ranks = self.candidate_ranks
+    ascending = all(a < b for a, b in zip(ranks, ranks[1:], strict=False))
+    ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
+    _require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
+    _require(self.rank >= 1, "rank", self.rank, ">= 1")
+    _require(self.price >= 0, "price", self.price, ">= 0")
+    _require(self.tau > 0, "tau", self.tau, "> 0")
+    _require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
+    _require(self.epochs >= 1, "epochs", self.epochs, ">= 1")
+    lr = self.selector_learning_rate
+    _require(lr > 0, "selector_learning_rate", lr, "> 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+  """The dynamic meta-prompt; FM-LoRA Sec. 3.4.
+
+  Attributes:
+    num_tokens: n_p; 0 is FM-LoRA without DMP.
+    lr_scale: factor on the learning rate of the prompt from task 2 on.
+  """
+
+  num_tokens: int = 10
+  lr_scale: float = 1.0
+
+  def __post_init__(self):
+    _require(self.num_tokens >= 0, "num_tokens", self.num_tokens, ">= 0")
+    _require(self.lr_scale >= 0, "lr_scale", self.lr_scale, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+  """The classifier; linear is the paper's, the other two are ours.
+
+  Attributes:
+    kind: linear, cosine (normalised features and rows, learned scale per head), or class_mean
+      (nearest mean of the adapted features; trained as linear, means stored at each task end).
+  """
+
+  kind: Literal["linear", "cosine", "class_mean"] = "linear"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When state is saved besides each task's end.
+
+  Attributes:
+    every_steps: within a task; 0 saves at task ends only.
+  """
+
+  every_steps: int = 0
+
+  def __post_init__(self):
+    _require(self.every_steps >= 0, "every_steps", self.every_steps, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+  """Base of each method's own settings; a method file extends it. `name` is the file's name."""
+
+  name: str = "fm_lora"
+
+
+def method_config(name: str) -> type[MethodConfig]:
+  """Returns the settings class of the method `name`: `Config` in fmlora_jax/methods/<name>.py.
+
+  Raises:
+    ConfigError: if there is no such file.
+  """
+  package = importlib.import_module("fmlora_jax.methods")
+  names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "frame")
+  _require(name in names, "config.method.name", name, f"one of {', '.join(names)}")
+  return importlib.import_module(f"fmlora_jax.methods.{name}").Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One run. `epochs` are per task; `batch_size` is over all devices."""
+
+  seed: int = 1993
+  epochs: int = 30
+  batch_size: int = 256
+  eval_batch_size: int = 256
+  compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  method: MethodConfig = MethodConfig()
+  tasks: TasksConfig = TasksConfig()
+  input: InputConfig = InputConfig()
+  weights: WeightsConfig = WeightsConfig()
+  optim: OptimConfig = OptimConfig()
+  bases: BasesConfig = BasesConfig()
+  drs: DrsConfig = DrsConfig()
+  prompt: PromptConfig = PromptConfig()
+  head: HeadConfig = HeadConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+  def __post_init__(self):
+    _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+    for name in ("epochs", "batch_size", "eval_batch_size"):
+      _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+
+
+def build(cls: type, values: dict, path: str = "config") -> Any:
+  """Returns `cls` filled from nested dicts; absent fields keep their defaults.
+
+  Raises:
+    ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
+      dataclass refuses; the message starts with the field's full path.
+  """
+  hints = typing.get_type_hints(cls)
+  known = [field.name for field in dataclasses.fields(cls)]
+  filled = {}
+  for name, value in values.items():
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(known)}"
+      raise ConfigError(f"{path}.{name} is not a field{hint}")
+    kind = hints[name]
+    if dataclasses.is_dataclass(kind):
+      if not isinstance(value, dict):
+        raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
+      if kind is MethodConfig:
+        kind = method_config(value.get("name", MethodConfig.name))
+      filled[name] = build(kind, value, f"{path}.{name}")
+    else:
+      filled[name] = _convert(kind, value, f"{path}.{name}")
+  try:
+    return cls(**filled)
+  except ConfigError as error:
+    raise ConfigError(f"{path}.{error}") from None
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+  """Returns `value` as `kind`; refuses what would lose or guess (True is no int, 1.5 no int)."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (types.UnionType, typing.Union):
+    if value is None:
+      return None
+    (kind,) = (a for a in args if a is not types.NoneType)
+    return _convert(kind, value, path)
+  if origin is Literal:
+    if value not in args or type(value) is bool:
+      raise ConfigError(f"{path} is {value!r}: must be one of {', '.join(map(str, args))}")
+    return value
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f"{path} is {value!r}: must be a tuple, such as (1, 2)")
+    return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    raise ConfigError(f"{path} is {value!r}: must be of type {kind.__name__}")
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f"{path} is {value!r}: must be finite")
+  return value
+
+
+def defaults(**groups: Any) -> ml_collections.ConfigDict:
+  """Returns every field of `Config` at its default, changed by nested dicts; for config files.
+
+  Fields that may be None become typed placeholders, so that the command line can set them.
+  """
+  return _to_config_dict(build(Config, groups))
+
+
+def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
+  hints = typing.get_type_hints(type(record))
+  tree = ml_collections.ConfigDict()
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    if dataclasses.is_dataclass(value):
+      tree[field.name] = _to_config_dict(value)
+    elif value is None:
+      (kind,) = (a for a in typing.get_args(hints[field.name]) if a is not types.NoneType)
+      tree[field.name] = config_dict.placeholder(str if typing.get_origin(kind) else kind)
+    else:
+      tree[field.name] = value
+  return tree
+
+
+def parse_variant(text: str | None) -> dict[str, str]:
+  """Returns {key: value} of a config file's argument such as "method=lora,tasks=10".
+
+  Raises:
+    ConfigError: if a part has no "=".
+  """
+  parts = [part for part in (text or "").split(",") if part]
+  for part in parts:
+    if "=" not in part:
+      raise ConfigError(f"config variant {part!r}: must be key=value, as in method=lora,tasks=10")
+  return dict(part.split("=", 1) for part in parts)
