@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import importlib
 import math
-import pkgutil
 import types
 import typing
 from typing import Any, Literal
@@ -258,8 +257,7 @@ def method_config(name: str) -> type[MethodConfig]:
   Raises:
     ConfigError: if there is no such file.
   """
-  package = importlib.import_module("fmlora_jax.methods")
-  names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "frame")
+  names = importlib.import_module("fmlora_jax.methods").names()  # by name: methods import config
   _require(name in names, "config.method.name", name, f"one of {', '.join(names)}")
   return importlib.import_module(f"fmlora_jax.methods.{name}").Config
 

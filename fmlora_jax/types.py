@@ -214,8 +214,9 @@ class TaskView:
     weights: the pre-trained backbone, float32, untouched.
     train: the task's training images.
     val: the task's validation images; None where the split has none.
-    steps_per_epoch: training steps in one epoch.
-    indices: epoch -> [steps, B] rows of `train`, -1 is padding; the run's own data order.
+    train_rows: epoch -> int32 [steps, B], shuffled rows of `train`; -1 is padding. What training
+      itself uses.
+    val_rows: the same over `val`.
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
     key: PRNG key of (run seed, task, name of the stream).
@@ -227,9 +228,8 @@ class TaskView:
   weights: Params
   train: Examples
   val: Examples | None
-  steps_per_epoch: int
-  batch_size: int
-  indices: Callable[[int], Any]
+  train_rows: Callable[[int], Any]
+  val_rows: Callable[[int], Any]
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
   key: Callable[[str], PRNGKeyArray]
@@ -254,7 +254,9 @@ class Method:
     end_task: (variables, view) -> (variables, facts).
     fold: (weights, variables) -> a pytree for inference; the whole past folded in.
     predict: (folded, images) -> logits [B, C] over all classes; unseen ones are masked outside.
-    rules: t -> labels of the leaves of shared and cur: a key of `optim.groups`, or "frozen".
+    rules: t -> labels of the leaves of shared and cur: a group of train/optim.py, or "frozen".
+    stored: facts of the tasks so far -> parameters kept, {"shared": n, "per_task": [n, ...]}; what
+      the head and the pre-trained backbone need is not counted.
   """
 
   init: Callable[..., Variables]
@@ -265,3 +267,4 @@ class Method:
   fold: Callable[..., Params]
   predict: Callable[..., Float[Array, "B C"]]
   rules: Callable[[int], Rules]
+  stored: Callable[[list[dict]], dict]

@@ -1,0 +1,21 @@
+"""One file per method, found by its name; SHARED_FILES hold what several of them use."""
+
+import importlib
+import pkgutil
+
+SHARED_FILES = ("drs", "frame", "rules")
+
+
+def names() -> list[str]:
+  """Returns the names of all methods."""
+  return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED_FILES]
+
+
+def make(config, backbone, spec):
+  """Returns the Method that `config.method.name` names, for a Backbone and a SequenceSpec.
+
+  Raises:
+    ConfigError: if its settings do not fit the backbone or the sequence.
+  """
+  module = importlib.import_module(f"fmlora_jax.methods.{config.method.name}")
+  return module.make(config, backbone, spec)

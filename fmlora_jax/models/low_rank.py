@@ -1,7 +1,8 @@
-"""Low-rank changes of the ViT's projections: apply, fold, compare.
+"""Low-rank changes of the ViT's projections: apply, fold, orthonormalise, compare.
 
 A stacked delta holds one (A, core, B) per layer: dW_l = A_l · core_l · B_lᵀ, d_in x d_out, for row
-vectors y = x·W. Source: LoRA (arXiv:2106.09685); F-LoRA's core, FM-LoRA (arXiv:2504.08823) Eq. (1-2).
+vectors y = x·W. Source: LoRA (arXiv:2106.09685); the core between shared bases is F-LoRA's,
+FM-LoRA (arXiv:2504.08823) Eq. (1-2).
 """
 
 from collections.abc import Mapping
@@ -15,10 +16,13 @@ from fmlora_jax.types import LowRank, Params
 def apply(x: Float[Array, "*B D_in"], delta: LowRank) -> Float[Array, "*B D_out"]:
   """Returns x·A·core·Bᵀ for one layer's delta, in the dtype of x.
 
-  The core is multiplied into Bᵀ first: r·r·d_out once, instead of r·r for every token.
+  The core stays in the middle: where only it is trained, its gradient then needs no product with
+  the full width.
   """
-  b = delta.b if delta.core is None else delta.b @ delta.core.T
-  return (x @ delta.a.astype(x.dtype)) @ b.T.astype(x.dtype)
+  y = x @ delta.a.astype(x.dtype)
+  if delta.core is not None:
+    y = y @ delta.core.astype(x.dtype)
+  return y @ delta.b.T.astype(x.dtype)
 
 
 def dense(delta: LowRank) -> Float[Array, "L D_in D_out"]:
@@ -31,7 +35,7 @@ def fold(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
   """Returns the ViT's parameters with W + dW in place of W; other leaves are shared, not copied."""
   changes = {name: dense(delta) for name, delta in deltas.items()}
   folded = dict(backbone)
-  for layer in range(_depth(backbone)):
+  for layer in range(sum(name.startswith("block_") for name in backbone)):
     block = dict(backbone[f"block_{layer}"])
     block["attention"] = dict(block["attention"])
     for name, change in changes.items():
@@ -42,5 +46,42 @@ def fold(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
   return folded
 
 
-def _depth(backbone: Params) -> int:
-  return sum(name.startswith("block_") for name in backbone)
+def orthonormalise(delta: LowRank) -> LowRank:
+  """Returns the same dW with AᵀA = BᵀB = I and a diagonal core, its entries descending.
+
+  QR of both bases, then the SVD of the small core between the two triangles; so the leading columns
+  of the new bases carry the most of dW. Source: ours (FM-LoRA Eq. (7) needs orthonormal bases).
+  """
+  q_a, r_a = jnp.linalg.qr(delta.a)
+  q_b, r_b = jnp.linalg.qr(delta.b)
+  core = r_a if delta.core is None else r_a @ delta.core
+  u, s, vt = jnp.linalg.svd(core @ jnp.swapaxes(r_b, -1, -2))
+  eye = jnp.eye(s.shape[-1], dtype=s.dtype)
+  return LowRank(a=q_a @ u, b=q_b @ jnp.swapaxes(vt, -1, -2), core=eye * s[..., None, :])
+
+
+def pad_core(core: Float[Array, "*L r r"], rank: int) -> Float[Array, "*L R R"]:
+  """Returns the core in the upper left corner of a zero rank x rank matrix."""
+  extra = rank - core.shape[-1]
+  return jnp.pad(core, [(0, 0)] * (core.ndim - 2) + [(0, extra), (0, extra)])
+
+
+def interference(
+  cores: Float[Array, "T L R R"], a: Float[Array, "L D_in R"], b: Float[Array, "L D_out R"]
+) -> Float[Array, "T T"]:
+  """Returns <dW_i, dW_j>_F summed over layers, computed in R x R.
+
+  With G = AᵀA and H = BᵀB it is <G·C_i·H, C_j>; orthonormal bases make both the identity.
+  Source: FM-LoRA Eq. (5-7).
+  """
+  gram_a = jnp.einsum("ldr,lds->lrs", a, a)
+  gram_b = jnp.einsum("ldr,lds->lrs", b, b)
+  weighted = jnp.einsum("lrs,tlsu,luv->tlrv", gram_a, cores, gram_b)
+  return jnp.einsum("tlrv,ulrv->tu", weighted, cores)
+
+
+def cosine(inner: Float[Array, "T T"]) -> Float[Array, "T T"]:
+  """Returns inner products as cosines; rows of a zero delta are 0."""
+  norm = jnp.sqrt(jnp.diagonal(inner))
+  scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+  return inner * scale[:, None] * scale[None, :]

@@ -1,0 +1,127 @@
+"""Classifiers over all classes of a sequence, of which one task trains its own rows.
+
+`mem` holds every class; `cur` is the slice of K rows that a task trains, copied from `mem` where
+the tasks share their classes and fresh elsewhere; `commit` writes it back. Training sees the rows
+of the current task only: local cross-entropy, the practice of InfLoRA, SD-LoRA and the prompt methods.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from fmlora_jax.types import Params, SequenceSpec, TaskArrays
+
+EPS = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+  """A kind of classifier.
+
+  Attributes:
+    init: key -> mem [C rows].
+    logits: (rows, features [B, D]) -> [B, rows], for training.
+    predict: (mem, features [B, D]) -> [B, C].
+    needs_means: whether `add_means` must be called at each task end.
+  """
+
+  init: Callable[..., Params]
+  logits: Callable[..., Float[Array, "B K"]]
+  predict: Callable[..., Float[Array, "B C"]]
+  needs_means: bool = False
+
+
+def make(kind: str, num_classes: int, width: int) -> Head:
+  """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear."""
+
+  def zeros(key):
+    del key  # zero rows: equal starts keep the logits of different tasks comparable
+    return {"kernel": jnp.zeros((num_classes, width)), "bias": jnp.zeros(num_classes)}
+
+  def random_directions(key):
+    kernel = jax.random.normal(key, (num_classes, width))
+    return {"kernel": _unit(kernel), "log_scale": jnp.full(num_classes, jnp.log(10.0))}
+
+  def with_means(key):
+    means = {"mean": jnp.zeros((num_classes, width)), "count": jnp.zeros(num_classes)}
+    return zeros(key) | means
+
+  if kind == "linear":
+    return Head(init=zeros, logits=linear, predict=linear)
+  if kind == "cosine":
+    return Head(init=random_directions, logits=cosine, predict=cosine_similarity)
+  return Head(init=with_means, logits=linear, predict=nearest_mean, needs_means=True)
+
+
+def linear(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
+  """Returns features·kernelᵀ + bias. Source: FM-LoRA Eq. (14)."""
+  return features @ rows["kernel"].T + rows["bias"]
+
+
+def cosine_similarity(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
+  """Returns the cosine between features and rows: without the learned scales, which differ by task."""
+  return _unit(features) @ _unit(rows["kernel"]).T
+
+
+def cosine(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
+  """Returns the cosine times a learned positive scale per row."""
+  return cosine_similarity(rows, features) * jnp.exp(rows["log_scale"])
+
+
+def nearest_mean(mem: Params, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
+  """Returns minus half the squared distance to each class mean, up to a term without a class."""
+  return features @ mem["mean"].T - 0.5 * jnp.sum(mem["mean"] ** 2, axis=-1)
+
+
+def local_losses(
+  logits: Float[Array, "B K"], labels: Int[Array, " B"], task: TaskArrays
+) -> Float[Array, " B"]:
+  """Returns the cross-entropy of each sample over the current task's classes, float32, in nats.
+
+  Slots beyond the task's classes are masked; rows whose label is outside them give a finite number
+  that the caller weights with 0.
+  """
+  slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
+  masked = jnp.where(slots, logits.astype(jnp.float32), -1e9)  # finite: -inf would make NaN gradients
+  targets = jnp.clip(labels - task.lo, 0, logits.shape[-1] - 1)
+  return optax.softmax_cross_entropy_with_integer_labels(masked, targets)
+
+
+def weighted_mean(values: Float[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, ""]:
+  """Returns the mean over valid rows."""
+  return jnp.sum(values * valid) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def _unit(x):
+  return x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + EPS)
+
+
+def start(head: Head, mem: Params, spec: SequenceSpec, task: int, key) -> Params:
+  """Returns the K rows that task `task` trains."""
+  lo, hi = spec.class_ranges[task]
+  source = mem if spec.shares_classes else head.init(key)
+  padding = spec.max_task_classes - (hi - lo)
+  return {
+    name: jnp.pad(leaf[lo:hi], ((0, padding), *[(0, 0)] * (leaf.ndim - 1)))
+    for name, leaf in source.items()
+    if name not in ("mean", "count")
+  }
+
+
+def commit(mem: Params, cur: Params, spec: SequenceSpec, task: int) -> Params:
+  """Returns `mem` with the trained rows of task `task` written in."""
+  lo, hi = spec.class_ranges[task]
+  return mem | {name: mem[name].at[lo:hi].set(leaf[: hi - lo]) for name, leaf in cur.items()}
+
+
+def add_means(
+  mem: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"]
+) -> Params:
+  """Returns `mem` with the class means updated by sums of features and numbers of images."""
+  count = mem["count"] + counts
+  total = mem["mean"] * mem["count"][:, None] + sums
+  return mem | {"mean": total / jnp.maximum(count, 1)[:, None], "count": count}
