@@ -137,7 +137,11 @@ class ViT(nn.Module):
       x = jnp.concatenate([x[:, :1], _prepend(adapters.prompt, x[:, 1:])], axis=1)
     for layer in range(sizes.depth):
       # the adapters of one layer: a row of each stacked array
-      deltas, prefix = jax.tree.map(lambda leaf: leaf[layer], (adapters.deltas, adapters.prefix))  # noqa: B023
+      # the prefix may be of fewer layers; jax would clamp the index and repeat its last row
+      prefix = adapters.prefix
+      if prefix is not None and layer >= len(prefix.key):
+        prefix = None
+      deltas, prefix = jax.tree.map(lambda leaf: leaf[layer], (adapters.deltas, prefix))  # noqa: B023
       x = Block(sizes, self.dtype, name=f"block_{layer}")(x, deltas, prefix)
     return _layer_norm(self.dtype, "norm")(x)
 

@@ -1,0 +1,74 @@
+"""python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]."""
+
+import os
+import pathlib
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; the same again resumes it. Default: runs/NAME."
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error that has a message.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --config.FIELD=VALUE")
+  if _CONFIG.value is None:
+    raise app.UsageError("--config is missing: name a file in configs/, as in --config=configs/digits.py")
+  import jax  # after the flags: --help and a typo answer at once
+  from rich.console import Console
+
+  from fmlora_jax import config as config_lib
+  from fmlora_jax import report
+  from fmlora_jax.run import run
+
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache, "fmlora_jax", "xla")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  config = config_lib.build(config_lib.Config, _CONFIG.value.to_dict())
+  name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
+  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", name))
+  run(config, workdir)
+  report.show([workdir], Console())
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a wrong setting is one line, not a trace."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+    _fail(_explain(str(error)))
+
+
+def _explain(message: str) -> str:
+  """Returns what the parser of config files says, as one line about our fields."""
+  unknown = re.search(r"""'\\?'?(\w+)\\?'?.*Did you mean "(\w+)\"""", message, re.DOTALL)
+  if unknown:
+    return f"--config: {unknown[1]!r} is not a field; did you mean {unknown[2]!r}?"
+  return " ".join(message.split())
+
+
+def _fail(message: str):
+  sys.stderr.write(f"error: {message}\n")
+  sys.exit(2)
+
+
+def guarded_main(argv: list[str]) -> None:
+  """Runs `main`; what a user can mend is one last line and exit code 2."""
+  try:
+    main(argv)
+  except (app.UsageError, ValueError, OSError) as error:
+    if _DEBUG.value:
+      raise
+    _fail(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
+  app.run(guarded_main, flags_parser=parse_flags)

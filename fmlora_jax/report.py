@@ -1,0 +1,301 @@
+"""Compares finished runs side by side, as mean ± std over seeds.
+
+python -m fmlora_jax.report RUN... [--markdown] [--plot=FILE.png]
+
+RUN is a run's folder, its result.json, or a folder that holds runs at any depth. Runs that differ
+in the seed only are one row; runs of another benchmark or number of tasks get their own table.
+"""
+
+import collections
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fmlora_jax import plots
+from fmlora_jax.writer import METRICS, RESULT, duration, read_result
+
+Result = Mapping[str, Any]
+Group = list[Result]
+Cell = tuple[str, bool]  # text, and whether it is the best of its column
+
+# Where things lie and how often they are saved changes no number.
+PLACES = ("seed", "workdir", "tasks.data_dir", "weights.path", "checkpoint.every_steps")
+SCORES = {"Acc": "acc", "AAA": "aaa", "forgetting": "forgetting", "learning": "learning_accuracy"}
+HEADER = ("run", "seeds", *SCORES, "stored", "trained", "rank", "wall time")
+NARROW = 2 + len(SCORES)  # columns of the first table where the terminal is too narrow for all
+LEGEND = (
+  "Acc, AAA: % of the test images of all tasks so far, at the end and averaged over tasks.\n"
+  "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
+  "stored, trained: numbers of parameters. rank: of each task, the most frequent over seeds."
+)
+
+
+def load(paths: Iterable[str | os.PathLike]) -> tuple[list[Result], list[str]]:
+  """Returns the results found at `paths`, each once, and a line for every run left out.
+
+  Raises:
+    ValueError: if a path holds no result, or is itself one that can't be read.
+  """
+  results, notes, seen = [], [], set()
+  for path in map(Path, paths):
+    files = sorted(path.rglob(RESULT)) if path.is_dir() else [path]
+    if not files:
+      raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
+    for file in (f for f in files if f.resolve() not in seen):
+      seen.add(file.resolve())
+      try:
+        results.append(read_result(file))
+      except ValueError as error:
+        if len(files) == 1:
+          raise
+        notes.append(f"left out: {error}")
+    logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
+    open_runs = [log.parent for log in logs if not (log.parent / RESULT).exists()]
+    notes += [f"left out: {run} is not finished; the same command resumes it" for run in open_runs]
+  if not results:
+    raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
+  return results, notes
+
+
+def group(results: Iterable[Result]) -> dict[str, dict[str, Group]]:
+  """Returns {heading: {label: runs that differ in the seed only}}, in order of appearance."""
+  sections = collections.defaultdict(lambda: collections.defaultdict(list))
+  for result in results:
+    sections[_heading(result)][_fingerprint(result)].append(result)
+  return {
+    heading: dict(zip(_labels(list(groups.values())), groups.values(), strict=True))
+    for heading, groups in sections.items()
+  }
+
+
+def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
+  """Returns the table's cells under HEADER; where there are rivals the best score is marked."""
+  means = {
+    name: [_mean([run[field] for run in runs]) for runs in groups.values()]
+    for name, field in SCORES.items()
+  }
+  best = {name: max(means[name]) for name in ("Acc", "AAA") if len(groups) > 1}
+  table = []
+  for i, (label, runs) in enumerate(groups.items()):
+    cells = [(label, False), (str(len(runs)), False)]
+    for name, field in SCORES.items():
+      is_best = name in best and f"{means[name][i]:.2f}" == f"{best[name]:.2f}"
+      cells.append((mean_std([run[field] for run in runs]), is_best))
+    for name in ("stored_total", "trained"):
+      cells.append((_count(_mean([run["params"][name] for run in runs])), False))
+    cells.append((_ranks([run["ranks"] for run in runs]), False))
+    cells.append((duration(_mean([run["wall_seconds"]["total"] for run in runs])), False))
+    table.append(cells)
+  return table
+
+
+def warnings(groups: Mapping[str, Group]) -> list[str]:
+  """Returns what makes the rows of one table unfit to be compared, one line each."""
+  looks = {
+    "weights": lambda run: " ".join(_weights(run)),
+    "split": lambda run: f"{run['split_id']} {str(run['manifest_sha256'])[:8]}",
+    "epochs": lambda run: str(run["epochs"]),
+    "normalisation": lambda run: str(run["normalisation"]),
+    "augmentation": lambda run: str(run["augmentation"]),
+  }
+  lines = []
+  for name, look in looks.items():
+    labels = collections.defaultdict(list)
+    for label, runs in groups.items():
+      for value in sorted({look(run) for run in runs}):
+        labels[value].append(label)
+    if len(labels) > 1:
+      values = "; ".join(f"{value} ({', '.join(who)})" for value, who in labels.items())
+      lines.append(f"{name} differ: {values}")
+  for label, runs in groups.items():
+    seeds = collections.Counter(run["seed"] for run in runs)
+    twice = [str(seed) for seed, count in seeds.items() if count > 1]
+    if twice:
+      lines.append(
+        f"{label} has several runs of seed {', '.join(twice)}: ± is not over seeds alone"
+      )
+  return lines
+
+
+def show(results: Iterable[Result], console: Console, notes: Iterable[str] = ()) -> None:
+  """Prints one table for each heading, with its warnings, to a terminal or as plain text."""
+  for heading, groups in group(results).items():
+    _line(console, f"\n{heading}", "bold")
+    _print_rows(rows(groups), console)
+    for line in warnings(groups):
+      _line(console, f"warning: {line}", "yellow")
+  _line(console, f"\n{LEGEND}", "dim")
+  for line in notes:
+    _line(console, line, "yellow")
+
+
+def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
+  """Prints one wide table, or two halves on a narrow terminal, if need be with numbered rows."""
+  endless = console.options.update(width=10_000)  # measure() never answers more than the width
+  whole = _table(cells, range(len(HEADER)))
+  width = console.measure(whole, options=endless).maximum
+  if width <= console.width:
+    console.print(whole)
+  elif not console.is_terminal:
+    Console(file=console.file, width=width).print(whole)
+  else:
+    scores, costs = range(NARROW), [0, *range(NARROW, len(HEADER))]
+    if console.measure(_table(cells, scores), options=endless).maximum > console.width:
+      for i, row in enumerate(cells):
+        _line(console, f"{i + 1}  {row[0][0]}")
+      cells = [[(str(i + 1), False), *row[1:]] for i, row in enumerate(cells)]
+    for columns in (scores, costs):
+      console.print()
+      console.print(_table(cells, columns))
+
+
+def markdown(results: Iterable[Result], notes: Iterable[str] = ()) -> str:
+  """Returns the tables, warnings and notes as Markdown."""
+  parts = []
+  for heading, groups in group(results).items():
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    for cells in rows(groups):
+      texts = [text.replace("|", r"\|") for text, _ in cells]
+      marked = [f"**{t}**" if best else t for t, (_, best) in zip(texts, cells, strict=True)]
+      lines.append("| " + " | ".join(marked) + " |")
+    parts += [f"### {heading}", "\n".join(lines)]
+    parts += [f"> warning: {line}" for line in warnings(groups)]
+  return "\n\n".join([*parts, LEGEND, *(f"> {line}" for line in notes)])
+
+
+def mean_std(values: Sequence[float | None]) -> str:
+  """Returns "77.88 ± 0.21" (ddof 1), "77.88 ±    -" for one value, "-" if one is missing."""
+  mean = _mean(values)
+  if np.isnan(mean):
+    return "-"
+  return f"{mean:.2f} ± " + (f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "   -")
+
+
+def _heading(run: Result) -> str:
+  tasks = len(run["n_test"])
+  return f"{run['benchmark']} ({run['scenario']}), {tasks} task{'s' if tasks > 1 else ''}"
+
+
+def _fingerprint(run: Result) -> str:
+  weights = [run["weights"]["tag"], run["weights"]["sha256"]]
+  return json.dumps([run["method"], run["split_id"], weights, _settings(run)], sort_keys=True)
+
+
+def _settings(run: Result) -> dict[str, Any]:
+  """Returns the config as {"group.field": value}, without the seed and PLACES."""
+
+  def flatten(tree, path):
+    for name, value in tree.items():
+      if isinstance(value, Mapping):
+        yield from flatten(value, f"{path}{name}.")
+      else:
+        yield f"{path}{name}", value
+
+  return {name: value for name, value in flatten(run["config"], "") if name not in PLACES}
+
+
+def _labels(groups: Sequence[Group]) -> list[str]:
+  """Returns the method of each group, with the settings in which groups of that method differ."""
+  runs = [group[0] for group in groups]
+  fields = [_settings(run) for run in runs]
+  labels = _label(runs, fields)
+  if len(set(labels)) < len(labels):  # the same settings, but another split or other weights
+    for run, own in zip(runs, fields, strict=True):
+      own |= {"split_id": run["split_id"], "weights": ":".join(_weights(run))}
+    labels = _label(runs, fields)
+  return labels
+
+
+def _label(runs: Sequence[Result], fields: Sequence[Mapping[str, Any]]) -> list[str]:
+  labels = []
+  for run, own in zip(runs, fields, strict=True):
+    rivals = [f for r, f in zip(runs, fields, strict=True) if r["method"] == run["method"]]
+    names = sorted({name for f in rivals for name in f})
+    differ = [name for name in names if any(f.get(name) != own.get(name) for f in rivals)]
+    labels.append(" ".join([run["method"], *(f"{n}={_value(own.get(n))}" for n in differ)]))
+  return labels
+
+
+def _weights(run: Result) -> tuple[str, str]:
+  return run["weights"]["tag"], str(run["weights"]["sha256"])[:8]
+
+
+def _value(value: Any) -> str:
+  if isinstance(value, (list, tuple)):
+    return f"({','.join(map(_value, value))})"
+  return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+  return float(np.mean(np.array(values, float)))  # None becomes NaN
+
+
+def _count(number: float) -> str:
+  """Returns 950, 12.0k, 1.23M or 85.8M."""
+  for unit, size in (("M", 1e6), ("k", 1e3)):
+    if number >= size:
+      return f"{number / size:.3g}{unit}"
+  return f"{number:.0f}"
+
+
+def _ranks(ranks: Sequence[Sequence[int] | None]) -> str:
+  """Returns the most frequent rank of each task: "8" if all agree, else the list or its range."""
+  known = [r for r in ranks if r is not None]
+  if not known:
+    return "-"
+  modes = [collections.Counter(column).most_common(1)[0][0] for column in zip(*known, strict=True)]
+  if len(set(modes)) == 1:
+    return str(modes[0])
+  if len(modes) <= 10:
+    return " ".join(map(str, modes))
+  return f"{min(modes)}..{max(modes)}, mean {np.mean(modes):.1f}"
+
+
+def _table(cells: Sequence[Sequence[Cell]], columns: Iterable[int]) -> Table:
+  columns = list(columns)
+  table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
+  for i in columns:
+    table.add_column(HEADER[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+  for row in cells:
+    table.add_row(*(Text(row[i][0], style="bold green" if row[i][1] else "") for i in columns))
+  return table
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+  console.print(Text(text, style=style), soft_wrap=True)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Reports on the runs in argv[1:]; ends with code 2 and one line where they can't be read."""
+  try:
+    if len(argv) < 2:
+      raise ValueError("no RUN given; python -m fmlora_jax.report RUN... (--help says more)")
+    picture = flags.FLAGS.plot
+    if picture and not picture.endswith(".png"):
+      raise ValueError(f"--plot is {picture!r}: must end in .png")
+    results, notes = load(argv[1:])
+    if flags.FLAGS.markdown:
+      _line(Console(), markdown(results, notes))
+    else:
+      show(results, Console(), notes)
+    if picture:
+      plots.plot_accuracy_over_tasks(group(results), picture)
+  except (ValueError, OSError) as error:
+    _line(Console(stderr=True), f"report: {error}")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_bool("markdown", False, "Print Markdown instead of a table.")
+  flags.DEFINE_string("plot", None, "PNG file for the accuracy over tasks of all groups.")
+  app.run(main)

@@ -1,0 +1,385 @@
+"""The experiment: tasks learned in order, every task seen so far measured after each one."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmlora_jax import checkpoint, methods, metrics, plots, tasks, writer
+from fmlora_jax.config import Config
+from fmlora_jax.evaluate import Evaluator
+from fmlora_jax.methods.rules import label_leaves, partition
+from fmlora_jax.models import pretrained, vit
+from fmlora_jax.tasks import augment, resident
+from fmlora_jax.train import mesh as mesh_lib
+from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.streams import stream_key
+from fmlora_jax.types import Variables
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run knows besides arrays; JSON in every checkpoint.
+
+  Attributes:
+    task: the current one, from 0.
+    training: whether the checkpoint lies within the task, not at its end.
+    facts: what the method said of each task so far.
+    correct: rows of counts of right answers, [after task][test set].
+    ahead: dil only: right answers on each task's test set just before it is learned.
+    baseline: dil only: the same with the untrained head.
+    seconds: wall time by kind, over all sessions of the run.
+    trained: trained parameters of the last task.
+  """
+
+  task: int = 0
+  training: bool = False
+  facts: list[dict] = dataclasses.field(default_factory=list)
+  correct: list[list[int]] = dataclasses.field(default_factory=list)
+  ahead: list[int | None] = dataclasses.field(default_factory=list)
+  baseline: list[int | None] = dataclasses.field(default_factory=list)
+  seconds: dict[str, float] = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(("train", "eval", "data", "compile", "total"), 0.0)
+  )
+  trained: int = 0
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Runs, resumes or re-reads the experiment in `workdir`; returns what result.json holds.
+
+  Raises:
+    ConfigError, ValueError, FileNotFoundError: with one line for the user.
+  """
+  weights, sizes, info = pretrained.load(config.weights, config.input.image_size)
+  sequence = tasks.make(
+    config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
+  )
+  normalisation = config.input.normalisation or info.normalisation
+  augment.check(config.input.augmentation, normalisation)
+  backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
+  method = methods.make(config, backbone, sequence.spec)
+  mesh = mesh_lib.make()
+  trainer = Trainer(
+    config,
+    method,
+    sequence,
+    jax.device_put(weights, mesh_lib.replicated(mesh)),
+    normalisation=normalisation,
+    image_size=sizes.image_size,
+    mesh=mesh,
+  )
+  identity = {
+    "config": dataclasses.asdict(config),
+    "weights_sha256": info.sha256,
+    "manifest_sha256": sequence.manifest_sha256,
+  }
+  checkpoint.claim(workdir, identity)
+  with writer.open_run(workdir) as log:
+    log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+    log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {sizes.depth} blocks")
+    log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
+    log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
+    log.note(f"method     {config.method.name}, workdir {workdir}")
+    if (workdir / writer.RESULT).exists():
+      log.note("finished before; its result:")
+      return writer.read_result(workdir)
+    with checkpoint.Store(workdir, mesh_lib.replicated(mesh)) as store:
+      experiment = Experiment(config, trainer, store, log)
+      experiment.learn()
+    result = experiment.result(info, normalisation, identity["config"])
+    writer.write_result(workdir, result)
+    plots.write_plots(result, workdir)
+  return result
+
+
+class Experiment:
+  """A run under way: variables, progress, and the way from one task to the next."""
+
+  def __init__(
+    self, config: Config, trainer: Trainer, store: checkpoint.Store, log: writer.RunLog
+  ):
+    self.config, self.trainer, self.store, self.log = config, trainer, store, log
+    self.method, self.sequence = trainer.method, trainer.sequence
+    self.evaluator = Evaluator(
+      self.method, trainer.center, config.eval_batch_size, trainer.split
+    )
+    self.n_test = np.asarray([len(task.test) for task in self.sequence.tasks])
+    self._tests: dict[int, Any] = {}
+    self._fold = jax.jit(self.method.fold)
+    self.progress = Progress()
+    self.variables = None
+
+  def learn(self) -> None:
+    """Learns all tasks that are left."""
+    began = time.monotonic()
+    listener = _count_compilation(self.progress)
+    state = self._restore()
+    self.log.truncate(self.progress.task, self._steps_before(self.progress.task) + self._step(state))
+    total = self.progress.seconds["total"]
+    for index in range(self.progress.task, len(self.sequence.tasks)):
+      self.progress.task = index
+      self._learn_task(index, state)
+      state = None
+      self.progress.seconds["total"] = total + time.monotonic() - began
+      self._save(self._steps_before(index + 1), keep=True)
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+  def _learn_task(self, index, state):
+    task, config = self.sequence.tasks[index], self.config
+    steps = self.trainer.steps_per_epoch(index)
+    plan = writer.TaskPlan(
+      index=index,
+      num_tasks=len(self.sequence.tasks),
+      name=task.name,
+      num_classes=task.hi - task.lo,
+      num_train=len(task.train),
+      epochs=config.epochs,
+      steps_per_epoch=steps,
+      batch_size=config.batch_size,
+    )
+    self.log.task_started(plan)
+    with self._timed("data"):
+      view = self.trainer.view(index)
+    with self._timed("train"):
+      if state is None:
+        self.log.phase("preparing")
+        self.variables, facts = self.method.begin_task(self.variables, view)
+        self.progress.facts.append(facts)
+        state = self.trainer.init(self.variables, index)
+      self._count_trained(index)
+      state = self._train(state, view)
+      self.variables = self.variables.replace(**state.params)
+      self.variables, facts = self.method.end_task(self.variables, view)
+      self.progress.facts[index] |= facts
+    self.progress.training = False
+    with self._timed("eval"):
+      self.log.phase("testing")
+      self._evaluate(index)
+    self._log_task(index)
+
+  def _train(self, state, view):
+    before, steps = self._steps_before(view.index), self.trainer.steps_per_epoch(view.index)
+    every, done = self.config.checkpoint.every_steps, int(state.step)
+    for state, stats, seconds in self.trainer.train(state, self.variables, view):  # noqa: B020
+      num = len(stats["loss"])
+      for i in range(num):
+        values = {f"train/{name}": stats[name][i] for name in stats}
+        self.log.scalars(view.index, before + done + i, values)
+      done += num
+      speed = num * self.config.batch_size / seconds
+      self.log.progress(done, loss=float(stats["loss"][-1]), images_per_second=speed)
+      if every and done % every == 0 and done < steps * self.config.epochs:
+        self.progress.training = True
+        self.variables = self.variables.replace(**state.params)
+        self._save(before + done, keep=False, state=state)
+    return state
+
+  def _evaluate(self, index):
+    spec = self.sequence.spec
+    model = self._fold(self.trainer.weights, self.variables)
+    row = [self._correct(model, seen, index) for seen in range(index + 1)]
+    self.progress.correct.append(row)
+    if spec.scenario == "dil" and index + 1 < spec.num_tasks:
+      self.progress.ahead.append(self._correct(model, index + 1, index))
+
+  def _correct(self, model, test: int, after: int) -> int:
+    """Right answers on the test set `test` when the tasks up to `after` are learned."""
+    spec, task = self.sequence.spec, self.sequence.tasks[test]
+    if test not in self._tests:
+      rows = self.evaluator.padded(len(task.test))
+      self._tests[test] = resident.load(self.sequence, task.test, rows)
+    lo, hi = (task.lo, task.hi) if spec.scenario == "til" else (0, spec.class_ranges[after][1])
+    classes = np.arange(spec.num_classes)
+    mask = self.trainer.put((classes >= lo) & (classes < hi))
+    return self.evaluator.correct(model, self._tests[test], mask)
+
+  def _restore(self):
+    """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
+    snapshot = self.store.latest()
+    if snapshot is None:
+      self._fresh()
+      return None
+    for name, value in snapshot.record["progress"].items():
+      setattr(self.progress, name, value)
+    progress, arrays = self.progress, snapshot.arrays
+    groups = {name: checkpoint.unflatten(arrays, name) for name in ("shared", "cur", "mem")}
+    self.variables = Variables(frozen={}, **groups)
+    if not progress.training:
+      progress.task += 1
+      self.log.note(f"resumed after task {progress.task} of {len(self.sequence.tasks)}")
+      return None
+    template = jax.eval_shape(lambda v: self.trainer.init(v, progress.task), self.variables)
+    opt_state = checkpoint.fill(template.opt_state, arrays, "opt_state")
+    state = template.replace(
+      params={"shared": groups["shared"], "cur": groups["cur"]},
+      opt_state=opt_state,
+      step=arrays["step"],
+    )
+    self.log.note(f"resumed in task {progress.task + 1}, step {int(state.step)}")
+    return state
+
+  def _fresh(self):
+    key = stream_key(self.trainer.root, "init", task=0)
+    self.variables = self.method.init(key, self.trainer.weights)
+    spec = self.sequence.spec
+    if spec.scenario == "dil":
+      model = self._fold(self.trainer.weights, self.variables)
+      counts = [self._correct(model, i, i) for i in range(1, spec.num_tasks)]
+      self.progress.baseline, self.progress.ahead = [None, *counts], [None]
+
+  def _save(self, step, *, keep, state=None):
+    groups = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
+    if state is not None:
+      groups |= {"opt_state": state.opt_state, "step": state.step}
+    record = {"progress": dataclasses.asdict(self.progress)}
+    snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
+    self.store.save(step, snapshot, keep=keep)
+
+  def _steps_before(self, index):
+    return self.config.epochs * sum(self.trainer.steps_per_epoch(i) for i in range(index))
+
+  def _step(self, state):
+    return 0 if state is None else int(state.step)
+
+  def _count_trained(self, index):
+    params = {"shared": self.variables.shared, "cur": self.variables.cur}
+    trained, _ = partition(params, label_leaves(params, self.method.rules(index)))
+    self.progress.trained = sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+  def _log_task(self, index):
+    matrix = self._matrix()
+    facts = self.progress.facts[index]
+    shown = {name: value for name, value in facts.items() if isinstance(value, (int, float))}
+    self.log.task_ended(matrix, self.n_test, shown)
+    values = {f"test/task_{i + 1}": matrix[index, i] for i in range(index + 1)}
+    values |= {f"method/{name}": value for name, value in shown.items()}
+    self.log.scalars(index, self._steps_before(index + 1) - 1, values)
+
+  def _matrix(self):
+    return metrics.accuracy_matrix(self._counts(), self.n_test, len(self.progress.correct))
+
+  def _counts(self):
+    total = len(self.sequence.tasks)
+    counts = np.zeros((total, total), int)
+    for i, row in enumerate(self.progress.correct):
+      counts[i, : len(row)] = row
+    return counts
+
+  def _timed(self, kind):
+    return _Timer(self.progress.seconds, kind)
+
+  def result(self, info, normalisation, config_dict) -> dict[str, Any]:
+    """Returns what result.json holds; design.md section 5."""
+    progress, sequence, config = self.progress, self.sequence, self.config
+    ahead, baseline = (
+      [None if c is None else c / n for c, n in zip(counts, self.n_test, strict=True)]
+      if counts
+      else None
+      for counts in (progress.ahead, progress.baseline)
+    )
+    facts = progress.facts
+    ranks = [fact.get("rank") for fact in facts]
+    hardness = [fact.get("complexity") for fact in facts]
+    stored = self.method.stored(facts)
+    head = sum(leaf.size for leaf in jax.tree.leaves(self.variables.mem["head"]))
+    statistics = [self.variables.mem["head"].get(name) for name in ("mean", "count")]
+    saved = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
+    return {
+      "method": config.method.name,
+      "benchmark": config.tasks.benchmark,
+      "scenario": sequence.scenario,
+      "split_id": sequence.split_id,
+      "manifest_sha256": sequence.manifest_sha256,
+      "seed": config.seed,
+      "class_order": sequence.class_order,
+      "task_names": [task.name for task in sequence.tasks],
+      **metrics.summarise(self._counts(), self.n_test, before=ahead, baseline=baseline),
+      "ranks": ranks if any(ranks) else None,
+      "complexity": hardness if any(h is not None for h in hardness) else None,
+      "interference": facts[-1].get("interference"),
+      "params": {
+        "trained": progress.trained,
+        "stored_per_task": stored["per_task"],
+        "stored_total": stored["shared"] + sum(stored["per_task"]) + head,
+        "backbone": sum(leaf.size for leaf in jax.tree.leaves(self.trainer.weights)),
+      },
+      "rehearsal_bytes": sum(leaf.nbytes for leaf in statistics if leaf is not None),
+      "weights": {"tag": info.tag, "sha256": info.sha256},
+      "normalisation": normalisation,
+      "augmentation": config.input.augmentation,
+      "epochs": config.epochs,
+      "batch_size": config.batch_size,
+      "wall_seconds": progress.seconds,
+      "params_sha256": params_sha256(saved),
+      "devices": [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"],
+      "versions": _versions(),
+      "git_commit": _git_commit(),
+      "config": config_dict,
+      "finished": True,
+    }
+
+
+class _Timer:
+  """Adds the wall time of a block to `seconds[kind]`, less what was compiled in it."""
+
+  def __init__(self, seconds: dict[str, float], kind: str):
+    self._seconds, self._kind = seconds, kind
+
+  def __enter__(self):
+    self._began, self._compiled = time.monotonic(), self._seconds["compile"]
+
+  def __exit__(self, *error):
+    compiled = self._seconds["compile"] - self._compiled
+    self._seconds[self._kind] += time.monotonic() - self._began - compiled
+
+
+def _count_compilation(progress: Progress):
+  """Adds the time that jax traces, lowers and compiles to `progress.seconds`; returns the listener."""
+
+  def listener(event: str, seconds: float, **kwargs):
+    del kwargs
+    if event.startswith("/jax/core/compile/"):
+      progress.seconds["compile"] += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  return listener
+
+
+def params_sha256(tree: Any) -> str:
+  """Returns the hash of all leaves of a pytree: names, shapes, dtypes and bytes, sorted by name."""
+  digest = hashlib.sha256()
+  for name, leaf in sorted(checkpoint.flatten(tree).items()):
+    array = np.asarray(leaf)
+    digest.update(f"{name}:{array.dtype}{array.shape}".encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "fmlora_jax")
+  found = {}
+  for name in names:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+      found[name] = "not installed"
+  return found | {"python": platform.python_version()}
+
+
+def _git_commit() -> str | None:
+  """Returns the commit of the source tree; None where it is not a git checkout."""
+  root = pathlib.Path(__file__).parent
+  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""One file per benchmark, found by its name: `make(config, source_size) -> Source`."""

@@ -1,0 +1,54 @@
+"""scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels that ship with it.
+
+Source: E. Alpaydin and C. Kaynak (1998), UCI Optical Recognition of Handwritten Digits (test part).
+"""
+
+import hashlib
+
+import numpy as np
+import sklearn.datasets
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from fmlora_jax.config import TasksConfig
+from fmlora_jax.tasks.sequence import Source
+
+CLASS_NAMES = tuple("0123456789")
+
+
+def load() -> tuple[UInt8[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
+  """Returns grey images, 0 is paper and 255 is ink, and their digits."""
+  images, labels = sklearn.datasets.load_digits(return_X_y=True)
+  return np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels.astype(np.int32)
+
+
+def enlarge(image: UInt8[np.ndarray, "8 8"], size: int) -> Image.Image:
+  """Returns the grey image at size x size pixels, bicubic."""
+  return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def pack(images: list[Image.Image], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what `Source.decode` does: three equal channels, and sizes."""
+  grey = np.stack([np.asarray(image) for image in images]) if images else np.zeros((0, size, size))
+  rgb = np.repeat(grey[..., None].astype(np.uint8), 3, axis=-1)
+  return rgb, np.full((len(images), 2), size, np.int32)
+
+
+def digest(name: str, images: np.ndarray, labels: np.ndarray) -> str:
+  return hashlib.sha256(
+    name.encode() + images.tobytes() + labels.astype("<i4").tobytes()
+  ).hexdigest()
+
+
+def make(config: TasksConfig, source_size: int) -> Source:
+  """Returns the digits, each enlarged to source_size."""
+  del config
+  images, labels = load()
+  return Source(
+    name="digits",
+    labels=labels,
+    class_names=CLASS_NAMES,
+    canvas=(source_size, source_size),
+    decode=lambda rows: pack([enlarge(images[i], source_size) for i in rows], source_size),
+    digest=digest("digits", images, labels),
+  )

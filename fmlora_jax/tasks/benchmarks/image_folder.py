@@ -1,0 +1,241 @@
+"""A folder of images: one folder per class, within splits or domains where the data have them."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int, UInt8
+
+from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.tasks import images
+from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, Source
+
+SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+LAYOUTS = (  # what the folders above an image stand for, outermost first
+  ("class",),
+  ("split", "class"),
+  ("domain", "class"),
+  ("domain", "split", "class"),
+  ("split", "domain", "class"),
+)
+MAX_DEPTH = max(map(len, LAYOUTS))
+MAX_LISTED = 10  # names in one message
+
+Parts = tuple[str, ...]  # of a path below data_dir: its folders and, of a file, its name
+
+
+def make(config: TasksConfig, source_size: int) -> Source:
+  """Returns the images of config.data_dir, each decoded once to see that it can be.
+
+  The layout is told by depth and by the names of splits: train, val (valid, validation), test.
+
+  Raises:
+    ConfigError: if there is no such folder, its layout is none of `LAYOUTS`, a class is missing
+      somewhere, or a file can't be decoded and config.broken_files is "refuse".
+  """
+  root = _root(config.data_dir)
+  files, empty = _walk(root)
+  layout = _layout(root, files)
+  _refuse_gaps(root, files, empty)
+  names = {role: sorted({parts[i] for parts in files}) for i, role in enumerate(layout)}
+  found = f"{len(files)} images, {len(names['class'])} classes, layout {'/'.join(layout)}/*"
+  logging.info("%s: %s; checking every file", root, found)
+  reader = Reader(root=root, side=source_size, max_pixels=config.max_pixels)
+  checked = _check(reader, files, skip=config.broken_files == "skip")
+  files = list(checked)
+
+  def ids(role):
+    number = {name: i for i, name in enumerate(names[role])}
+    return np.asarray([number[parts[layout.index(role)]] for parts in files], np.int32)
+
+  codes = np.asarray([SPLITS[name] for name in names.get("split", ())], np.int8)
+  sizes = np.asarray([size for size, _ in checked.values()], np.int32)
+  return Source(
+    name="image_folder",
+    labels=ids("class"),
+    class_names=tuple(names["class"]),
+    canvas=tuple(sizes.max(axis=0).tolist()),
+    decode=lambda rows: _decode(reader, [files[row] for row in rows], sizes, rows),
+    digest=_digest(checked),
+    split=codes[ids("split")] if "split" in layout else None,
+    domains=ids("domain") if "domain" in layout else None,
+    domain_names=tuple(names.get("domain", ())),
+  )
+
+
+def _refusal(root: pathlib.Path, what: str) -> ConfigError:
+  return ConfigError(f"config.tasks.data_dir is {str(root)!r}: {what}")
+
+
+def _listed(paths: Sequence[Parts]) -> str:
+  more = f" and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
+  return ", ".join(repr("/".join(parts)) for parts in paths[:MAX_LISTED]) + more
+
+
+def _root(data_dir: str | None) -> pathlib.Path:
+  if not data_dir:
+    raise ConfigError(
+      f"config.tasks.data_dir is {data_dir!r}: must be the folder with the images, as in "
+      "--config.tasks.data_dir=/data/photos"
+    )
+  root = pathlib.Path(data_dir).expanduser()
+  if not root.is_dir():
+    raise _refusal(root, "is a file, must be a folder" if root.exists() else "no such folder")
+  return root
+
+
+def _walk(root: pathlib.Path) -> tuple[list[Parts], list[Parts]]:
+  """Returns the image files, by their endings, and the folders that hold nothing; both sorted."""
+  known = images.extensions()
+  files, empty, ignored = [], [], collections.Counter()
+  pending = [()]
+  while pending:
+    parts = pending.pop()
+    if len(parts) > MAX_DEPTH:
+      raise _refusal(root, f"folder {_listed([parts])} is too deep, or links back; {_wanted()}")
+    try:
+      with os.scandir(root.joinpath(*parts)) as entries:
+        visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+        folders = [(*parts, e.name) for e in visible if e.is_dir()]
+        others = [e.name for e in visible if not e.is_dir()]
+    except OSError as error:
+      raise _refusal(root, f"folder {_listed([parts])} can't be read: {error.strerror}") from None
+    taken = [name for name in others if os.path.splitext(name)[1].lower() in known]
+    ignored.update(os.path.splitext(name)[1] or name for name in {*others} - {*taken})
+    if not folders and not taken:
+      empty.append(parts)
+    files += ((*parts, name) for name in taken)
+    pending += folders
+  if ignored:
+    count, kinds = sum(ignored.values()), ", ".join(sorted(ignored)[:MAX_LISTED])
+    logging.warning("%s: ignored %d files that are no images: %s", root, count, kinds)
+  if not files:
+    raise _refusal(root, "holds no image")
+  return sorted(files), sorted(empty)
+
+
+def _wanted() -> str:
+  return f"must be laid out as one of {', '.join('/'.join(roles) + '/*' for roles in LAYOUTS)}"
+
+
+def _layout(root: pathlib.Path, files: Sequence[Parts]) -> tuple[str, ...]:
+  """Returns the one of `LAYOUTS` that fits all files."""
+  by_depth = {len(parts) - 1: parts for parts in reversed(files)}
+  if len(by_depth) > 1:
+    raise _refusal(
+      root, f"images at different depths, {_listed([*by_depth.values()])}; {_wanted()}"
+    )
+  (depth,) = by_depth
+  levels = [{parts[i] for parts in files} for i in range(depth)]
+
+  def fits(roles):
+    if len(roles) != depth:
+      return False
+    if roles == ("class",):  # a class may be called "train", but not all of them
+      return not levels[0] <= SPLITS.keys()
+    return all(
+      role == "class" or (names <= SPLITS.keys() if role == "split" else not names & SPLITS.keys())
+      for role, names in zip(roles, levels, strict=True)
+    )
+
+  fitting = [roles for roles in LAYOUTS if fits(roles)]
+  if len(fitting) != 1:
+    found = " / ".join(_listed([(name,) for name in sorted(names)]) for names in levels)
+    raise _refusal(
+      root,
+      f"found folders {found or 'none, but images such as ' + _listed(files[:1])}; {_wanted()}, "
+      f"where split is one of {', '.join(SPLITS)}, and domain is none of these",
+    )
+  return fitting[0]
+
+
+def _refuse_gaps(root: pathlib.Path, files: Sequence[Parts], empty: Sequence[Parts]) -> None:
+  filled = {parts[:-1] for parts in files}
+  levels = [sorted(set(level)) for level in zip(*filled, strict=True)]
+  gaps = sorted({*empty, *(parts for parts in itertools.product(*levels) if parts not in filled)})
+  if gaps:
+    raise _refusal(
+      root,
+      f"no image in folder {_listed(gaps)}: each class needs some in every split and domain; "
+      "add them, or remove the class everywhere",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+  """Reads the files below `root` at shorter side `side`."""
+
+  root: pathlib.Path
+  side: int
+  max_pixels: int
+
+  def check(self, parts: Parts) -> tuple[tuple[int, int], str] | images.BrokenImage:
+    """Returns (height, width) as kept and sha256 hex of the file, or what is wrong with it."""
+    path = self.root.joinpath(*parts)
+    try:
+      (width, height), _ = images.kept(images.read(path, self.max_pixels).size, self.side)
+      with open(path, "rb") as file:
+        return (height, width), hashlib.file_digest(file, "sha256").hexdigest()
+    except images.BrokenImage as error:
+      return error
+
+  def pixels(self, parts: Parts) -> UInt8[np.ndarray, "h w 3"]:
+    image = images.read(self.root.joinpath(*parts), self.max_pixels)
+    return np.asarray(images.keep(image, self.side))
+
+
+def _check(
+  reader: Reader, files: Sequence[Parts], *, skip: bool
+) -> dict[Parts, tuple[tuple[int, int], str]]:
+  """Returns the files that can be decoded, with what `Reader.check` says of them."""
+  good, bad = {}, {}
+  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+    for parts, result in zip(files, pool.map(reader.check, files), strict=True):
+      (bad if isinstance(result, images.BrokenImage) else good)[parts] = result
+      done = len(good) + len(bad)
+      logging.log_every_n_seconds(logging.INFO, "%d of %d files checked", 10, done, len(files))
+  if bad:
+    reasons = [f"  {_listed([parts])}: {error}" for parts, error in bad.items()]
+    if len(reasons) > MAX_LISTED:
+      reasons[MAX_LISTED:] = [f"  and {len(reasons) - MAX_LISTED} more"]
+    what = f"{len(bad)} of {len(files)} images can't be used"
+    if skip and good:
+      logging.warning("%s: %s, skipped:\n%s", reader.root, what, "\n".join(reasons))
+    else:
+      mend = "mend or remove them, or set config.tasks.broken_files to skip"
+      raise _refusal(reader.root, "\n".join([f"{what}; {mend}:", *reasons]))
+  return good
+
+
+def _digest(checked: dict[Parts, tuple[tuple[int, int], str]]) -> str:
+  """Returns a sha256 over paths, so class names too, and contents."""
+  lines = (f"{'/'.join(parts)}\0{content}\n" for parts, (_, content) in checked.items())
+  return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+
+
+def _decode(
+  reader: Reader, files: Sequence[Parts], sizes: Int[np.ndarray, "n 2"], rows: Int[np.ndarray, " k"]
+) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
+  """Returns `files`, the records `rows`, in the corner of a canvas that fits all sizes."""
+  canvases = np.zeros((len(rows), *sizes.max(axis=0), 3), np.uint8)
+
+  def put(index):
+    height, width = size = tuple(sizes[rows[index]])
+    try:
+      pixels = reader.pixels(files[index])
+      if pixels.shape[:2] != size:
+        raise images.BrokenImage("has another size than at the start of the run")
+    except images.BrokenImage as error:
+      raise _refusal(reader.root, f"{_listed([files[index]])} has changed: {error}") from error
+    canvases[index, :height, :width] = pixels
+
+  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(put, range(len(rows))))
+  return canvases, sizes[rows]

@@ -1,0 +1,120 @@
+"""Image files of any kind to RGB pixels of one shorter side."""
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# No pictures, or decoded by a program outside of Pillow.
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+MAX_ASPECT = 2  # longer images are cropped at the centre
+_PILLOW = threading.Lock()
+
+
+class BrokenImage(ValueError):
+  """A file that can't be used; the message is the reason, without the file's name."""
+
+
+def extensions() -> frozenset[str]:
+  """Returns the lower-case endings, ".png" and so on, of files that are taken for images."""
+  known = Image.registered_extensions().items()
+  # MPO, of stereo cameras, is opened as JPEG.
+  return frozenset(e for e, f in known if (f in Image.OPEN or f == "MPO") and f not in NOT_IMAGES)
+
+
+@contextlib.contextmanager
+def pillow_unlimited() -> Iterator[None]:
+  """Lifts Pillow's own limit on pixels, so that `Limits.max_pixels` alone counts; one at a time.
+
+  Pillow's warnings are silent too: of odd metadata, mostly. What can't be decoded raises anyway.
+  """
+  with _PILLOW, warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+      yield
+    finally:
+      Image.MAX_IMAGE_PIXELS = limit
+
+
+def read(path: str | os.PathLike, max_pixels: int) -> Image.Image:
+  """Returns the image in RGB, decoded to its end and upright; call within `pillow_unlimited`.
+
+  Of a file with several frames, the first.
+
+  Raises:
+    BrokenImage: if it can't be decoded, or has more than `max_pixels` (then none is decoded).
+  """
+  try:
+    if not os.path.isfile(path):  # a pipe would block for ever
+      raise BrokenImage("not a file, or a link to nothing")
+    if os.path.getsize(path) == 0:
+      raise BrokenImage("the file is empty")
+    formats = [name for name in Image.OPEN if name not in NOT_IMAGES]
+    with Image.open(path, formats=formats) as image:
+      if image.width * image.height > max_pixels:
+        raise BrokenImage(
+          f"{image.width} x {image.height} is more than config.tasks.max_pixels, {max_pixels}"
+        )
+      return to_rgb(ImageOps.exif_transpose(image))
+  except BrokenImage:
+    raise
+  except UnidentifiedImageError:
+    raise BrokenImage("not an image that Pillow can open") from None
+  except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise BrokenImage(reason) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+  """Returns the image in mode RGB, as Pillow's `convert` but for modes that it clips.
+
+  Transparency is dropped, as the published codes do: what lies under it shows. 16 bits are scaled
+  by 1/257, 32-bit integers too if they fit 16 bits. Floats are taken as 0..1 if none is above 1,
+  else as 0..255.
+
+  Raises:
+    BrokenImage: if a number is outside of these ranges, or not finite.
+  """
+  if image.mode.startswith("I") or image.mode == "F":
+    return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+  if image.mode in ("P", "PA"):  # palettes may hold transparency, which RGB would warn about
+    image = image.convert("RGBA")
+  return image.convert("RGB")
+
+
+def _to_bytes(values: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+  lo, hi = values.min(), values.max()
+  if not (np.isfinite(lo) and np.isfinite(hi)):
+    raise BrokenImage("pixels that are not finite numbers")
+  if values.dtype.kind == "f":
+    largest, scale = 255.0, 255.0 if hi <= 1 else 1.0
+  else:
+    largest, scale = 65535, 1 / 257
+  if lo < 0 or hi > largest:
+    raise BrokenImage(f"pixels in {lo:g}..{hi:g}, must be in 0..{largest:g}")
+  return np.rint(values * scale).astype(np.uint8)
+
+
+def kept(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+  """Returns what `keep` makes of a (width, height): its own, and the box of the image it shows."""
+  shorter = min(size)
+  width, height = (min(length, MAX_ASPECT * shorter) for length in size)
+  left, top = (size[0] - width) // 2, (size[1] - height) // 2
+  box = (left, top, left + width, top + height)
+  return (side * width // shorter, side * height // shorter), box
+
+
+def keep(image: Image.Image, side: int) -> Image.Image:
+  """Returns the image with its shorter side `side` pixels long, bicubic with antialias.
+
+  The longer is in proportion, truncated as torchvision does; what is longer than `MAX_ASPECT` times
+  the shorter is cropped at the centre first. Small images are enlarged: all fill one canvas.
+  """
+  size, box = kept(image.size, side)
+  return image.resize(size, Image.Resampling.BICUBIC, box=box)

@@ -1,0 +1,269 @@
+"""A data source cut into train, val and test, and into tasks over one label space; pure numpy."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int, Int8, UInt8
+
+from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.types import SequenceSpec
+
+TRAIN, VAL, TEST = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """Labelled images before any cut.
+
+  Attributes:
+    name: for messages and the split's id.
+    labels: canonical class of each record.
+    class_names: by canonical class.
+    canvas: (height, width) in pixels that every decoded image fits into.
+    decode: record indices [k] -> pixels [k, h, w, 3] in the upper left corner of a zero canvas, and
+      (height, width) [k, 2] of each.
+    digest: sha256 hex of what the data are (labels, names, contents), not of how they are cut.
+    split: what the data say: TRAIN, VAL, TEST, or -1 where they say nothing; None says nothing.
+    domains: domain of each record; None where there are none.
+    domain_names: by domain.
+    group: records of equal value never land in different splits; None: each on its own.
+  """
+
+  name: str
+  labels: Int[np.ndarray, " n"]
+  class_names: tuple[str, ...]
+  canvas: tuple[int, int]
+  decode: Callable[[np.ndarray], tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]]
+  digest: str
+  split: Int8[np.ndarray, " n"] | None = None
+  domains: Int[np.ndarray, " n"] | None = None
+  domain_names: tuple[str, ...] = ()
+  group: Int[np.ndarray, " n"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """Ascending record indices (int64) of one task's splits; its labels are positions lo..hi-1."""
+
+  index: int
+  name: str
+  train: Int[np.ndarray, " n_train"]
+  val: Int[np.ndarray, " n_val"]
+  test: Int[np.ndarray, " n_test"]
+  lo: int
+  hi: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSequence:
+  """Tasks in the order they come.
+
+  Attributes:
+    class_order: position p holds the canonical class class_order[p].
+    labels: position of each record's class.
+    split_id: names the cut into train, val and test for a reader.
+    manifest_sha256: of the records and of that cut; not of the order of classes or tasks.
+  """
+
+  source: Source
+  tasks: tuple[Task, ...]
+  scenario: str
+  class_order: list[int]
+  labels: Int[np.ndarray, " n"]
+  split_id: str
+  manifest_sha256: str
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_order)
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """Names by position."""
+    return tuple(self.source.class_names[c] for c in self.class_order)
+
+  @property
+  def spec(self) -> SequenceSpec:
+    return SequenceSpec(
+      scenario=self.scenario,
+      num_tasks=len(self.tasks),
+      num_classes=self.num_classes,
+      class_ranges=tuple((task.lo, task.hi) for task in self.tasks),
+    )
+
+
+def order_of(count: int, order: str, seed: int) -> list[int]:
+  """Returns 0..count-1, "natural" or "shuffled" by numpy's frozen legacy stream, as SD-LoRA does.
+
+  Source: protocol A.3.
+  """
+  if order == "natural":
+    return list(range(count))
+  return np.random.RandomState(seed).permutation(count).tolist()
+
+
+def cut(source: Source, config: TasksConfig, *, seed: int) -> TaskSequence:
+  """Returns the sequence that `config` asks for; `seed` orders it where order_seed is None.
+
+  Raises:
+    ConfigError: if the source has no such tasks, or a class of a task no train or no test image.
+  """
+  order_seed = seed if config.order_seed is None else config.order_seed
+  for field, value in (("order_seed", order_seed), ("split_seed", config.split_seed)):
+    if not 0 <= value < 2**32:
+      raise ConfigError(f"config.tasks.{field} is {value}: must be in [0, 2**32)")
+  split = _split(source, config)
+  make_tasks = _domain_tasks if config.scenario == "dil" else _class_tasks
+  class_order, members = make_tasks(source, config, order_seed)
+  labels = np.argsort(class_order)[source.labels].astype(np.int32)
+  tasks = tuple(
+    Task(
+      index=index,
+      name=name,
+      lo=lo,
+      hi=hi,
+      **{
+        part: np.flatnonzero((split == code) & mask)
+        for part, code in (("train", TRAIN), ("val", VAL), ("test", TEST))
+      },
+    )
+    for index, (name, lo, hi, mask) in enumerate(members(labels))
+  )
+  sequence = TaskSequence(
+    source=source,
+    tasks=tasks,
+    scenario=config.scenario,
+    class_order=class_order,
+    labels=labels,
+    split_id=_split_id(source, config),
+    manifest_sha256=_manifest(source, split),
+  )
+  _refuse_empty_classes(sequence)
+  return sequence
+
+
+def _class_tasks(source, config, seed):
+  """Returns the class order and what makes (name, lo, hi, mask of records) of each cil task."""
+  count, num_tasks = len(source.class_names), config.num_tasks
+  if count % num_tasks:
+    divisors = ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
+    raise ConfigError(
+      f"config.tasks.num_tasks is {num_tasks}: must divide the {count} classes of {source.name}, "
+      f"so be one of {divisors}"
+    )
+  size = count // num_tasks
+
+  def members(labels):
+    for lo in range(0, count, size):
+      name = f"class {lo}" if size == 1 else f"classes {lo}-{lo + size - 1}"
+      yield name, lo, lo + size, (labels >= lo) & (labels < lo + size)
+
+  return order_of(count, config.order, seed), members
+
+
+def _domain_tasks(source, config, seed):
+  """Returns the natural class order and what makes (name, lo, hi, mask) of each dil task."""
+  if source.domains is None:
+    raise ConfigError(
+      f"config.tasks.scenario is 'dil': {source.name} has no domains; "
+      "set cil or til, or a benchmark that has domains"
+    )
+  count = len(source.domain_names)
+  if config.num_tasks > count:
+    raise ConfigError(
+      f"config.tasks.num_tasks is {config.num_tasks}: must be at most {count}, the number of "
+      f"domains of {source.name} ({', '.join(source.domain_names)})"
+    )
+  num_classes = len(source.class_names)
+
+  def members(labels):
+    del labels  # all classes are in each domain
+    for domain in order_of(count, config.order, seed)[: config.num_tasks]:
+      yield source.domain_names[domain], 0, num_classes, source.domains == domain
+
+  return list(range(num_classes)), members
+
+
+def _brings(source: Source, part: int) -> bool:
+  return source.split is not None and bool(np.any(source.split == part))
+
+
+def _split(source: Source, config: TasksConfig) -> Int8[np.ndarray, " n"]:
+  """Returns TRAIN, VAL or TEST of each record.
+
+  What the source brings is taken. What it does not bring is cut, per class and domain, from the
+  rest: first test, then val. The draw of a class depends on split_seed and on that class alone.
+  """
+  split = np.full(len(source.labels), TRAIN, np.int8)
+  if source.split is not None:
+    split = np.maximum(source.split, TRAIN)
+  for part, fraction in ((TEST, config.test_fraction), (VAL, config.val_fraction)):
+    if not _brings(source, part) and fraction > 0:
+      split[_draw(source, split == TRAIN, fraction, (config.split_seed, part))] = part
+  return split
+
+
+def _draw(source: Source, allowed, fraction: float, seed: tuple[int, int]) -> np.ndarray:
+  """Returns a mask of `fraction` of the allowed records of each class and domain.
+
+  At least one where there are two, never all of them; groups are drawn whole, counted once, in the
+  stratum of their first record.
+  """
+  records = np.flatnonzero(allowed)
+  group = np.arange(len(source.labels)) if source.group is None else source.group
+  units, first = np.unique(group[records], return_index=True)
+  first = records[first]
+  domains = np.zeros_like(source.labels) if source.domains is None else source.domains
+  strata, member = np.unique(
+    np.stack([source.labels[first], domains[first]]), axis=1, return_inverse=True
+  )
+  drawn = [units[:0]]
+  for index, (label, domain) in enumerate(strata.T.tolist()):
+    stratum = units[member == index]
+    count = min(max(int(len(stratum) * fraction + 0.5), 1), len(stratum) - 1)
+    order = np.random.RandomState([*seed, label, domain]).permutation(len(stratum))
+    drawn.append(stratum[order[:count]])
+  return allowed & np.isin(group, np.concatenate(drawn))
+
+
+def _split_id(source: Source, config: TasksConfig) -> str:
+  val = "own" if _brings(source, VAL) else f"{config.val_fraction:g}"
+  test = "own" if _brings(source, TEST) else f"{config.test_fraction:g}"
+  seed = "" if val == test == "own" else f"-seed{config.split_seed}"
+  return f"{source.name}/val{val}-test{test}{seed}"
+
+
+def _manifest(source: Source, split: np.ndarray) -> str:
+  def sha256(values):
+    if values is None:
+      return None
+    return hashlib.sha256(np.ascontiguousarray(values, "<i8").tobytes()).hexdigest()
+
+  parts = {
+    "n": len(source.labels),
+    "labels": sha256(source.labels),
+    "domains": sha256(source.domains),
+    "train": sha256(np.flatnonzero(split == TRAIN)),
+    "val": sha256(np.flatnonzero(split == VAL)),
+    "test": sha256(np.flatnonzero(split == TEST)),
+    "source": source.digest,
+  }
+  return hashlib.sha256(
+    json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+  ).hexdigest()
+
+
+def _refuse_empty_classes(sequence: TaskSequence) -> None:
+  for task in sequence.tasks:
+    for part in ("train", "test"):
+      found = np.bincount(sequence.labels[getattr(task, part)], minlength=sequence.num_classes)
+      empty = [sequence.class_names[p] for p in range(task.lo, task.hi) if not found[p]]
+      if empty:
+        raise ConfigError(
+          f"{sequence.source.name}: no {part} image of class {', '.join(map(repr, empty[:10]))}"
+          f"{' ...' if len(empty) > 10 else ''} in task {task.index} ({task.name}): every class "
+          "needs one for training and one for test; add images, or remove the class"
+        )

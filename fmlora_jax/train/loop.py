@@ -1,0 +1,176 @@
+"""One task from its images to trained variables; resumable at any chunk of steps."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmlora_jax.config import Config
+from fmlora_jax.tasks import TaskSequence, augment, resident
+from fmlora_jax.train import mesh as mesh_lib
+from fmlora_jax.train.step import Fixed, Stepper, TrainState, make_chunk
+from fmlora_jax.train.streams import stream_key
+from fmlora_jax.types import Examples, Method, Params, TaskArrays, TaskView, Variables
+
+
+class NonFiniteError(ValueError):
+  """Training gave NaN or infinity; the run stops and keeps its last checkpoint."""
+
+
+class Trainer:
+  """Trains a method task by task on one mesh.
+
+  Args:
+    config: the run's.
+    method: what is trained.
+    sequence: the tasks.
+    weights: the pre-trained backbone, float32, on all devices.
+    normalisation: of pixels.
+    image_size: side that the ViT sees.
+    mesh: devices; batches are split over them.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    method: Method,
+    sequence: TaskSequence,
+    weights: Params,
+    *,
+    normalisation: str,
+    image_size: int,
+    mesh: jax.sharding.Mesh,
+  ):
+    mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
+    mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
+    self.config, self.method, self.sequence, self.weights = config, method, sequence, weights
+    self.root = jax.device_put(jax.random.key(config.seed), mesh_lib.replicated(mesh))
+    self._mesh = mesh
+    pixels = {
+      "size": image_size,
+      "augmentation": config.input.augmentation,
+      "normalisation": normalisation,
+      "dtype": jnp.dtype(config.compute_dtype),
+    }
+    self.augment = functools.partial(augment.train_batch, **pixels)
+    self.center = functools.partial(augment.test_batch, **pixels)
+    self._capacity = {part: resident.capacity(sequence, part) for part in ("train", "val")}
+    self._chunks: dict = {}
+
+  def put(self, tree):
+    """Places host arrays on every device."""
+    return jax.device_put(tree, mesh_lib.replicated(self._mesh))
+
+  def split(self, tree):
+    """Places host arrays with their leading axis split over the devices."""
+    return jax.device_put(tree, mesh_lib.split(self._mesh))
+
+  def view(self, index: int) -> TaskView:
+    """Returns task `index` with its images on the devices."""
+    task = self.sequence.tasks[index]
+
+    def examples(part: str) -> Examples | None:
+      indices = getattr(task, part)
+      if not len(indices):
+        return None
+      return self.put(resident.load(self.sequence, indices, self._capacity[part]))
+
+    def rows(part: str, seed: int) -> Callable:
+      size = len(getattr(task, part))
+      return lambda epoch: resident.epoch_indices(size, self.config.batch_size, seed, index, epoch)
+
+    # the data order has its own stream: another method of the same seed sees the same batches
+    return TaskView(
+      index=index,
+      num_classes=task.hi - task.lo,
+      arrays=self.put(TaskArrays(*map(jnp.int32, (index, task.lo, task.hi)))),
+      weights=self.weights,
+      train=examples("train"),
+      val=examples("val"),
+      train_rows=rows("train", self.config.seed),
+      val_rows=rows("val", self.config.seed + 1),
+      augment=self.augment,
+      center=self.center,
+      key=lambda name: stream_key(self.root, name, task=index),
+    )
+
+  def steps_per_epoch(self, index: int) -> int:
+    """Returns the steps of one epoch of task `index`; the last batch may be padded."""
+    return -(-len(self.sequence.tasks[index].train) // self.config.batch_size)
+
+  def init(self, variables: Variables, index: int) -> TrainState:
+    """Returns the state at the start of task `index`."""
+    return self._stepper(index).init(variables)
+
+  def _stepper(self, index: int) -> Stepper:
+    return self._programs(index)[0]
+
+  def _programs(self, index: int):
+    """Returns the stepper and its jitted chunk; tasks with the same rules share them."""
+    rules = self.method.rules(index)
+    if rules not in self._chunks:
+      stepper = Stepper(self.method, self.config, rules)
+      chunk = make_chunk(stepper, self.augment, mesh_lib.split(self._mesh))
+      self._chunks[rules] = stepper, chunk
+    return self._chunks[rules]
+
+  def num_programs(self) -> int:
+    """Returns how many times a training step was compiled."""
+    return sum(chunk._cache_size() for _, chunk in self._chunks.values())
+
+  def train(
+    self, state: TrainState, variables: Variables, view: TaskView
+  ) -> Iterator[tuple[TrainState, dict[str, np.ndarray], float]]:
+    """Yields (state, stats, seconds) after each chunk of steps until the task is done.
+
+    `stats` are numbers of the chunk's steps. A chunk ends at every multiple of
+    `checkpoint.every_steps`, so that the state may be saved there. The yielded state is donated to
+    the next chunk.
+
+    Raises:
+      NonFiniteError: if a loss or a gradient norm is not finite, with task and step.
+    """
+    _, chunk = self._programs(view.index)
+    epoch_steps, size = self.steps_per_epoch(view.index), self.config.input.steps_per_dispatch
+    total = self.config.epochs * epoch_steps
+    fixed = Fixed(
+      frozen=self.put(self.method.freeze(self.weights, variables)),
+      mem=self.put(variables.mem),
+      task=view.arrays,
+      total_steps=self.put(jnp.int32(total)),
+      root=self.root,
+    )
+    # a copy of its own: the chunk donates it, and a method may have put one array in two places
+    state = jax.tree.map(jnp.copy, self.put(state))
+    order = functools.lru_cache(maxsize=2)(view.train_rows)
+    done = int(state.step)
+    while done < total:
+      num = min(size, total - done, self._until_checkpoint(done))
+      rows = np.full((size, self.config.batch_size), -1, np.int32)
+      for i in range(num):
+        epoch, step = divmod(done + i, epoch_steps)
+        rows[i] = order(epoch)[step]
+      rows = jax.device_put(rows, mesh_lib.split(self._mesh, axis=1))
+      began = time.monotonic()
+      state, stats = chunk(state, fixed, view.train, rows, self.put(jnp.int32(num)))
+      stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
+      self._check(stats, view.index, done)
+      done += num
+      yield state, stats, time.monotonic() - began
+
+  def _until_checkpoint(self, done: int) -> int:
+    every = self.config.checkpoint.every_steps
+    return every - done % every if every else np.iinfo(np.int32).max
+
+  def _check(self, stats, task: int, done: int) -> None:
+    bad = ~(np.isfinite(stats["loss"]) & np.isfinite(stats["grad_norm"]))
+    if bad.any():
+      i = int(np.argmax(bad))
+      raise NonFiniteError(
+        f"loss is {stats['loss'][i]} and gradient norm {stats['grad_norm'][i]} at task {task + 1} of "
+        f"{len(self.sequence.tasks)}, step {done + i + 1}: must be finite; lower "
+        "config.optim.learning_rate or set config.optim.clip_norm"
+      )

@@ -1,0 +1,113 @@
+"""The training step, and many of them in one device program."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from fmlora_jax.config import Config
+from fmlora_jax.methods.rules import combine, label_leaves, partition
+from fmlora_jax.models import heads
+from fmlora_jax.train import optim
+from fmlora_jax.train.streams import stream_key
+from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays, Variables
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a step changes; donated to it.
+
+  Attributes:
+    params: {"shared", "cur"}.
+    opt_state: exists for trained leaves only.
+    step: steps done in this task.
+  """
+
+  params: Params
+  opt_state: optax.OptState
+  step: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Fixed:
+  """What a step only reads.
+
+  Attributes:
+    frozen, mem: groups of `Variables`.
+    task: the current one.
+    total_steps: of this task; ends the cosine.
+    root: PRNG key of the run.
+  """
+
+  frozen: Params
+  mem: Params
+  task: TaskArrays
+  total_steps: Int[Array, ""]
+  root: PRNGKeyArray
+
+
+class Stepper:
+  """The step of a method under one table of rules; pure functions, made once.
+
+  Attributes:
+    step: (state, fixed, batch) -> (state, {"loss", "grad_norm"}).
+  """
+
+  def __init__(self, method: Method, config: Config, rules: Rules):
+    self.method, self.config, self.rules = method, config, rules
+
+  def _optimizer(self, params: Params) -> tuple[optax.GradientTransformationExtraArgs, Params]:
+    labels = label_leaves(params, self.rules)
+    return optim.make(self.config, labels), labels
+
+  def init(self, variables: Variables) -> TrainState:
+    """Returns the state at the start of a task: a fresh optimiser."""
+    params = {"shared": variables.shared, "cur": variables.cur}
+    optimizer, _ = self._optimizer(params)
+    return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+  def step(self, state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, dict]:
+    optimizer, labels = self._optimizer(state.params)
+    trained, still = partition(state.params, labels)
+    key = stream_key(fixed.root, "method", task=fixed.task.index, step=state.step)
+
+    def loss_fn(trained):
+      params = combine(trained, still)
+      variables = Variables(frozen=fixed.frozen, mem=fixed.mem, **params)
+      output = self.method.apply(variables, batch.images, fixed.task, key)
+      losses = heads.local_losses(output.logits, batch.labels, fixed.task)
+      return heads.weighted_mean(losses, batch.valid) + output.penalty
+
+    loss, grads = jax.value_and_grad(loss_fn)(trained)
+    stats = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    # set_to_zero ignores what it is given for the frozen leaves; nothing is computed for them
+    grads = combine(grads, jax.tree.map(jnp.zeros_like, still))
+    progress = state.step / fixed.total_steps
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, progress=progress)
+    updates, _ = partition(updates, labels)
+    params = combine(optax.apply_updates(trained, updates), still)
+    return TrainState(params=params, opt_state=opt_state, step=state.step + 1), stats
+
+
+def make_chunk(stepper: Stepper, augment, batch_sharding):
+  """Returns the jitted (state, fixed, examples, rows [K, B], num) -> (state, stats of K numbers).
+
+  It does the first `num` of K steps; `num` is traced, so a task's last chunk compiles nothing new.
+  Every step draws its crops from the key of (task, step).
+  """
+
+  def chunk(state: TrainState, fixed: Fixed, examples: Examples, rows: Int[Array, "K B"], num):
+    stats = {name: jnp.zeros(rows.shape[0]) for name in ("loss", "grad_norm")}
+
+    def body(i, carry):
+      state, stats = carry
+      key = stream_key(fixed.root, "augment", task=fixed.task.index, step=state.step)
+      batch = augment(examples, rows[i], key)
+      batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+      state, now = stepper.step(state, fixed, batch)
+      return state, {name: stats[name].at[i].set(now[name]) for name in stats}
+
+    return jax.lax.fori_loop(0, num, body, (state, stats))
+
+  return jax.jit(chunk, donate_argnames="state")

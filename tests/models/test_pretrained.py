@@ -1,0 +1,449 @@
+"""Files on disk -> parameters of our ViT; every wrong file or field gives one clear line."""
+
+import hashlib
+import json
+import pathlib
+import re
+import struct
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fmlora_jax.config import WeightsConfig
+from fmlora_jax.models import pretrained, vit
+from fmlora_jax.types import Sizes
+
+TINY = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2)
+TINY_SCALED = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2, layer_scale=True)
+
+
+@pytest.fixture(autouse=True)
+def tiny_checkpoints(monkeypatch):
+  """Two checkpoints of a size that tests can afford, found by tag like the real ones."""
+  monkeypatch.setitem(vit.ARCHITECTURES, "tiny", TINY)
+  monkeypatch.setitem(vit.ARCHITECTURES, "tiny_scaled", TINY_SCALED)
+  for tag, architecture, layout in (
+    ("tiny_timm", "tiny", "timm"),
+    ("tiny_dinov2", "tiny_scaled", "dinov2"),
+  ):
+    source = pretrained.Source(
+      architecture=architecture, layout=layout, normalisation="imagenet", where="ask Ada for it"
+    )
+    monkeypatch.setitem(pretrained.WEIGHTS, tag, source)
+
+
+def random_params(sizes: Sizes) -> dict:
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(vit.make(sizes).init, jax.random.key(0))
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+def _dense(disk: dict, name: str, layer: dict) -> None:
+  disk[f"{name}.weight"] = np.ascontiguousarray(layer["dense"]["kernel"].T)
+  disk[f"{name}.bias"] = layer["dense"]["bias"]
+
+
+def _norm(disk: dict, name: str, layer: dict) -> None:
+  disk[f"{name}.weight"], disk[f"{name}.bias"] = layer["scale"], layer["bias"]
+
+
+def _patches(disk: dict, name: str, params: dict, p: int) -> None:
+  kernel = params["embedding"]["kernel"].reshape(p, p, 3, -1).transpose(3, 2, 0, 1)
+  disk[f"{name}.weight"] = np.ascontiguousarray(kernel)
+  disk[f"{name}.bias"] = params["embedding"]["bias"]
+
+
+def to_timm(params: dict, sizes: Sizes) -> dict:
+  """Returns what timm would write."""
+  disk = {"cls_token": params["cls"][None], "pos_embed": params["position"][None]}
+  _patches(disk, "patch_embed.proj", params, sizes.patch_size)
+  for layer in range(sizes.depth):
+    block, name = params[f"block_{layer}"], f"blocks.{layer}"
+    qkv = [block["attention"][key]["dense"] for key in ("query", "key", "value")]
+    disk[f"{name}.attn.qkv.weight"] = np.concatenate([x["kernel"].T for x in qkv])
+    disk[f"{name}.attn.qkv.bias"] = np.concatenate([x["bias"] for x in qkv])
+    _dense(disk, f"{name}.attn.proj", block["attention"]["out"])
+    for part in ("1", "2"):
+      _norm(disk, f"{name}.norm{part}", block[f"norm{part}"])
+      _dense(disk, f"{name}.mlp.fc{part}", block[f"fc{part}"])
+      if sizes.layer_scale:
+        disk[f"{name}.ls{part}.gamma"] = block[f"scale{part}"]
+  _norm(disk, "norm", params["norm"])
+  return disk | {"head.weight": np.ones((5, sizes.width), np.float32)}
+
+
+def to_dinov2(params: dict, sizes: Sizes, new_names: bool = False) -> dict:
+  """Returns what Hugging Face would write; with `new_names` as transformers 5 names attention."""
+  disk = {
+    "embeddings.cls_token": params["cls"][None],
+    "embeddings.mask_token": params["cls"],
+    "embeddings.position_embeddings": params["position"][None],
+  }
+  _patches(disk, "embeddings.patch_embeddings.projection", params, sizes.patch_size)
+  for layer in range(sizes.depth):
+    block, name = params[f"block_{layer}"], f"encoder.layer.{layer}"
+    for key in ("query", "key", "value"):
+      place = f"{key[0]}_proj" if new_names else f"attention.{key}"
+      _dense(disk, f"{name}.attention.{place}", block["attention"][key])
+    place = "o_proj" if new_names else "output.dense"
+    _dense(disk, f"{name}.attention.{place}", block["attention"]["out"])
+    for part in ("1", "2"):
+      _norm(disk, f"{name}.norm{part}", block[f"norm{part}"])
+      _dense(disk, f"{name}.mlp.fc{part}", block[f"fc{part}"])
+      disk[f"{name}.layer_scale{part}.lambda1"] = block[f"scale{part}"]
+  _norm(disk, "layernorm", params["norm"])
+  return disk
+
+
+def write(path: pathlib.Path, tensors: dict) -> str:
+  tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+  safetensors.numpy.save_file(tensors, path)
+  return str(path)
+
+
+@pytest.fixture
+def timm_file(tmp_path):
+  return write(tmp_path / "model.safetensors", to_timm(random_params(TINY), TINY))
+
+
+def assert_equal(ours: dict, reference: dict) -> None:
+  assert jax.tree.structure(ours) == jax.tree.structure(reference)
+  jax.tree.map(np.testing.assert_array_equal, ours, reference)
+  assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype(np.float32)}
+
+
+# What is loaded.
+
+
+@pytest.mark.parametrize("tag", pretrained.WEIGHTS)
+def test_every_tag_names_a_known_architecture_and_layout(tag):
+  source = pretrained.WEIGHTS[tag]
+  assert source.architecture in (*vit.ARCHITECTURES, None)
+  assert source.layout in pretrained.LAYOUTS
+  assert (source.file is None) == (tag == "random")
+
+
+def test_a_timm_file_becomes_the_params_it_was_made_from(timm_file):
+  params, sizes, info = pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file), 16)
+  assert_equal(params, random_params(TINY))
+  assert sizes == TINY
+  digest = hashlib.sha256(pathlib.Path(timm_file).read_bytes()).hexdigest()
+  assert info == pretrained.Info(
+    tag="tiny_timm",
+    file="model.safetensors",
+    sha256=digest,
+    normalisation="imagenet",
+    ignored=("head.weight",),
+  )
+
+
+def test_layer_scale_of_a_timm_file_is_read():
+  params = random_params(TINY_SCALED)
+  ours, _ = pretrained.convert(to_timm(params, TINY_SCALED), "timm", TINY_SCALED)
+  assert_equal(ours, params)
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+@pytest.mark.parametrize("prefix", ["", "dinov2."])
+def test_a_dinov2_file_is_read_under_all_its_names(new_names, prefix):
+  params = random_params(TINY_SCALED)
+  disk = to_dinov2(params, TINY_SCALED, new_names)
+  disk = {prefix + name: tensor for name, tensor in disk.items()}
+  ours, ignored = pretrained.convert(disk, "dinov2", TINY_SCALED)
+  assert_equal(ours, params)
+  assert ignored == (f"{prefix}embeddings.mask_token",)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_float_types_become_float32(tmp_path, dtype):
+  params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(TINY))
+  path = write(tmp_path / "half.safetensors", to_timm(params, TINY))
+  ours, _, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=path))
+  assert_equal(ours, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
+
+
+def test_saved_params_come_back_without_a_tag(tmp_path):
+  params = random_params(TINY)
+  path = tmp_path / "mine.safetensors"
+  metadata = {"architecture": "tiny", "normalisation": "half", "gelu": "tanh", "made by": "me"}
+  pretrained.save(params, path, metadata)
+  ours, sizes, info = pretrained.load(WeightsConfig(tag="", path=str(path)))
+  assert_equal(ours, params)
+  assert sizes.gelu == "tanh"
+  assert (info.tag, info.file, info.normalisation) == ("file", "mine.safetensors", "half")
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_keeps_dtypes_and_writes_transposed_arrays_right(tmp_path):
+  kernel = np.arange(6, dtype=np.float16).reshape(2, 3).T
+  pretrained.save({"norm": {"bias": kernel}}, tmp_path / "x", {})
+  saved = safetensors.numpy.load_file(tmp_path / "x")["norm/bias"]
+  np.testing.assert_array_equal(saved, kernel)
+  assert saved.dtype == np.float16
+
+
+def test_a_file_without_a_tag_takes_the_architecture_of_the_config(timm_file):
+  params, _, info = pretrained.load(WeightsConfig(tag="", path=timm_file, architecture="tiny"))
+  assert_equal(params, random_params(TINY))
+  assert info.normalisation is None
+
+
+def test_depth_takes_the_first_blocks_and_names_the_tensors_of_the_others(timm_file):
+  config = WeightsConfig(tag="tiny_timm", path=timm_file, depth=2)
+  params, sizes, info = pretrained.load(config)
+  whole = random_params(TINY)
+  del whole["block_2"]
+  assert_equal(params, whole)
+  assert sizes.depth == 2
+  assert set(info.ignored) == {
+    "head.weight",
+    *(name for name in to_timm(random_params(TINY), TINY) if name.startswith("blocks.2.")),
+  }
+
+
+def test_a_damaged_tensor_that_is_not_used_does_no_harm(tmp_path):
+  disk = to_timm(random_params(TINY), TINY)
+  disk["blocks.2.norm1.bias"] = np.full(12, np.nan, np.float32)
+  path = write(tmp_path / "x", disk)
+  pretrained.load(WeightsConfig(tag="tiny_timm", path=path, depth=2))
+
+
+def test_random_weights_are_the_same_each_time():
+  config = WeightsConfig(tag="random", architecture="tiny", depth=1)
+  params, sizes, info = pretrained.load(config, 24)
+  again, _, _ = pretrained.load(config, 24)
+  assert_equal(params, again)
+  assert (sizes.depth, sizes.image_size) == (1, 24)
+  assert params["position"].shape == (37, 12)
+  assert info == pretrained.Info(tag="random", file=None, sha256=None, normalisation="half")
+
+
+def test_the_shipped_weights_load():
+  params, sizes, info = pretrained.load(WeightsConfig(tag="micro_letters"))
+  assert sizes == vit.ARCHITECTURES["micro"]
+  assert info.normalisation == "half"
+  features = vit.make(sizes).apply(params, np.zeros((1, 32, 32, 3), np.float32))
+  assert np.isfinite(features).all()
+
+
+# Positions.
+
+
+def bicubic(source: int, target: int, a: float = -0.75) -> np.ndarray:
+  """Returns the [target, source] matrix of torch's bicubic interpolation without antialiasing."""
+  at = (np.arange(target) + 0.5) * source / target - 0.5
+  matrix = np.zeros((target, source))
+  for offset in range(-1, 3):
+    column = np.floor(at).astype(int) + offset
+    t = np.abs(at - column)
+    near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
+    column = column.clip(0, source - 1)  # the border repeats
+    np.add.at(matrix, (np.arange(target), column), np.where(t <= 1, near, far))
+  return matrix
+
+
+@pytest.mark.parametrize(("source", "target"), [(37, 16), (37, 4), (5, 4), (4, 9), (2, 3), (3, 1)])
+def test_positions_are_interpolated_as_by_torch(source, target):
+  position = np.random.default_rng(0).normal(size=(source**2 + 1, 3)).astype(np.float32)
+  resized = pretrained.resize_positions(position, target)
+  matrix, square = bicubic(source, target), position[1:].reshape(source, source, 3)
+  reference = np.einsum("ia,jb,abc->ijc", matrix, matrix, square).reshape(-1, 3)
+  np.testing.assert_array_equal(resized[0], position[0])
+  # jax takes the sampling points in float32: measured 7e-6 at 37 -> 16
+  np.testing.assert_allclose(resized[1:], reference, rtol=0, atol=3e-5)
+
+
+def test_positions_of_the_same_grid_stay_bit_for_bit():
+  position = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
+  assert pretrained.resize_positions(position, 4) is position
+
+
+def test_another_image_size_changes_the_positions_only(timm_file):
+  params, sizes, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file), 8)
+  reference = random_params(TINY)
+  assert params["position"].shape == (sizes.num_tokens, 12) == (5, 12)
+  reference["position"] = pretrained.resize_positions(reference["position"], 2)
+  assert_equal(params, reference)
+
+
+# Wrong fields.
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      {"tag": "dinov2_smal"},
+      "config.weights.tag is 'dinov2_smal': must be one of .* did you mean",
+    ),
+    ({"tag": ""}, "config.weights.tag is '': must be a tag, or config.weights.path must name"),
+    ({"tag": "random"}, "config.weights.architecture is None: must be one of .*'vit_b16'"),
+    ({"tag": "random", "architecture": "vit_b"}, "architecture is 'vit_b': must be one of"),
+    (
+      {"tag": "random", "architecture": "tiny", "path": "x"},
+      "path is 'x': tag 'random' reads no file",
+    ),
+    (
+      {"tag": "tiny_timm", "path": "FILE", "architecture": "vit_b16"},
+      "config.weights.architecture is 'vit_b16': tag 'tiny_timm' is a tiny; leave it out",
+    ),
+    (
+      {"tag": "tiny_timm", "path": "FILE", "depth": 4},
+      "config.weights.depth is 4: must be in 1..3",
+    ),
+    ({"tag": "", "path": "FILE"}, "config.weights.architecture is not set"),
+    (
+      {"tag": "tiny_timm", "path": "/"},
+      "config.weights.path is '/': a folder; name the file in it",
+    ),
+  ],
+)
+def test_a_wrong_field_is_named(fields, message, timm_file):
+  fields = {key: timm_file if value == "FILE" else value for key, value in fields.items()}
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(WeightsConfig(**fields))
+
+
+@pytest.mark.parametrize(("image_size", "near"), [(18, 16), (19, 20), (1, 4), (0, 4), (-4, 4)])
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(image_size, near, timm_file):
+  message = f"config.input.image_size is {image_size}: must be a multiple .* such as {near}$"
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file), image_size)
+
+
+def test_a_file_that_is_not_there_says_where_to_get_it():
+  message = r"path is 'no/such': no such file; ask Ada for it"
+  with pytest.raises(FileNotFoundError, match=message):
+    pretrained.load(WeightsConfig(tag="tiny_timm", path="no/such"))
+  message = r"facebook/dinov2-small .*--config.weights.path=FILE"
+  with pytest.raises(FileNotFoundError, match=message):
+    pretrained.load(WeightsConfig(tag="dinov2_small"))
+
+
+# Wrong files.
+
+
+def refusal(tag: str, path: str, **fields) -> str:
+  """Returns the message that loading this file ends with; it names the file and is one line."""
+  with pytest.raises(ValueError, match=re.escape(path)) as caught:
+    pretrained.load(WeightsConfig(tag=tag, path=path, **fields))
+  message = str(caught.value)
+  assert "\n" not in message
+  assert caught.value.__suppress_context__ or caught.value.__context__ is None
+  return message
+
+
+@pytest.mark.parametrize(
+  ("content", "reason"),
+  [
+    (b"", "empty: get it again"),
+    (b"abc", "damaged or cut off"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+    (b"<!DOCTYPE html><html>not found</html>", "a web page"),
+    (b"\x80\x02}q\x00.", "a Python pickle, which is never opened"),
+    (b"PK\x03\x04" + bytes(60), "a zip"),
+    (b"\xff" * 64, "damaged or cut off"),
+  ],
+)
+def test_what_is_no_safetensors_file_is_refused(tmp_path, content, reason):
+  path = tmp_path / "model.safetensors"
+  path.write_bytes(content)
+  assert reason in refusal("tiny_timm", str(path))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.5, 0.999])
+def test_a_file_that_was_cut_off_is_refused(timm_file, share):
+  path = pathlib.Path(timm_file)
+  content = path.read_bytes()
+  path.write_bytes(content[: int(len(content) * share)])
+  assert "damaged or cut off" in refusal("tiny_timm", timm_file)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
+def test_a_quantised_file_is_refused(tmp_path, dtype):
+  header = {"cls_token": {"dtype": dtype, "shape": [1, 1, 12], "data_offsets": [0, 12]}}
+  text = json.dumps(header).encode()
+  path = tmp_path / "x"
+  path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(12))
+  message = refusal("tiny_timm", str(path))
+  assert f"tensor cls_token is {dtype}: must be one of F16, BF16, F32, F64" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, value):
+  disk = to_timm(random_params(TINY), TINY)
+  disk["blocks.1.mlp.fc1.bias"][3] = value
+  message = refusal("tiny_timm", write(tmp_path / "x", disk))
+  assert "tensor blocks.1.mlp.fc1.bias holds NaN or infinity" in message
+
+
+def test_missing_unknown_and_misshapen_tensors_are_reported_together(tmp_path):
+  disk = to_timm(random_params(TINY), TINY)
+  del disk["blocks.0.norm1.bias"]
+  disk["reg_token"] = np.zeros((1, 4, 12), np.float32)
+  disk["blocks.2.mlp.fc1.weight"] = np.zeros((24, 12), np.float32)
+  message = refusal("tiny_timm", write(tmp_path / "x", disk))
+  assert "width 12, depth 3, patch size 4 in layout 'timm'" in message
+  assert "missing (1): block_0/norm1/bias;" in message
+  assert "unknown (1): reg_token;" in message
+  assert (
+    "blocks.2.mlp.fc1.weight -> block_2/fc1/dense/kernel (12, 24) instead of (12, 48)" in message
+  )
+  assert "is it the file of 'tiny_timm'? ask Ada for it" in message
+
+
+def test_more_blocks_than_the_architecture_has_are_unknown(tmp_path):
+  deep = Sizes(image_size=16, patch_size=4, width=12, depth=5, num_heads=2)
+  path = write(tmp_path / "x", to_timm(random_params(deep), deep))
+  message = refusal("tiny_timm", path)
+  assert "unknown (24): blocks.3.attn.proj.bias" in message
+  assert "and 20 more" in message
+
+
+def test_a_file_of_another_layout_is_recognised(timm_file):
+  assert "its names look like layout 'timm'" in refusal("tiny_dinov2", timm_file)
+
+
+def test_a_tensor_under_two_names_is_refused():
+  params = random_params(TINY_SCALED)
+  disk = to_dinov2(params, TINY_SCALED) | to_dinov2(params, TINY_SCALED, new_names=True)
+  with pytest.raises(ValueError, match=r"unknown \(24\): encoder.layer.0.attention.q_proj"):
+    pretrained.convert(disk, "dinov2", TINY_SCALED)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (35, 12), (36, 12, 1, 1), (0, 3, 4, 4)])
+@pytest.mark.parametrize(
+  "name",
+  ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.bias"],
+)
+def test_no_shape_ends_in_a_stack_trace(name, shape):
+  disk = to_timm(random_params(TINY), TINY) | {name: np.zeros(shape, np.float32)}
+  with pytest.raises(ValueError, match=f"wrong shape .*{re.escape(name)} ->"):
+    pretrained.convert(disk, "timm", TINY)
+
+
+def test_names_that_mean_nothing_are_refused(tmp_path):
+  path = write(tmp_path / "x", {"a": np.zeros(1, np.float32)})
+  message = refusal("", path, architecture="tiny")
+  assert "no tensor has a name as in one of the layouts" in message
+
+
+@pytest.mark.parametrize("metadata", [{"normalisation": "mean"}, {"gelu": "quick"}])
+def test_metadata_that_mean_nothing_are_refused(tmp_path, metadata):
+  path = tmp_path / "x"
+  pretrained.save(random_params(TINY), path, metadata)
+  message = refusal("", str(path), architecture="tiny")
+  assert "must be one of half, zero_one, imagenet and one of erf, tanh" in message
+
+
+def test_another_file_than_the_tag_promises_is_refused(timm_file, monkeypatch):
+  source = pretrained.Source(
+    architecture="tiny", layout="timm", normalisation="half", where="ask Ada", sha256="0" * 64
+  )
+  monkeypatch.setitem(pretrained.WEIGHTS, "pinned", source)
+  message = refusal("pinned", timm_file)
+  assert f"tag 'pinned' is {'0' * 64}" in message
+  assert "config.weights.tag=''" in message
