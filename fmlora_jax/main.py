@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
   config = config_lib.build(config_lib.Config, _CONFIG.value.to_dict())
   name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", name))
-  run(config, workdir)
-  report.show([workdir], Console())
+  result = run(config, workdir)
+  report.show([result], Console())
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -32,7 +32,6 @@ Cell = tuple[str, bool]  # text, and whether it is the best of its column
 PLACES = ("seed", "workdir", "tasks.data_dir", "weights.path", "checkpoint.every_steps")
 SCORES = {"Acc": "acc", "AAA": "aaa", "forgetting": "forgetting", "learning": "learning_accuracy"}
 HEADER = ("run", "seeds", *SCORES, "stored", "trained", "rank", "wall time")
-NARROW = 2 + len(SCORES)  # columns of the first table where the terminal is too narrow for all
 LEGEND = (
   "Acc, AAA: % of the test images of all tasks so far, at the end and averaged over tasks.\n"
   "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
@@ -140,23 +139,29 @@ def show(results: Iterable[Result], console: Console, notes: Iterable[str] = ())
 
 
 def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
-  """Prints one wide table, or two halves on a narrow terminal, if need be with numbered rows."""
+  """Prints one table, or on a narrow terminal several below each other; cuts no number."""
   endless = console.options.update(width=10_000)  # measure() never answers more than the width
-  whole = _table(cells, range(len(HEADER)))
-  width = console.measure(whole, options=endless).maximum
-  if width <= console.width:
-    console.print(whole)
-  elif not console.is_terminal:
-    Console(file=console.file, width=width).print(whole)
-  else:
-    scores, costs = range(NARROW), [0, *range(NARROW, len(HEADER))]
-    if console.measure(_table(cells, scores), options=endless).maximum > console.width:
-      for i, row in enumerate(cells):
-        _line(console, f"{i + 1}  {row[0][0]}")
-      cells = [[(str(i + 1), False), *row[1:]] for i, row in enumerate(cells)]
-    for columns in (scores, costs):
+
+  def width(columns):
+    return console.measure(_table(cells, columns), options=endless).maximum
+
+  whole = range(len(HEADER))
+  if not console.is_terminal:
+    Console(file=console.file, width=width(whole)).print(_table(cells, whole))
+    return
+  if width(whole) > console.width and width([0]) > console.width / 3:  # numbers for long names
+    for i, row in enumerate(cells):
+      _line(console, f"{i + 1}  {row[0][0]}")
+    cells = [[(str(i + 1), False), *row[1:]] for i, row in enumerate(cells)]
+  parts = [[0]]
+  for i in whole[1:]:
+    if len(parts[-1]) > 1 and width([*parts[-1], i]) > console.width:
+      parts.append([0])
+    parts[-1].append(i)
+  for i, columns in enumerate(parts):
+    if i:
       console.print()
-      console.print(_table(cells, columns))
+    console.print(_table(cells, columns))
 
 
 def markdown(results: Iterable[Result], notes: Iterable[str] = ()) -> str:

@@ -192,7 +192,9 @@ class RunLog:
 
   def _open_events(self, first_step: int | None = None) -> SummaryWriter:
     """Opens a new file of events; TensorBoard hides older ones from `first_step` on."""
-    suffix = f".{time.time_ns()}"  # the name itself has whole seconds: a quick restart would collide
+    suffix = (
+      f".{time.time_ns()}"  # the name itself has whole seconds: a quick restart would collide
+    )
     folder = str(self._workdir / "events")
     return SummaryWriter(folder, purge_step=first_step, filename_suffix=suffix)
 

@@ -68,7 +68,9 @@ def test_scalars_become_json_lines_and_events(tmp_path):
     {"task": 0, "step": 7, "name": "lr", "value": 1.0},
     {"task": 1, "step": 8, "name": "train/loss", "value": None},
   ]
-  values = [(e.step, v.simple_value) for e in events_of(tmp_path / "new" / "run") for v in e.summary.value]
+  values = [
+    (e.step, v.simple_value) for e in events_of(tmp_path / "new" / "run") for v in e.summary.value
+  ]
   assert values[:2] == [(7, 0.5), (7, 1.0)]
 
 
@@ -253,7 +255,8 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("seconds", "text"), [(8.14, "8.1 s"), (59.99, "1:00 min"), (125, "2:05 min"), (3725.4, "1:02:05 h")]
+  ("seconds", "text"),
+  [(8.14, "8.1 s"), (59.99, "1:00 min"), (125, "2:05 min"), (3725.4, "1:02:05 h")],
 )
 def test_durations_are_easy_to_read(seconds, text):
   assert writer.duration(seconds) == text

@@ -52,9 +52,7 @@ class Source:
 
 
 def _hub(repository: str) -> str:
-  return (
-    f"get model.safetensors of {repository} from the Hugging Face Hub (hf download {repository})"
-  )
+  return f"get it from the Hugging Face Hub (hf download {repository} model.safetensors)"
 
 
 WEIGHTS: Mapping[str, Source] = {

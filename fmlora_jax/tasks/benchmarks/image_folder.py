@@ -27,6 +27,7 @@ LAYOUTS = (  # what the folders above an image stand for, outermost first
 )
 MAX_DEPTH = max(map(len, LAYOUTS))
 MAX_LISTED = 10  # names in one message
+CHUNK = 4096  # files in the queue of the threads: its entries take memory
 
 Parts = tuple[str, ...]  # of a path below data_dir: its folders and, of a file, its name
 
@@ -197,7 +198,9 @@ def _check(
   """Returns the files that can be decoded, with what `Reader.check` says of them."""
   good, bad = {}, {}
   with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
-    for parts, result in zip(files, pool.map(reader.check, files), strict=True):
+    chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
+    results = itertools.chain.from_iterable(pool.map(reader.check, chunk) for chunk in chunks)
+    for parts, result in zip(files, results, strict=True):
       (bad if isinstance(result, images.BrokenImage) else good)[parts] = result
       done = len(good) + len(bad)
       logging.log_every_n_seconds(logging.INFO, "%d of %d files checked", 10, done, len(files))
@@ -206,11 +209,10 @@ def _check(
     if len(reasons) > MAX_LISTED:
       reasons[MAX_LISTED:] = [f"  and {len(reasons) - MAX_LISTED} more"]
     what = f"{len(bad)} of {len(files)} images can't be used"
-    if skip and good:
-      logging.warning("%s: %s, skipped:\n%s", reader.root, what, "\n".join(reasons))
-    else:
-      mend = "mend or remove them, or set config.tasks.broken_files to skip"
+    if not (skip and good):
+      mend = "mend or remove them" + (", or set config.tasks.broken_files to skip" * (not skip))
       raise _refusal(reader.root, "\n".join([f"{what}; {mend}:", *reasons]))
+    logging.warning("%s: %s, skipped:\n%s", reader.root, what, "\n".join(reasons))
   return good
 
 
