@@ -1,4 +1,4 @@
-"""scikit-learn's digits in 5 tasks of 2 classes: real images, no download, under two minutes on 2 cores."""
+"""scikit-learn's digits in 5 tasks of 2 classes: real images, nothing to download."""
 
 from fmlora_jax import config
 

@@ -1,12 +1,14 @@
 """The settings of a run: declared, typed and checked here, and nowhere else.
 
 A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` that states what differs from
-the defaults below; `build` turns it into frozen dataclasses, and after that nobody sees a ConfigDict.
+the defaults below; `build` turns it into frozen dataclasses, and after that nobody sees a
+ConfigDict.
 """
 
 import dataclasses
 import difflib
 import importlib
+import itertools
 import math
 import types
 import typing
@@ -189,7 +191,7 @@ class DrsConfig:
 
   def __post_init__(self):
     ranks = self.candidate_ranks
-    ascending = all(a < b for a, b in zip(ranks, ranks[1:], strict=False))
+    ascending = all(a < b for a, b in itertools.pairwise(ranks))
     ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
     _require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
     _require(self.rank >= 1, "rank", self.rank, ">= 1")

@@ -43,10 +43,8 @@ class Evaluator:
       class_mask: bool [C]: the classes that may be predicted.
     """
     size = self._batch_size
-    counts = [
-      self._count(
-        model, self._put(jax.tree.map(lambda leaf: leaf[lo : lo + size], examples)), class_mask  # noqa: B023
-      )
-      for lo in range(0, len(examples.labels), size)
-    ]
+    counts = []
+    for lo in range(0, len(examples.labels), size):
+      batch = jax.tree.map(lambda leaf: leaf[lo : lo + size], examples)  # noqa: B023
+      counts.append(self._count(model, self._put(batch), class_mask))
     return sum(int(count) for count in counts)

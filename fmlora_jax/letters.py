@@ -1,9 +1,10 @@
-"""Rendered Latin letters, warped like handwriting: what the micro backbone is pre-trained on.
+"""Rendered Latin letters: small grey images to pre-train on where nothing can be downloaded.
 
-No digit is ever drawn, so that digits stay new to the backbone. Fonts are those that matplotlib
-ships; the same seed gives the same pixels.
+The faces are those that matplotlib installs. A letter is cropped to its ink, so upper and lower
+case of one shape (c and C) are one class. No digit is ever drawn.
 """
 
+import functools
 import pathlib
 import string
 
@@ -12,79 +13,107 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-# fonts whose Latin letters are letters: no symbol fonts, no "display" variants
-PREFIXES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmb10", "cmmi10", "cmr10", "cmss10", "cmt")
-# lower-case letters that are a smaller capital (or look like l = I) share its class
-SAME_SHAPE = {**{c: c.upper() for c in "ckopsuvwxyz"}, "l": "I", "i": "I"}
-LETTERS = tuple(string.ascii_letters)
-CLASSES = tuple(sorted({SAME_SHAPE.get(letter, letter) for letter in LETTERS}))
-
 SIDE = 32  # pixels of an image
-CANVAS = 64  # drawn at twice the size, then warped and reduced
+COARSE = 8  # pixels of a coarse image before it is enlarged to SIDE
+CANVAS = 2 * SIDE  # a letter is bent at this size, then averaged down
+MESH_CELLS = 4  # a side of the canvas has this many cells to bend
+STROKES = 5  # an outline may be thickened by 0..STROKES-1 pixels of a GLYPH_SIZE glyph
+GLYPH_SIZE = 64
+
+# alphabets that STIXGeneral keeps among the mathematical signs: first code point of A..Z, a..z
+ALPHABETS = {
+  "bold-script": 0x1D4D0,
+  "sans": 0x1D5A0,
+  "sans-bold": 0x1D5D4,
+  "sans-italic": 0x1D608,
+  "sans-bold-italic": 0x1D63C,
+  "mono": 0x1D670,
+}
+
+# all that matplotlib ships with whole Latin alphabets; cmsy, cmex, STIXSiz*, *Display have none
+FACES = (
+  *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+  *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+  *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+  *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+  *(f"STIXGeneral:{alphabet}" for alphabet in ALPHABETS),
+  *("cmr10", "cmb10", "cmmi10", "cmss10", "cmti10", "cmtt10"),
+)
+
+_MERGED = ("cC", "kK", "oO", "pP", "sS", "uU", "vV", "wW", "xX", "zZ", "lI")
+CLASSES: tuple[str, ...] = (
+  *_MERGED,
+  *(letter for letter in string.ascii_letters if letter not in "".join(_MERGED)),
+)
 
 
-def fonts() -> list[pathlib.Path]:
-  """Returns the font files, sorted by name."""
-  folder = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
-  files = (f for f in folder.glob("*.ttf") if f.name.startswith(PREFIXES))
-  return sorted(f for f in files if "Display" not in f.name)
-
-
-def render(
-  files: list[pathlib.Path], count: int, seed: int
+def pool(
+  count: int, *, faces: tuple[str, ...], seed: tuple[int, ...], coarse: float, quarter_turns: float
 ) -> tuple[UInt8[np.ndarray, "n 32 32"], Int[np.ndarray, " n"]]:
-  """Returns `count` grey images, bright strokes on black, and their indices into CLASSES."""
-  rng = np.random.default_rng(seed)
-  faces = [ImageFont.truetype(str(file), 44) for file in files]
+  """Returns `count` images, bright on black, and their labels: positions in `CLASSES`.
+
+  Args:
+    count: n; image i depends on `seed` and i alone, so a longer pool starts with a shorter one.
+    faces: members of `FACES`, drawn evenly.
+    seed: of the numpy generators.
+    coarse: share of images with only COARSE x COARSE pixels of detail.
+    quarter_turns: share of images turned by 90, 180 or 270 degrees.
+  """
   images = np.empty((count, SIDE, SIDE), np.uint8)
   labels = np.empty(count, np.int32)
   for i in range(count):
-    letter = LETTERS[rng.integers(len(LETTERS))]
-    face = faces[rng.integers(len(faces))]
-    images[i] = _degrade(_warp(_draw(letter, face, rng), rng), rng)
-    labels[i] = CLASSES.index(SAME_SHAPE.get(letter, letter))
+    rng = np.random.default_rng((*seed, i))
+    labels[i] = rng.integers(len(CLASSES))
+    letter = rng.choice(list(CLASSES[labels[i]]))
+    glyph = _glyph(str(rng.choice(faces)), str(letter), int(rng.integers(STROKES)))
+    bent = _bend(glyph, rng, turned=rng.random() < quarter_turns)
+    images[i] = _reduce(bent, rng, coarse=rng.random() < coarse)
   return images, labels
 
 
-def _draw(letter, face, rng) -> Image.Image:
-  """Draws a letter that fills its canvas up to a random margin, its aspect half kept."""
-  stroke = int(rng.integers(0, 4))
-  left, top, right, bottom = face.getbbox(letter, stroke_width=stroke)
-  width, height = right - left, bottom - top
-  tight = Image.new("L", (width, height))
-  ImageDraw.Draw(tight).text((-left, -top), letter, fill=255, font=face, stroke_width=stroke)
-  tall = int(CANVAS * rng.uniform(0.65, 0.98))
-  wide = int(np.clip(tall * (width / height) ** 0.7 * rng.uniform(0.75, 1.2), 10, 0.98 * CANVAS))
-  canvas = Image.new("L", (CANVAS, CANVAS))
-  shift = rng.integers(-3, 4, 2)
-  place = ((CANVAS - wide) // 2 + int(shift[0]), (CANVAS - tall) // 2 + int(shift[1]))
-  canvas.paste(tight.resize((wide, tall), Image.Resampling.BILINEAR), place)
-  return canvas
+@functools.cache
+def _glyph(face: str, letter: str, stroke: int) -> Image.Image:
+  """Returns a letter cropped to its ink, with a black rim of one pixel."""
+  file, _, alphabet = face.partition(":")
+  path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{file}.ttf")
+  font = ImageFont.truetype(path, GLYPH_SIZE)
+  if alphabet:
+    order = string.ascii_uppercase + string.ascii_lowercase
+    letter = chr(ALPHABETS[alphabet] + order.index(letter))
+  image = Image.new("L", (3 * GLYPH_SIZE, 3 * GLYPH_SIZE))
+  corner = (GLYPH_SIZE, GLYPH_SIZE)
+  ImageDraw.Draw(image).text(corner, letter, fill=255, font=font, stroke_width=stroke)
+  left, top, right, bottom = image.getbbox()
+  return image.crop((left - 1, top - 1, right + 1, bottom + 1))
 
 
-def _warp(image, rng) -> Image.Image:
-  """Turns, shears and bends: the four cells of a 3 x 3 grid of control points, each moved a little."""
-  angle, shear = np.deg2rad(rng.normal(0, 9)), rng.normal(0, 0.15)
-  turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-  turn = turn @ np.array([[1, shear], [0, 1]])
-  grid = np.stack(np.meshgrid(*[np.array([-1.0, 0.0, 1.0])] * 2), -1) @ turn.T
-  grid = (grid + rng.normal(0, 0.09, grid.shape) + 1) * CANVAS / 2
-  half = CANVAS // 2
-  cells = []
-  for row in range(2):
-    for column in range(2):
-      box = (column * half, row * half, (column + 1) * half, (row + 1) * half)
-      corners = [grid[row + r, column + c] for r, c in ((0, 0), (1, 0), (1, 1), (0, 1))]
-      cells.append((box, tuple(float(v) for corner in corners for v in corner)))
-  warped = image.transform(image.size, Image.Transform.MESH, cells, Image.Resampling.BILINEAR)
-  if rng.random() < 0.15:
-    warped = warped.rotate(90 * int(rng.integers(1, 4)))
-  return warped
+def _bend(glyph: Image.Image, rng: np.random.Generator, *, turned: bool) -> Image.Image:
+  """Scales, shears, turns, shifts and dents a glyph at random onto a canvas."""
+  angle = np.deg2rad(rng.normal(0, 10) + 90 * turned * rng.integers(1, 4))
+  aspect, shear = np.exp(rng.normal(0, 0.15)), rng.normal(0, 0.15)
+  scale = CANVAS * rng.uniform(0.7, 1.0) / max(glyph.size)
+  cos, sin = np.cos(angle), np.sin(angle)
+  forward = np.array([[cos, -sin], [sin, cos]]) @ [[aspect, shear], [0, 1 / aspect]] * scale
+  shift = CANVAS / 2 + rng.normal(0, 0.04 * CANVAS, 2)
+  steps = np.linspace(0, CANVAS, MESH_CELLS + 1)
+  nodes = np.stack(np.meshgrid(steps, steps), -1)  # [row, column, (x, y)] on the canvas
+  nodes = nodes + rng.normal(0, rng.uniform(0, 0.035 * CANVAS), nodes.shape)
+  source = (nodes - shift) @ np.linalg.inv(forward).T + np.divide(glyph.size, 2)
+  quads = np.concatenate(  # corners from the upper left, counter-clockwise
+    [source[:-1, :-1], source[1:, :-1], source[1:, 1:], source[:-1, 1:]], axis=-1
+  ).tolist()
+  cell = CANVAS // MESH_CELLS
+  mesh = [
+    ((c * cell, r * cell, (c + 1) * cell, (r + 1) * cell), quads[r][c])
+    for r in range(MESH_CELLS)
+    for c in range(MESH_CELLS)
+  ]
+  return glyph.transform((CANVAS, CANVAS), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
 
 
-def _degrade(image, rng) -> UInt8[np.ndarray, "32 32"]:
-  """Mostly 8 x 8 pixels enlarged, as scikit-learn's digits are; else other resolutions."""
-  side = 8 if rng.random() < 0.75 else int(rng.integers(9, SIDE + 1))
-  coarse = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
-  coarse = np.clip(coarse * rng.uniform(0.8, 1.6), 0, 255).astype(np.uint8)
-  return np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+def _reduce(image: Image.Image, rng: np.random.Generator, *, coarse: bool) -> Image.Image:
+  """Averages a canvas down to SIDE pixels; with `coarse` by way of COARSE pixels."""
+  sides = [COARSE] if coarse else [int(rng.integers(COARSE + 2, SIDE + 1))]
+  image = image.resize((sides[0], sides[0]), Image.Resampling.BOX)
+  filters = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+  return image.resize((SIDE, SIDE), filters[rng.integers(2)])

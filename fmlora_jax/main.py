@@ -1,4 +1,7 @@
-"""python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]."""
+"""Learns a sequence of tasks and reports what was kept and what was forgotten.
+
+python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]
+"""
 
 import os
 import pathlib
@@ -17,9 +20,13 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error that has 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are given as --config.FIELD=VALUE")
+    raise app.UsageError(
+      f"unexpected argument {argv[1]!r}: settings are given as --config.FIELD=VALUE"
+    )
   if _CONFIG.value is None:
-    raise app.UsageError("--config is missing: name a file in configs/, as in --config=configs/digits.py")
+    raise app.UsageError(
+      "--config is missing: name a file in configs/, as in --config=configs/digits.py"
+    )
   import jax  # after the flags: --help and a typo answer at once
   from rich.console import Console
 
@@ -42,7 +49,15 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a wrong setting is one line, not a trace."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OSError,
+    ImportError,
+  ) as error:
     _fail(_explain(str(error)))
 
 

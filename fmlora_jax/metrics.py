@@ -16,7 +16,7 @@ Counts = Int[np.ndarray, " T"]
 
 
 def accuracy_matrix(
-  correct: Int[np.ndarray, "T T"], n_test: Counts, learned: int | None = None
+  correct: Int[np.ndarray, "rows columns"], n_test: Counts, learned: int | None = None
 ) -> Accuracy:
   """Returns accuracies as fractions, NaN above the diagonal and in rows not reached yet.
 

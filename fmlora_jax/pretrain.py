@@ -102,9 +102,7 @@ def _step(backbone: Backbone, optimizer, recipe: Recipe, params, opt_state, grey
 
   def loss_fn(params):
     logits = _logits(backbone, params, images)
-    targets = optax.smooth_labels(
-      jax.nn.one_hot(labels, logits.shape[-1]), recipe.label_smoothing
-    )
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), recipe.label_smoothing)
     return optax.softmax_cross_entropy(logits, targets).mean()
 
   loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -131,7 +129,9 @@ def pixels(images):
 
 
 def _logits(backbone, params, images):
-  return backbone.apply(params["backbone"], images) @ params["head"]["kernel"] + params["head"]["bias"]
+  return (
+    backbone.apply(params["backbone"], images) @ params["head"]["kernel"] + params["head"]["bias"]
+  )
 
 
 def evaluate(backbone: Backbone, params: Params, examples) -> float:

@@ -26,6 +26,7 @@ from fmlora_jax.writer import METRICS, RESULT, duration, read_result
 
 Result = Mapping[str, Any]
 Group = list[Result]
+Numbers = Sequence[int | float | None]
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
 # Where things lie and how often they are saved changes no number.
@@ -178,7 +179,7 @@ def markdown(results: Iterable[Result], notes: Iterable[str] = ()) -> str:
   return "\n\n".join([*parts, LEGEND, *(f"> {line}" for line in notes)])
 
 
-def mean_std(values: Sequence[float | None]) -> str:
+def mean_std(values: Numbers) -> str:
   """Returns "77.88 ± 0.21" (ddof 1), "77.88 ±    -" for one value, "-" if one is missing."""
   mean = _mean(values)
   if np.isnan(mean):
@@ -241,7 +242,7 @@ def _value(value: Any) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean(values: Numbers) -> float:
   return float(np.mean(np.array(values, float)))  # None becomes NaN
 
 

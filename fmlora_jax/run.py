@@ -103,14 +103,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 class Experiment:
   """A run under way: variables, progress, and the way from one task to the next."""
 
-  def __init__(
-    self, config: Config, trainer: Trainer, store: checkpoint.Store, log: writer.RunLog
-  ):
+  def __init__(self, config: Config, trainer: Trainer, store: checkpoint.Store, log: writer.RunLog):
     self.config, self.trainer, self.store, self.log = config, trainer, store, log
     self.method, self.sequence = trainer.method, trainer.sequence
-    self.evaluator = Evaluator(
-      self.method, trainer.center, config.eval_batch_size, trainer.split
-    )
+    self.evaluator = Evaluator(self.method, trainer.center, config.eval_batch_size, trainer.split)
     self.n_test = np.asarray([len(task.test) for task in self.sequence.tasks])
     self._tests: dict[int, Any] = {}
     self._fold = jax.jit(self.method.fold)
@@ -122,7 +118,9 @@ class Experiment:
     began = time.monotonic()
     listener = _count_compilation(self.progress)
     state = self._restore()
-    self.log.truncate(self.progress.task, self._steps_before(self.progress.task) + self._step(state))
+    self.log.truncate(
+      self.progress.task, self._steps_before(self.progress.task) + self._step(state)
+    )
     total = self.progress.seconds["total"]
     for index in range(self.progress.task, len(self.sequence.tasks)):
       self.progress.task = index
@@ -342,7 +340,7 @@ class _Timer:
 
 
 def _count_compilation(progress: Progress):
-  """Adds the time that jax traces, lowers and compiles to `progress.seconds`; returns the listener."""
+  """Adds the time that jax traces and compiles to `progress.seconds`; returns the listener."""
 
   def listener(event: str, seconds: float, **kwargs):
     del kwargs

@@ -99,8 +99,8 @@ class Sizes:
   def projection(self, name: str) -> tuple[int, int]:
     """Returns (d_in, d_out) of the projection `name`."""
     d, f = self.width, self.width * self.mlp_ratio
-    shapes = {k: (d, d) for k in ("query", "key", "value", "out")} | {"fc1": (d, f), "fc2": (f, d)}
-    return shapes[name]
+    square = dict.fromkeys(("query", "key", "value", "out"), (d, d))
+    return (square | {"fc1": (d, f), "fc2": (f, d)})[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

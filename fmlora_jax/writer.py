@@ -156,7 +156,7 @@ class RunLog:
       images_per_second: over the last steps, without compilation.
     """
     plan = self._plan
-    epoch = min(done // plan.steps_per_epoch + 1, plan.epochs)
+    epoch = max(done - 1, 0) // plan.steps_per_epoch + 1
     left = (plan.steps - done) * plan.batch_size / max(images_per_second, 1e-9)
     detail = f"epoch {epoch}/{plan.epochs}  loss {loss:.4f}  {images_per_second:,.0f} images/s"
     detail += f"  {duration(left)} left" if done < plan.steps else ""
@@ -176,9 +176,8 @@ class RunLog:
     if facts:
       self.note("  " + ", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
     self.console.print(matrix_table(part, n_part, self.console))
-    line = (
-      f"  accuracy {metrics.acc(part, n_part):.2f}, mean so far {metrics.aaa(part, n_part):.2f}"
-    )
+    acc, aaa = metrics.acc(part, n_part), metrics.aaa(part, n_part)
+    line = f"  accuracy {acc:.2f}, mean so far {aaa:.2f}"
     if learned > 1:
       line += f", forgetting {metrics.forgetting(part):.2f}"
     self.note(line)
@@ -192,9 +191,7 @@ class RunLog:
 
   def _open_events(self, first_step: int | None = None) -> SummaryWriter:
     """Opens a new file of events; TensorBoard hides older ones from `first_step` on."""
-    suffix = (
-      f".{time.time_ns()}"  # the name itself has whole seconds: a quick restart would collide
-    )
+    suffix = f".{time.time_ns()}"  # the name has whole seconds: a quick restart would overwrite
     folder = str(self._workdir / "events")
     return SummaryWriter(folder, purge_step=first_step, filename_suffix=suffix)
 

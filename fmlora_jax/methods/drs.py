@@ -96,7 +96,15 @@ class RankSelector:
     alpha_state = self.alpha_optimizer.init(alpha)
     for rows, val_rows, key in self._steps(view):
       probe, alpha, alpha_state = self._gumbel_step(
-        probe, alpha, alpha_state, data, rows, val_rows, key, augment=view.augment, center=view.center
+        probe,
+        alpha,
+        alpha_state,
+        data,
+        rows,
+        val_rows,
+        key,
+        augment=view.augment,
+        center=view.center,
       )
     index = int(jnp.argmax(alpha))  # without noise: Eq. (12)
     stacked = jax.tree.map(lambda leaf: leaf[None], probe.params)

@@ -23,14 +23,18 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def init(key, weights):
     del key
     # a copy: the pre-trained weights outlive the training state, which is donated
-    return Variables(frozen={}, shared={"backbone": jax.tree.map(jnp.array, weights)}, cur={}, mem={})
+    return Variables(
+      frozen={}, shared={"backbone": jax.tree.map(jnp.array, weights)}, cur={}, mem={}
+    )
 
   def folded(weights, variables):
     del weights
     return variables.shared["backbone"], Adapters()
 
   def stored(facts):
-    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backbone.init, jax.random.key(0))))
+    size = sum(
+      leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backbone.init, jax.random.key(0)))
+    )
     return {"shared": size, "per_task": [0] * len(facts)}
 
   return frame.with_head(

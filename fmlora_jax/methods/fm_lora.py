@@ -1,7 +1,7 @@
 """FM-LoRA: low-rank updates on shared bases, a rank per task, and meta-prompt tokens.
 
-Source: Yu et al., arXiv:2504.08823. F-LoRA, Eq. (1-10): dW_i = A·M_i·N_iᵀ·Bᵀ with A and B trained in
-task 1 only. DRS, Eq. (11-12): `drs.py`. DMP, Eq. (13): prompt tokens trained in every task. The
+Source: Yu et al., arXiv:2504.08823. F-LoRA, Eq. (1-10): dW_i = A·M_i·N_iᵀ·Bᵀ with A and B trained
+in task 1 only. DRS, Eq. (11-12): `drs.py`. DMP, Eq. (13): prompt tokens trained in every task. The
 past is one core between the bases and is folded into the projections before a task starts, so
 neither a training step nor the folded model costs more with more tasks.
 """
@@ -29,8 +29,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   """Returns FM-LoRA as a Method.
 
   Raises:
-    ConfigError: if a rank is above r_max or r_max above min(d_in, d_out) of a target, or if the rank
-      selector has no validation images.
+    ConfigError: if a rank is above r_max or r_max above min(d_in, d_out) of a target, or if the
+      rank selector has no validation images.
   """
   targets, max_rank, depth = config.bases.targets, config.bases.max_rank, backbone.sizes.depth
   _check(config, backbone, spec)
@@ -110,7 +110,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     shared = variables.shared
     if view.index == 0 and config.bases.orthonormalise == "svd":
       order = {
-        name: low_rank.orthonormalise(delta) for name, delta in deltas(shared["bases"], cores).items()
+        name: low_rank.orthonormalise(delta)
+        for name, delta in deltas(shared["bases"], cores).items()
       }
       shared = shared | {"bases": {name: {"a": d.a, "b": d.b} for name, d in order.items()}}
       cores = {name: delta.core for name, delta in order.items()}

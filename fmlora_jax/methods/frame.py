@@ -62,7 +62,9 @@ def with_head(
     return variables.replace(mem=variables.mem | {"head": head.init(_head_key(key, 0))})
 
   def begin_with_head(variables, view):
-    rows = heads.start(head, variables.mem["head"], spec, view.index, _head_key(view.key("init"), 1))
+    rows = heads.start(
+      head, variables.mem["head"], spec, view.index, _head_key(view.key("init"), 1)
+    )
     variables = variables.replace(cur=variables.cur | {"head": rows})
     return begin_task(variables, view)
 
@@ -77,7 +79,9 @@ def with_head(
     return Output(logits=logits, penalty=jnp.float32(0))
 
   def end_with_head(variables, view):
-    mem = variables.mem | {"head": heads.commit(variables.mem["head"], variables.cur["head"], spec, view.index)}
+    mem = variables.mem | {
+      "head": heads.commit(variables.mem["head"], variables.cur["head"], spec, view.index)
+    }
     variables, facts = end_task(variables.replace(mem=mem), view)
     if head.needs_means:
       model = fold(view.weights, variables)
@@ -123,12 +127,12 @@ def _head_key(key, purpose: int):
 
 
 def cast_kernels(backbone: Params, dtype: jnp.dtype) -> Params:
-  """Returns the backbone with its matrices in `dtype`; vectors (LayerNorm, biases) stay as they are."""
+  """Returns the backbone with its matrices in `dtype`; vectors stay as they are."""
   return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, backbone)
 
 
 def class_sums(features: Callable, view: TaskView, spec: SequenceSpec):
-  """Returns the sum of features [C, D] and the number of images [C] per class over the training set."""
+  """Returns the sum of features [C, D] and the number of images [C] of each class in training."""
 
   @jax.jit
   def batch_sums(examples, rows):
@@ -151,5 +155,5 @@ def check_rank(rank: int, field: str, backbone: Backbone, targets) -> None:
     limit = min(backbone.sizes.projection(name))
     if rank > limit:
       raise ConfigError(
-        f"config.{field} is {rank}: must be at most {limit}, the smaller side of the projection {name!r}"
+        f"config.{field} is {rank}: must be at most {limit}, the smaller side of projection {name!r}"
       )

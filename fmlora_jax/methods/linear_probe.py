@@ -1,4 +1,4 @@
-"""A head on the frozen ViT: what the pre-trained features give without any adaptation. Source: baseline."""
+"""A head on the frozen ViT: what the features give without any adaptation. Source: baseline."""
 
 import dataclasses
 

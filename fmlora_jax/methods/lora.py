@@ -1,6 +1,6 @@
 """Plain LoRA: one adapter trained on and on, or a fresh one per task with the past folded in.
 
-Source: LoRA (arXiv:2106.09685); the two ways to use it as in spec/baselines.md, SeqLoRA and IncLoRA.
+Source: LoRA (arXiv:2106.09685); used as "SeqLoRA" or as "IncLoRA".
 """
 
 import dataclasses
@@ -74,7 +74,9 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def end_task(variables, view):
     if home == "cur":
       stacks = jax.tree.map(
-        lambda stack, leaf: stack.at[view.index].set(leaf), variables.mem["lora"], variables.cur["lora"]
+        lambda stack, leaf: stack.at[view.index].set(leaf),
+        variables.mem["lora"],
+        variables.cur["lora"],
       )
       variables = variables.replace(mem=variables.mem | {"lora": stacks})
     return variables, {}

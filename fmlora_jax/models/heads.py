@@ -2,7 +2,7 @@
 
 `mem` holds every class; `cur` is the slice of K rows that a task trains, copied from `mem` where
 the tasks share their classes and fresh elsewhere; `commit` writes it back. Training sees the rows
-of the current task only: local cross-entropy, the practice of InfLoRA, SD-LoRA and the prompt methods.
+of the current task only: local cross-entropy, as InfLoRA, SD-LoRA and the prompt methods do.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def linear(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
 
 
 def cosine_similarity(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
-  """Returns the cosine between features and rows: without the learned scales, which differ by task."""
+  """Returns the cosine between features and rows; without the scales, which differ by task."""
   return _unit(features) @ _unit(rows["kernel"]).T
 
 
@@ -86,7 +86,9 @@ def local_losses(
   that the caller weights with 0.
   """
   slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
-  masked = jnp.where(slots, logits.astype(jnp.float32), -1e9)  # finite: -inf would make NaN gradients
+  masked = jnp.where(
+    slots, logits.astype(jnp.float32), -1e9
+  )  # finite: -inf would make NaN gradients
   targets = jnp.clip(labels - task.lo, 0, logits.shape[-1] - 1)
   return optax.softmax_cross_entropy_with_integer_labels(masked, targets)
 
@@ -118,9 +120,7 @@ def commit(mem: Params, cur: Params, spec: SequenceSpec, task: int) -> Params:
   return mem | {name: mem[name].at[lo:hi].set(leaf[: hi - lo]) for name, leaf in cur.items()}
 
 
-def add_means(
-  mem: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"]
-) -> Params:
+def add_means(mem: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"]) -> Params:
   """Returns `mem` with the class means updated by sums of features and numbers of images."""
   count = mem["count"] + counts
   total = mem["mean"] * mem["count"][:, None] + sums

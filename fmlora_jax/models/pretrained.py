@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -214,23 +214,23 @@ def _dinov2() -> Layout:
 LAYOUTS: Mapping[str, Layout] = {"ours": _ours(), "timm": _timm(), "dinov2": _dinov2()}
 
 
-def flatten(params: Params) -> dict[str, np.ndarray]:
+def flatten(params: Params) -> dict[str, Any]:
   """Returns {"block_0/norm1/scale": array, ...}."""
   return traverse_util.flatten_dict(params, sep="/")
 
 
-def unflatten(leaves: Mapping[str, np.ndarray]) -> Params:
+def unflatten(leaves: Mapping[str, Any]) -> Params:
   """Inverse of `flatten`."""
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def resize_positions(position: Float[np.ndarray, "N D"], grid: int) -> Float[np.ndarray, "M D"]:
+def resize_positions(position: Float[np.ndarray, "..."], grid: int) -> Float[np.ndarray, "..."]:
   """Returns position embeddings for a grid x grid image; the class token's row stays.
 
   Source: DINOv2 (arXiv:2304.07193) as Hugging Face runs it: bicubic, a = -0.75, no antialiasing.
 
   Args:
-    position: the class token's row, then those of a square of patches, row by row. An array of
+    position: [N, D]: the class token's row, then a square of patches, row by row. An array of
       another form comes back as it is.
   """
   side = math.isqrt(max(len(position) - 1, 0)) if position.ndim == 2 else 0

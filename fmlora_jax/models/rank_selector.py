@@ -15,9 +15,7 @@ def rank_masks(candidates: Sequence[int], max_rank: int) -> Float[Array, "k R"]:
   return (jnp.arange(max_rank) < jnp.asarray(candidates)[:, None]).astype(jnp.float32)
 
 
-def gumbel_one_hot(
-  alpha: Float[Array, " k"], key: PRNGKeyArray, tau: float
-) -> Float[Array, " k"]:
+def gumbel_one_hot(alpha: Float[Array, " k"], key: PRNGKeyArray, tau: float) -> Float[Array, " k"]:
   """Samples a one-hot choice with P = softmax(alpha); its gradient is the soft sample's.
 
   The draw does not depend on tau > 0; the gradient sharpens as tau falls. Source: FM-LoRA Eq. (11).

@@ -36,9 +36,7 @@ class AdaptedDense(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "B N D"], delta: LowRank | None
-  ) -> Float[Array, "B N E"]:
+  def __call__(self, x: Float[Array, "B N D"], delta: LowRank | None) -> Float[Array, "B N E"]:
     y = nn.Dense(self.features, dtype=self.dtype, name="dense")(x)
     return y if delta is None else y + low_rank.apply(x, delta)
 
@@ -129,9 +127,7 @@ class ViT(nn.Module):
     patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
     x = nn.Dense(sizes.width, dtype=self.dtype, name="embedding")(patches)
     cls = self.param("cls", nn.initializers.zeros, (1, sizes.width))
-    position = self.param(
-      "position", nn.initializers.normal(0.02), (sizes.num_tokens, sizes.width)
-    )
+    position = self.param("position", nn.initializers.normal(0.02), (sizes.num_tokens, sizes.width))
     x = _prepend(cls, x) + position.astype(x.dtype)
     if adapters.prompt is not None:
       x = jnp.concatenate([x[:, :1], _prepend(adapters.prompt, x[:, 1:])], axis=1)

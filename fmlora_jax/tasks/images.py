@@ -35,6 +35,7 @@ def pillow_unlimited() -> Iterator[None]:
   """
   with _PILLOW, warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    Image.init()  # all formats, not the five usual ones
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
       yield

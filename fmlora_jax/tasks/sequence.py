@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int, Int8, UInt8
+from jaxtyping import Bool, Int, Int8, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.types import SequenceSpec
@@ -200,17 +200,30 @@ def _split(source: Source, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   split = np.full(len(source.labels), TRAIN, np.int8)
   if source.split is not None:
     split = np.maximum(source.split, TRAIN)
-  for part, fraction in ((TEST, config.test_fraction), (VAL, config.val_fraction)):
-    if not _brings(source, part) and fraction > 0:
-      split[_draw(source, split == TRAIN, fraction, (config.split_seed, part))] = part
+  cuts_val = config.val_fraction > 0 and not _brings(source, VAL)
+  if not _brings(source, TEST):
+    draw = Draw(fraction=config.test_fraction, leave=1 + cuts_val, seed=(config.split_seed, TEST))
+    split[_draw(source, split == TRAIN, draw)] = TEST
+  if cuts_val:
+    draw = Draw(fraction=config.val_fraction, leave=1, seed=(config.split_seed, VAL))
+    split[_draw(source, split == TRAIN, draw)] = VAL
   return split
 
 
-def _draw(source: Source, allowed, fraction: float, seed: tuple[int, int]) -> np.ndarray:
-  """Returns a mask of `fraction` of the allowed records of each class and domain.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw:
+  """Which share of each class and domain to draw, and how many records to leave at least."""
 
-  At least one where there are two, never all of them; groups are drawn whole, counted once, in the
-  stratum of their first record.
+  fraction: float
+  leave: int
+  seed: tuple[int, int]
+
+
+def _draw(source: Source, allowed: Bool[np.ndarray, " n"], draw: Draw) -> Bool[np.ndarray, " n"]:
+  """Returns a mask of the records drawn from the allowed ones: one of each class at the least.
+
+  Groups are drawn whole, counted once, in the class and domain of their first record. Of a class
+  with one record, none is drawn; with too few to leave `draw.leave`, one.
   """
   records = np.flatnonzero(allowed)
   group = np.arange(len(source.labels)) if source.group is None else source.group
@@ -223,8 +236,10 @@ def _draw(source: Source, allowed, fraction: float, seed: tuple[int, int]) -> np
   drawn = [units[:0]]
   for index, (label, domain) in enumerate(strata.T.tolist()):
     stratum = units[member == index]
-    count = min(max(int(len(stratum) * fraction + 0.5), 1), len(stratum) - 1)
-    order = np.random.RandomState([*seed, label, domain]).permutation(len(stratum))
+    least = min(1, len(stratum) - 1)
+    wanted = max(int(len(stratum) * draw.fraction + 0.5), least)
+    count = min(wanted, max(len(stratum) - draw.leave, least))
+    order = np.random.RandomState([*draw.seed, label, domain]).permutation(len(stratum))
     drawn.append(stratum[order[:count]])
   return allowed & np.isin(group, np.concatenate(drawn))
 

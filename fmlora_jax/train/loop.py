@@ -170,7 +170,7 @@ class Trainer:
     if bad.any():
       i = int(np.argmax(bad))
       raise NonFiniteError(
-        f"loss is {stats['loss'][i]} and gradient norm {stats['grad_norm'][i]} at task {task + 1} of "
-        f"{len(self.sequence.tasks)}, step {done + i + 1}: must be finite; lower "
+        f"loss is {stats['loss'][i]} and gradient norm {stats['grad_norm'][i]} at task {task + 1} "
+        f"of {len(self.sequence.tasks)}, step {done + i + 1}: must be finite; lower "
         "config.optim.learning_rate or set config.optim.clip_norm"
       )

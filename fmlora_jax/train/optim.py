@@ -16,8 +16,8 @@ GROUPS = ("adapter", "prompt", "head", "frozen")
 def make(config: Config, labels: Params) -> optax.GradientTransformationExtraArgs:
   """Returns the optimiser of one task over leaves labelled with GROUPS.
 
-  Its update takes `progress` in [0, 1), the part of the task that is done: a traced number, so tasks
-  of different lengths share one compiled step.
+  Its update takes `progress` in [0, 1), the part of the task that is done: a traced number, so
+  tasks of different lengths share one compiled step.
   """
   optim = config.optim
   adapter, head = optim.learning_rate, optim.head_learning_rate

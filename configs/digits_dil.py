@@ -1,0 +1,16 @@
+"""The same ten digits in 4 domains: as they are, inverted, turned by 90 degrees, noisy and blurred."""
+
+from fmlora_jax import config
+
+
+def get_config(variant: str | None = None):
+  """Returns the config; variants: method=NAME."""
+  chosen = config.parse_variant(variant)
+  return config.defaults(
+    batch_size=32,
+    compute_dtype="float32",
+    method={"name": chosen.get("method", "fm_lora")},
+    tasks={"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 4},
+    input={"augmentation": "digits"},
+    weights={"tag": "micro_letters"},
+  )

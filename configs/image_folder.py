@@ -1,0 +1,20 @@
+"""Your own images: a folder of class folders, with or without train/val/test above or domains.
+
+python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 --config.tasks.data_dir=FOLDER
+"""
+
+from fmlora_jax import config
+
+
+def get_config(variant: str | None = None):
+  """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til."""
+  chosen = config.parse_variant(variant)
+  return config.defaults(
+    method={"name": chosen.get("method", "fm_lora")},
+    tasks={
+      "benchmark": "image_folder",
+      "scenario": chosen.get("scenario", "cil"),
+      "num_tasks": int(chosen.get("tasks", 5)),
+    },
+    input={"source_size": 256},
+  )
