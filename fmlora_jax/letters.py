@@ -5,6 +5,7 @@ case of one shape (c and C) are one class. No digit is ever drawn.
 """
 
 import functools
+import itertools
 import pathlib
 import string
 
@@ -15,10 +16,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 32  # pixels of an image
 COARSE = 8  # pixels of a coarse image before it is enlarged to SIDE
-CANVAS = 2 * SIDE  # a letter is bent at this size, then averaged down
-MESH_CELLS = 4  # a side of the canvas has this many cells to bend
-STROKES = 5  # an outline may be thickened by 0..STROKES-1 pixels of a GLYPH_SIZE glyph
-GLYPH_SIZE = 64
+CANVAS = 48  # pixels of a letter when it is bent, before it is averaged down
+MESH_CELLS = 3  # a side of the canvas has this many cells to bend
+GLYPH_SIZE = 48  # pixels of an em
+STROKES = 4  # an outline may be thickened by 0..STROKES-1 pixels of a glyph on each side
+
+_STEPS = np.linspace(0, CANVAS, MESH_CELLS + 1, dtype=int).tolist()
+GRID = np.stack(np.meshgrid(_STEPS, _STEPS), -1)  # [row, column, (x, y)]: the corners of CELLS
+CELLS = [
+  (left, top, right, bottom)
+  for top, bottom in itertools.pairwise(_STEPS)
+  for left, right in itertools.pairwise(_STEPS)
+]
 
 # alphabets that STIXGeneral keeps among the mathematical signs: first code point of A..Z, a..z
 ALPHABETS = {
@@ -64,8 +73,8 @@ def pool(
   for i in range(count):
     rng = np.random.default_rng((*seed, i))
     labels[i] = rng.integers(len(CLASSES))
-    letter = rng.choice(list(CLASSES[labels[i]]))
-    glyph = _glyph(str(rng.choice(faces)), str(letter), int(rng.integers(STROKES)))
+    letter = CLASSES[labels[i]][rng.integers(len(CLASSES[labels[i]]))]
+    glyph = _glyph(faces[rng.integers(len(faces))], letter, int(rng.integers(STROKES)))
     bent = _bend(glyph, rng, turned=rng.random() < quarter_turns)
     images[i] = _reduce(bent, rng, coarse=rng.random() < coarse)
   return images, labels
@@ -93,21 +102,15 @@ def _bend(glyph: Image.Image, rng: np.random.Generator, *, turned: bool) -> Imag
   aspect, shear = np.exp(rng.normal(0, 0.15)), rng.normal(0, 0.15)
   scale = CANVAS * rng.uniform(0.7, 1.0) / max(glyph.size)
   cos, sin = np.cos(angle), np.sin(angle)
-  forward = np.array([[cos, -sin], [sin, cos]]) @ [[aspect, shear], [0, 1 / aspect]] * scale
-  shift = CANVAS / 2 + rng.normal(0, 0.04 * CANVAS, 2)
-  steps = np.linspace(0, CANVAS, MESH_CELLS + 1)
-  nodes = np.stack(np.meshgrid(steps, steps), -1)  # [row, column, (x, y)] on the canvas
-  nodes = nodes + rng.normal(0, rng.uniform(0, 0.035 * CANVAS), nodes.shape)
-  source = (nodes - shift) @ np.linalg.inv(forward).T + np.divide(glyph.size, 2)
+  # canvas -> glyph, the way PIL maps: turn back, then undo shear, aspect and scale
+  back = np.array([[aspect, shear], [0, 1 / aspect]]) @ [[cos, sin], [-sin, cos]] / scale
+  nodes = GRID - rng.normal(CANVAS / 2, 0.04 * CANVAS, 2)
+  nodes = nodes + rng.normal(0, rng.uniform(0, 0.05 * CANVAS), nodes.shape)
+  source = nodes @ back.T + np.divide(glyph.size, 2)
   quads = np.concatenate(  # corners from the upper left, counter-clockwise
     [source[:-1, :-1], source[1:, :-1], source[1:, 1:], source[:-1, 1:]], axis=-1
-  ).tolist()
-  cell = CANVAS // MESH_CELLS
-  mesh = [
-    ((c * cell, r * cell, (c + 1) * cell, (r + 1) * cell), quads[r][c])
-    for r in range(MESH_CELLS)
-    for c in range(MESH_CELLS)
-  ]
+  )
+  mesh = list(zip(CELLS, quads.reshape(-1, 8).tolist(), strict=True))
   return glyph.transform((CANVAS, CANVAS), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
 
 

@@ -5,6 +5,7 @@ python -m fmlora_jax.pretrain --config=configs/pretrain_letters.py --output=FILE
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import pathlib
 import sys
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from ml_collections import config_flags
 
 from fmlora_jax import config as config_lib
@@ -22,147 +24,208 @@ from fmlora_jax import letters
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.types import Backbone, Params
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_letters.py", "The recipe.")
-_OUTPUT = flags.DEFINE_string("output", None, "File to write, .safetensors.", required=True)
+REPORT_EVERY = 500  # steps
+VERSIONS_OF = ("jax", "flax", "optax", "numpy", "pillow", "matplotlib")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-  """How the backbone is trained; AdamW with warm-up and cosine.
+  """How the backbone is trained: AdamW with warm-up and cosine.
 
   Attributes:
-    pool: images rendered ahead and visited again and again, each time with other brightness,
-      noise and polarity.
-    held_out_fonts: every n-th font is kept for validation.
+    architecture: a name of models/vit.py whose images are as large as the letters.
+    pool: images rendered ahead and visited again and again, each time with other contrast, noise
+      and polarity.
+    num_val: validation images, in `val_faces` alone.
+    val_faces: faces of letters.FACES that are never trained on.
+    coarse: share of images with no more detail than 8 x 8 pixels.
+    quarter_turns: share of images turned by 90, 180 or 270 degrees.
     inverted: share of images shown as dark strokes on white.
+    weight_decay: on kernels only.
   """
 
-  architecture: str = "micro"
-  seed: int = 0
-  pool: int = 160_000
-  num_val: int = 4_000
-  held_out_fonts: int = 5
-  inverted: float = 0.25
-  steps: int = 6_000
-  batch_size: int = 256
-  learning_rate: float = 2e-3
-  weight_decay: float = 0.05
-  warmup_steps: int = 300
-  label_smoothing: float = 0.1
+  architecture: str
+  seed: int
+  pool: int
+  num_val: int
+  val_faces: tuple[str, ...]
+  coarse: float
+  quarter_turns: float
+  inverted: float
+  steps: int
+  batch_size: int
+  learning_rate: float
+  warmup_steps: int
+  weight_decay: float
+  label_smoothing: float
 
   def __post_init__(self):
     for name in ("pool", "num_val", "steps", "batch_size"):
-      if getattr(self, name) < 1:
-        raise config_lib.ConfigError(f"{name} is {getattr(self, name)}: must be >= 1")
-    if self.held_out_fonts < 2:
-      raise config_lib.ConfigError(f"held_out_fonts is {self.held_out_fonts}: must be >= 2")
+      _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+    for name in ("coarse", "quarter_turns", "inverted", "label_smoothing"):
+      _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+    _require(
+      0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, "in [0, steps)"
+    )
+    _require(self.seed >= 0, "seed", self.seed, "at least 0")
+    _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+    _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+    some = set() < set(self.val_faces) < set(letters.FACES)
+    _require(some, "val_faces", self.val_faces, f"some, not all, of {letters.FACES}")
+    side = vit.architecture(self.architecture).image_size
+    _require(side == letters.SIDE, "architecture", self.architecture, f"for {letters.SIDE} pixels")
 
 
-def train(recipe: Recipe) -> tuple[Params, float]:
-  """Returns the backbone's parameters and the accuracy on letters in held-out fonts."""
-  files = letters.fonts()
-  held_out = files[:: recipe.held_out_fonts]
-  pool = letters.render([f for f in files if f not in held_out], recipe.pool, recipe.seed)
-  val = letters.render(held_out, recipe.num_val, recipe.seed + 1)
-  logging.info("rendered %d and %d letters in %d fonts", recipe.pool, recipe.num_val, len(files))
-  backbone = vit.make(vit.architecture(recipe.architecture))
+def _require(ok: object, name: str, value: object, allowed: str) -> None:
+  if not ok:
+    raise config_lib.ConfigError(f"{name} is {value!r}: must be {allowed}")
+
+
+def train(recipe: Recipe, backbone: Backbone) -> tuple[Params, float]:
+  """Returns the backbone's parameters and the accuracy on letters in held-out faces."""
+  images, labels = render(recipe, "train")
+  optimizer = make_optimizer(recipe)
   root = jax.random.key(recipe.seed)
-  width, classes = backbone.sizes.width, len(letters.CLASSES)
-  params = {
-    "backbone": backbone.init(root),
-    "head": {"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros(classes)},
-  }
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps
-  )
-  matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=matrices),
-  )
+  params = init(backbone, root)
+  opt_state = optimizer.init(params)
   step = jax.jit(
     functools.partial(_step, backbone, optimizer, recipe), donate_argnames=("params", "opt_state")
   )
-  opt_state = optimizer.init(params)
   rng = np.random.default_rng(recipe.seed)
   began = time.monotonic()
   for i in range(recipe.steps):
     rows = rng.integers(recipe.pool, size=recipe.batch_size)
     key = jax.random.fold_in(root, i)
-    params, opt_state, loss = step(params, opt_state, pool[0][rows], pool[1][rows], key)
-    if (i + 1) % 500 == 0:
-      accuracy = evaluate(backbone, params, val)
-      spent = time.monotonic() - began
-      logging.info("step %d loss %.4f val %.4f, %.0f s", i + 1, float(loss), accuracy, spent)
-  return params["backbone"], evaluate(backbone, params, val)
+    params, opt_state, loss = step(params, opt_state, images[rows], labels[rows], key)
+    if (i + 1) % REPORT_EVERY == 0:
+      logging.info("step %d loss %.4f, %.0f s", i + 1, loss, time.monotonic() - began)
+  return params["backbone"], evaluate(backbone, params, *render(recipe, "val"))
+
+
+def render(
+  recipe: Recipe, split: str
+) -> tuple[UInt8[np.ndarray, "n 32 32"], Int[np.ndarray, " n"]]:
+  """Returns the letters and labels of "train" or "val"; the splits share no face."""
+  is_val = split == "val"
+  began = time.monotonic()
+  examples = letters.pool(
+    recipe.num_val if is_val else recipe.pool,
+    faces=tuple(face for face in letters.FACES if (face in recipe.val_faces) == is_val),
+    seed=(recipe.seed, int(is_val)),
+    coarse=recipe.coarse,
+    quarter_turns=recipe.quarter_turns,
+  )
+  logging.info("rendered %d letters, %.0f s", len(examples[1]), time.monotonic() - began)
+  return examples
+
+
+def init(backbone: Backbone, key: PRNGKeyArray) -> Params:
+  """Returns fresh parameters of the backbone and of a linear head on its class token."""
+  num_classes = len(letters.CLASSES)
+  head = {
+    "kernel": jnp.zeros((backbone.sizes.width, num_classes)),
+    "bias": jnp.zeros(num_classes),
+  }
+  return {"backbone": backbone.init(key), "head": head}
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  """Returns AdamW whose rate rises linearly, then falls to zero along a cosine."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=_kernels),
+  )
+
+
+def _kernels(params: Params) -> Params:
+  return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def _step(backbone: Backbone, optimizer, recipe: Recipe, params, opt_state, grey, labels, key):
   images = augment(grey, key, recipe.inverted)
 
   def loss_fn(params):
-    logits = _logits(backbone, params, images)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), recipe.label_smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean()
+    scores = logits(backbone, params, images)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, scores.shape[-1]), recipe.label_smoothing)
+    return optax.softmax_cross_entropy(scores, targets).mean()
 
   loss, grads = jax.value_and_grad(loss_fn)(params)
   updates, opt_state = optimizer.update(grads, opt_state, params)
   return optax.apply_updates(params, updates), opt_state, loss
 
 
-def augment(grey, key, inverted: float):
-  """Returns [B, 32, 32, 3] images in [-1, 1]: random contrast, noise and polarity."""
-  count = grey.shape[0]
-  keys = jax.random.split(key, 4)
-  shape = (count, 1, 1)
+def augment(
+  grey: UInt8[Array, "B 32 32"], key: PRNGKeyArray, inverted: float
+) -> Float[Array, "B 32 32 3"]:
+  """Returns images in [-1, 1]: random contrast, noise and polarity."""
+  contrast, strength, noise, polarity = jax.random.split(key, 4)
+  shape = (len(grey), 1, 1)
   images = grey.astype(jnp.float32) / 255
-  images *= jax.random.uniform(keys[0], shape, minval=0.6, maxval=1.0)
-  strength = 0.15 * jax.random.uniform(keys[1], shape) ** 2
-  images += strength * jax.random.normal(keys[2], images.shape)
-  images = jnp.where(jax.random.uniform(keys[3], shape) < inverted, 1 - images, images)
+  images *= jax.random.uniform(contrast, shape, minval=0.6, maxval=1.0)
+  deviation = 0.2 * jax.random.uniform(strength, shape) ** 2
+  images += deviation * jax.random.normal(noise, images.shape)
+  images = jnp.where(jax.random.uniform(polarity, shape) < inverted, 1 - images, images)
   return pixels(images)
 
 
-def pixels(images):
-  """Returns grey images in [0, 1] as three channels in [-1, 1]."""
-  return jnp.repeat(2 * jnp.clip(images, 0, 1)[..., None] - 1, 3, axis=-1)
+def pixels(grey: Float[Array, "B 32 32"]) -> Float[Array, "B 32 32 3"]:
+  """Returns grey images in [0, 1] as three channels in [-1, 1]; what lies outside is cut off."""
+  return jnp.repeat(2 * jnp.clip(grey, 0, 1)[..., None] - 1, 3, axis=-1)
 
 
-def _logits(backbone, params, images):
-  return (
-    backbone.apply(params["backbone"], images) @ params["head"]["kernel"] + params["head"]["bias"]
-  )
+def logits(
+  backbone: Backbone, params: Params, images: Float[Array, "B 32 32 3"]
+) -> Float[Array, "B C"]:
+  """Returns the scores of the letters.CLASSES."""
+  head = params["head"]
+  return backbone.apply(params["backbone"], images) @ head["kernel"] + head["bias"]
 
 
-def evaluate(backbone: Backbone, params: Params, examples) -> float:
-  """Returns the fraction of letters that are named right."""
-  grey, labels = examples
-  predict = jax.jit(lambda params, x: jnp.argmax(_logits(backbone, params, pixels(x / 255.0)), -1))
-  right = [
-    np.asarray(predict(params, grey[i : i + 500])) == labels[i : i + 500]
-    for i in range(0, len(labels), 500)
-  ]
-  return float(np.mean(np.concatenate(right)))
+def evaluate(
+  backbone: Backbone,
+  params: Params,
+  images: UInt8[np.ndarray, "n 32 32"],
+  labels: Int[np.ndarray, " n"],
+) -> float:
+  """Returns the fraction of letters that are named right, as rendered: no further noise."""
+  predict = jax.jit(lambda params, x: jnp.argmax(logits(backbone, params, pixels(x / 255)), -1))
+  parts = np.array_split(images, max(1, len(images) // 500))
+  return float(np.mean(np.concatenate([predict(params, part) for part in parts]) == labels))
+
+
+def save(params: Params, path: pathlib.Path, recipe: Recipe, accuracy: float) -> None:
+  """Writes the backbone and, as metadata, what it was made by and with."""
+  metadata = {
+    "architecture": recipe.architecture,
+    "normalisation": "half",
+    "made_by": "python -m fmlora_jax.pretrain",
+    "recipe": json.dumps(dataclasses.asdict(recipe)),
+    "val_accuracy": f"{accuracy:.4f}",
+    "versions": json.dumps({name: importlib.metadata.version(name) for name in VERSIONS_OF}),
+  }
+  pretrained.save(jax.device_get(params), path, metadata)
 
 
 def main(argv: list[str]) -> None:
   del argv
+  output = pathlib.Path(flags.FLAGS.output)
   try:
-    recipe = config_lib.build(Recipe, _CONFIG.value.to_dict())
-  except config_lib.ConfigError as error:
+    recipe = config_lib.build(Recipe, flags.FLAGS.config.to_dict())
+    backbone = vit.make(vit.architecture(recipe.architecture))
+    if not output.parent.is_dir():
+      raise config_lib.ConfigError(f"--output is {output}: its folder must be there; make it")
+  except (TypeError, ValueError) as error:  # TypeError: a field that the config lacks
     sys.exit(f"error: {error}")
-  params, accuracy = train(recipe)
-  metadata = {
-    "architecture": recipe.architecture,
-    "normalisation": "half",
-    "recipe": json.dumps(dataclasses.asdict(recipe)),
-    "val_accuracy": f"{accuracy:.4f}",
-    "made_by": "python -m fmlora_jax.pretrain",
-  }
-  pretrained.save(jax.device_get(params), pathlib.Path(_OUTPUT.value), metadata)
-  logging.info("wrote %s, letters in held-out fonts %.4f", _OUTPUT.value, accuracy)
+  params, accuracy = train(recipe, backbone)
+  save(params, output, recipe, accuracy)
+  logging.info("wrote %s, letters in held-out faces %.4f", output, accuracy)
 
 
 if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", "configs/pretrain_letters.py", "The recipe.")
+  flags.DEFINE_string("output", None, "File to write, .safetensors.", required=True)
   logging.set_verbosity(logging.INFO)
   app.run(main)

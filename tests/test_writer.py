@@ -256,7 +256,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
 
 @pytest.mark.parametrize(
   ("seconds", "text"),
-  [(8.14, "8.1 s"), (59.99, "1:00 min"), (125, "2:05 min"), (3725.4, "1:02:05 h")],
+  [(8.14, "8.1 s"), (59.99, "1:00 min"), (125.0, "2:05 min"), (3725.4, "1:02:05 h")],
 )
 def test_durations_are_easy_to_read(seconds, text):
   assert writer.duration(seconds) == text

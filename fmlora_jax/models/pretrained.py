@@ -2,29 +2,25 @@
 
 A tag names one published checkpoint: "ViT-B/16" alone has stood for three networks in timm's time.
 Files are read with safetensors, never with pickle. A new checkpoint is one entry of `WEIGHTS`, a
-new kind of file one entry of `LAYOUTS`.
+new kind of file one entry of `layouts.LAYOUTS`.
 """
 
 import dataclasses
 import difflib
 import hashlib
-import math
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 from absl import logging
-from flax import traverse_util
-from jaxtyping import Float
 
 from fmlora_jax.config import WeightsConfig
-from fmlora_jax.models import vit
+from fmlora_jax.models import layouts, vit
 from fmlora_jax.types import Params, Sizes
 
 
@@ -112,228 +108,6 @@ class Info:
   ignored: tuple[str, ...] = ()
 
 
-Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-  """How a family of files names its tensors.
-
-  Attributes:
-    rules: (regex over a whole name on disk, our leaf, change of the array). Each rule that matches
-      makes a leaf: three make query, key and value out of one tensor.
-    ignored: regexes over names of tensors that are no part of the feature extractor.
-  """
-
-  rules: tuple[Rule, ...]
-  ignored: tuple[str, ...]
-
-  def leaves(self, name: str) -> list[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """Returns (our leaf, change of the array) for each rule that matches the name."""
-    matches = ((re.fullmatch(pattern, name), leaf, change) for pattern, leaf, change in self.rules)
-    return [(match.expand(leaf), change) for match, leaf, change in matches if match]
-
-  def ignores(self, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in self.ignored)
-
-
-def _same(x: np.ndarray) -> np.ndarray:
-  return x
-
-
-def _unbatch(x: np.ndarray) -> np.ndarray:
-  return x[0] if x.ndim == 3 and x.shape[0] == 1 else x
-
-
-def _patches(x: np.ndarray) -> np.ndarray:
-  """Convolution weight OIHW -> kernel over flattened patches, rows in the order (p, q, c)."""
-  return x.transpose(2, 3, 1, 0).reshape(math.prod(x.shape[1:]), len(x)) if x.ndim == 4 else x
-
-
-def _dense(name: str, leaf: str, change: Callable[[np.ndarray], np.ndarray] = _same) -> list[Rule]:
-  """Rules of a torch Linear; `change` acts on the rows of weight and bias."""
-  return [
-    (rf"{name}\.weight", f"{leaf}/kernel", lambda x: change(x).T),
-    (rf"{name}\.bias", f"{leaf}/bias", change),
-  ]
-
-
-def _norm(name: str, leaf: str) -> list[Rule]:
-  return [(rf"{name}\.weight", f"{leaf}/scale", _same), (rf"{name}\.bias", f"{leaf}/bias", _same)]
-
-
-def _third(part: int) -> Callable[[np.ndarray], np.ndarray]:
-  return lambda x: x[part * len(x) // 3 : (part + 1) * len(x) // 3]
-
-
-def _ours() -> Layout:
-  rules = ((r"cls|position|(?:embedding|norm|block_\d+)/.+", r"\g<0>", _same),)
-  return Layout(rules=rules, ignored=(r"head/.+",))
-
-
-def _timm() -> Layout:
-  block = r"blocks\.(\d+)\."
-  rules = [
-    (r"cls_token", "cls", _unbatch),
-    (r"pos_embed", "position", _unbatch),
-    (r"patch_embed\.proj\.weight", "embedding/kernel", _patches),
-    (r"patch_embed\.proj\.bias", "embedding/bias", _same),
-    *_norm(rf"{block}norm([12])", r"block_\1/norm\2"),
-    *_dense(rf"{block}attn\.qkv", r"block_\1/attention/query/dense", _third(0)),
-    *_dense(rf"{block}attn\.qkv", r"block_\1/attention/key/dense", _third(1)),
-    *_dense(rf"{block}attn\.qkv", r"block_\1/attention/value/dense", _third(2)),
-    *_dense(rf"{block}attn\.proj", r"block_\1/attention/out/dense"),
-    *_dense(rf"{block}mlp\.(fc[12])", r"block_\1/\2/dense"),
-    (rf"{block}ls([12])\.gamma", r"block_\1/scale\2", _same),
-    *_norm("norm", "norm"),
-  ]
-  return Layout(rules=tuple(rules), ignored=(r"(head|fc_norm|pre_logits)\..+", r"mask_token"))
-
-
-def _dinov2() -> Layout:
-  """Hugging Face's names; those of transformers 5 in memory (q_proj, ..., o_proj) as well."""
-  top = r"(?:dinov2\.)?"
-  block = rf"{top}encoder\.layer\.(\d+)\."
-  rules = [
-    (rf"{top}embeddings\.cls_token", "cls", _unbatch),
-    (rf"{top}embeddings\.position_embeddings", "position", _unbatch),
-    (rf"{top}embeddings\.patch_embeddings\.projection\.weight", "embedding/kernel", _patches),
-    (rf"{top}embeddings\.patch_embeddings\.projection\.bias", "embedding/bias", _same),
-    *_norm(rf"{block}norm([12])", r"block_\1/norm\2"),
-    *_dense(rf"{block}attention\.(?:output\.dense|o_proj)", r"block_\1/attention/out/dense"),
-    *_dense(rf"{block}mlp\.(fc[12])", r"block_\1/\2/dense"),
-    (rf"{block}layer_scale([12])\.lambda1", r"block_\1/scale\2", _same),
-    *_norm(rf"{top}layernorm", "norm"),
-  ]
-  for name in ("query", "key", "value"):
-    disk = rf"{block}attention\.(?:attention\.{name}|{name[0]}_proj)"
-    rules += _dense(disk, rf"block_\1/attention/{name}/dense")
-  return Layout(rules=tuple(rules), ignored=(rf"{top}embeddings\.mask_token", r"classifier\..+"))
-
-
-LAYOUTS: Mapping[str, Layout] = {"ours": _ours(), "timm": _timm(), "dinov2": _dinov2()}
-
-
-def flatten(params: Params) -> dict[str, Any]:
-  """Returns {"block_0/norm1/scale": array, ...}."""
-  return traverse_util.flatten_dict(params, sep="/")
-
-
-def unflatten(leaves: Mapping[str, Any]) -> Params:
-  """Inverse of `flatten`."""
-  return traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def resize_positions(position: Float[np.ndarray, "..."], grid: int) -> Float[np.ndarray, "..."]:
-  """Returns position embeddings for a grid x grid image; the class token's row stays.
-
-  Source: DINOv2 (arXiv:2304.07193) as Hugging Face runs it: bicubic, a = -0.75, no antialiasing.
-
-  Args:
-    position: [N, D]: the class token's row, then a square of patches, row by row. An array of
-      another form comes back as it is.
-  """
-  side = math.isqrt(max(len(position) - 1, 0)) if position.ndim == 2 else 0
-  if side in (0, grid) or side**2 + 1 != len(position):
-    return position
-  width = position.shape[1]
-  method = jax.image.ResizeMethod.CUBIC_PYTORCH
-  patches = position[1:].reshape(side, side, width)
-  resized = jax.image.resize(patches, (grid, grid, width), method, antialias=False)
-  return np.concatenate([position[:1], np.asarray(resized).reshape(-1, width)])
-
-
-def convert(
-  tensors: Mapping[str, np.ndarray], layout: str, sizes: Sizes, *, cut: bool = False
-) -> tuple[Params, tuple[str, ...]]:
-  """Returns (params of `vit.make(sizes)` as float32 NumPy arrays, names of the unused tensors).
-
-  Args:
-    tensors: name on disk -> array of any float type.
-    layout: a name in LAYOUTS.
-    cut: leave out the blocks from `sizes.depth` on, instead of refusing them.
-
-  Raises:
-    ValueError: naming together all tensors that are missing, unknown or of a wrong shape; or one
-      that holds NaN or infinity.
-  """
-  leaves, ignored, unknown = {}, [], []  # leaf -> (name on disk, array)
-  for name, tensor in tensors.items():
-    targets = LAYOUTS[layout].leaves(name)
-    is_cut = cut and any(_block(leaf) >= sizes.depth for leaf, _ in targets)
-    if is_cut or (not targets and LAYOUTS[layout].ignores(name)):
-      ignored.append(name)
-    elif not targets or targets[0][0] in leaves:
-      unknown.append(name)
-    else:
-      tensor = _float32(name, tensor)
-      leaves |= {leaf: (name, change(tensor)) for leaf, change in targets}
-  if "position" in leaves:
-    name, position = leaves["position"]
-    leaves["position"] = name, resize_positions(position, sizes.grid)
-  _check(leaves, unknown, layout, sizes, tensors)
-  params = {leaf: np.ascontiguousarray(array) for leaf, (_, array) in leaves.items()}
-  return unflatten(params), tuple(ignored)
-
-
-def _block(leaf: str) -> int:
-  """Returns i of block_i/...; -1 for other leaves."""
-  match = re.match(r"block_(\d+)/", leaf)
-  return int(match[1]) if match else -1
-
-
-def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
-  with np.errstate(over="ignore"):  # a float64 too large becomes infinity and is refused here
-    tensor = np.atleast_1d(np.asarray(tensor, np.float32))
-  if not np.isfinite(tensor).all():
-    raise ValueError(f"tensor {name} holds NaN or infinity; the file is damaged, get it again")
-  return tensor
-
-
-def _check(
-  leaves: Mapping[str, tuple[str, np.ndarray]],
-  unknown: Iterable[str],
-  layout: str,
-  sizes: Sizes,
-  names: Iterable[str],
-) -> None:
-  """Refuses leaves that are not those of the ViT, all in one message."""
-  expected = flatten(jax.eval_shape(vit.make(sizes).init, jax.random.key(0)))
-  shapes = {leaf: expected[leaf].shape for leaf in expected}
-  surplus = {leaves[leaf][0] for leaf in leaves if leaf not in shapes}
-  wrong = [
-    f"{name} -> {leaf} {array.shape} instead of {shapes[leaf]}"
-    for leaf, (name, array) in leaves.items()
-    if leaf in shapes and array.shape != shapes[leaf]
-  ]
-  faults = {
-    "missing": [leaf for leaf in shapes if leaf not in leaves],
-    "unknown": [*unknown, *sorted(surplus)],
-    "wrong shape": wrong,
-  }
-  found = [f"{kind} ({len(items)}): {_some(items)}" for kind, items in faults.items() if items]
-  if found:
-    guess = guess_layout(names)
-    hint = f"; its names look like layout {guess!r}" if guess not in (layout, None) else ""
-    raise ValueError(
-      f"the tensors do not make a ViT of width {sizes.width}, depth {sizes.depth}, patch size "
-      f"{sizes.patch_size} in layout {layout!r}: {'; '.join(found)}{hint}"
-    )
-
-
-def _some(items: list[str], most: int = 4) -> str:
-  rest = [f"and {len(items) - most} more"] if len(items) > most else []
-  return ", ".join(items[:most] + rest)
-
-
-def guess_layout(names: Iterable[str]) -> str | None:
-  """Returns the layout whose rules match most of the names; None if none matches any."""
-  names = list(names)
-  counts = {key: sum(bool(x.leaves(name)) for name in names) for key, x in LAYOUTS.items()}
-  best = max(counts, key=counts.__getitem__)
-  return best if counts[best] else None
-
-
 def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, Sizes, Info]:
   """Returns (params as float32 NumPy arrays, sizes of the ViT, what was loaded).
 
@@ -365,7 +139,7 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
     )
   sizes = _sizes(config, source, image_size)
   try:
-    params, ignored = convert(tensors, source.layout, sizes, cut=config.depth is not None)
+    params, ignored = layouts.convert(tensors, source.layout, sizes, cut=config.depth is not None)
   except ValueError as error:
     raise ValueError(f"{shown}: {error}; {mend}{own}") from None
   logging.info("weights %s: %s, sha256 %s", config.tag or "file", path.name, digest)
@@ -438,9 +212,10 @@ def _describe(
   config: WeightsConfig, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], shown: str
 ) -> Source:
   """Returns what is known of a file without a tag: from its metadata, its names and the config."""
-  layout = guess_layout(tensors)
+  layout = layouts.guess_layout(tensors)
   if layout is None:
-    raise ValueError(f"{shown}: no tensor has a name as in one of the layouts {list(LAYOUTS)}")
+    known = list(layouts.LAYOUTS)
+    raise ValueError(f"{shown}: no tensor has a name as in one of the layouts {known}")
   architecture = config.architecture or metadata.get("architecture")
   if architecture is None:
     raise ValueError(
@@ -542,7 +317,7 @@ def save(params: Params, path: str | os.PathLike, metadata: Mapping[str, str]) -
   """
   path = pathlib.Path(path)
   # safetensors writes the memory of an array as it lies, also of a transposed one
-  leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(params).items()}
+  leaves = {name: np.ascontiguousarray(leaf) for name, leaf in layouts.flatten(params).items()}
   part = path.with_name(path.name + ".part")
   safetensors.numpy.save_file(leaves, part, metadata=dict(metadata))
   os.replace(part, path)

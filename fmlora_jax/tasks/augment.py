@@ -219,7 +219,7 @@ def _batch(examples: Examples, rows, views, normalisation: str, dtype) -> Batch:
   valid &= examples.valid[rows]
   down, across = views(examples.sizes[rows])
   # highest: on GPU and TPU the default would round pixels to ten or seven bits of mantissa.
-  # Columns first and clipped between, as Pillow does: bicubic overshoots at sharp edges.
+  # Columns first and clipped between, as Pillow before 12.3 does: bicubic overshoots at edges.
   resample = functools.partial(jnp.einsum, precision="highest")
   pixels = resample("bxw,bhwc->bhxc", across, examples.images[rows].astype(jnp.float32))
   pixels = resample("byh,bhxc->byxc", down, jnp.clip(pixels, 0.0, 255.0))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax.models import low_rank, pretrained, vit
+from fmlora_jax.models import layouts, low_rank, vit
 from fmlora_jax.types import Adapters, LowRank, Prefix, Sizes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -41,7 +41,7 @@ class Golden:
       count = len(self.registers)
       self.register_positions = position[0, 1 : count + 1]
       self.disk["pos_embed"] = np.delete(position, range(1, count + 1), axis=1)
-    self.params, self.ignored = pretrained.convert(self.disk, layout, sizes)
+    self.params, self.ignored = layouts.convert(self.disk, layout, sizes)
     self.images = self.arrays["image"].transpose(0, 2, 3, 1)
     self.backbone = vit.make(sizes)
 

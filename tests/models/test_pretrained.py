@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from fmlora_jax.config import WeightsConfig
-from fmlora_jax.models import pretrained, vit
+from fmlora_jax.models import layouts, pretrained, vit
 from fmlora_jax.types import Sizes
 
 TINY = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2)
@@ -122,7 +122,7 @@ def assert_equal(ours: dict, reference: dict) -> None:
 def test_every_tag_names_a_known_architecture_and_layout(tag):
   source = pretrained.WEIGHTS[tag]
   assert source.architecture in (*vit.ARCHITECTURES, None)
-  assert source.layout in pretrained.LAYOUTS
+  assert source.layout in layouts.LAYOUTS
   assert (source.file is None) == (tag == "random")
 
 
@@ -142,7 +142,7 @@ def test_a_timm_file_becomes_the_params_it_was_made_from(timm_file):
 
 def test_layer_scale_of_a_timm_file_is_read():
   params = random_params(TINY_SCALED)
-  ours, _ = pretrained.convert(to_timm(params, TINY_SCALED), "timm", TINY_SCALED)
+  ours, _ = layouts.convert(to_timm(params, TINY_SCALED), "timm", TINY_SCALED)
   assert_equal(ours, params)
 
 
@@ -152,7 +152,7 @@ def test_a_dinov2_file_is_read_under_all_its_names(new_names, prefix):
   params = random_params(TINY_SCALED)
   disk = to_dinov2(params, TINY_SCALED, new_names)
   disk = {prefix + name: tensor for name, tensor in disk.items()}
-  ours, ignored = pretrained.convert(disk, "dinov2", TINY_SCALED)
+  ours, ignored = layouts.convert(disk, "dinov2", TINY_SCALED)
   assert_equal(ours, params)
   assert ignored == (f"{prefix}embeddings.mask_token",)
 
@@ -248,7 +248,7 @@ def bicubic(source: int, target: int, a: float = -0.75) -> np.ndarray:
 @pytest.mark.parametrize(("source", "target"), [(37, 16), (37, 4), (5, 4), (4, 9), (2, 3), (3, 1)])
 def test_positions_are_interpolated_as_by_torch(source, target):
   position = np.random.default_rng(0).normal(size=(source**2 + 1, 3)).astype(np.float32)
-  resized = pretrained.resize_positions(position, target)
+  resized = layouts.resize_positions(position, target)
   matrix, square = bicubic(source, target), position[1:].reshape(source, source, 3)
   reference = np.einsum("ia,jb,abc->ijc", matrix, matrix, square).reshape(-1, 3)
   np.testing.assert_array_equal(resized[0], position[0])
@@ -258,14 +258,14 @@ def test_positions_are_interpolated_as_by_torch(source, target):
 
 def test_positions_of_the_same_grid_stay_bit_for_bit():
   position = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
-  assert pretrained.resize_positions(position, 4) is position
+  assert layouts.resize_positions(position, 4) is position
 
 
 def test_another_image_size_changes_the_positions_only(timm_file):
   params, sizes, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file), 8)
   reference = random_params(TINY)
   assert params["position"].shape == (sizes.num_tokens, 12) == (5, 12)
-  reference["position"] = pretrained.resize_positions(reference["position"], 2)
+  reference["position"] = layouts.resize_positions(reference["position"], 2)
   assert_equal(params, reference)
 
 
@@ -411,7 +411,7 @@ def test_a_tensor_under_two_names_is_refused():
   params = random_params(TINY_SCALED)
   disk = to_dinov2(params, TINY_SCALED) | to_dinov2(params, TINY_SCALED, new_names=True)
   with pytest.raises(ValueError, match=r"unknown \(24\): encoder.layer.0.attention.q_proj"):
-    pretrained.convert(disk, "dinov2", TINY_SCALED)
+    layouts.convert(disk, "dinov2", TINY_SCALED)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (35, 12), (36, 12, 1, 1), (0, 3, 4, 4)])
@@ -422,7 +422,7 @@ def test_a_tensor_under_two_names_is_refused():
 def test_no_shape_ends_in_a_stack_trace(name, shape):
   disk = to_timm(random_params(TINY), TINY) | {name: np.zeros(shape, np.float32)}
   with pytest.raises(ValueError, match=f"wrong shape .*{re.escape(name)} ->"):
-    pretrained.convert(disk, "timm", TINY)
+    layouts.convert(disk, "timm", TINY)
 
 
 def test_names_that_mean_nothing_are_refused(tmp_path):

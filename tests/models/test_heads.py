@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax.models import heads
+from fmlora_jax.types import SequenceSpec, TaskArrays
+
+WIDTH = 8
+RANGES = ((0, 2), (2, 5), (5, 6))
+CIL = SequenceSpec(scenario="cil", num_tasks=3, num_classes=6, class_ranges=RANGES)
+DIL = SequenceSpec(scenario="dil", num_tasks=3, num_classes=4, class_ranges=((0, 4),) * 3)
+KINDS = ("linear", "cosine", "class_mean")
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+
+
+def fresh(kind, spec=CIL):
+  head = heads.make(kind, spec.num_classes, WIDTH)
+  return head, head.init(jax.random.key(0))
+
+
+def task_arrays(spec, task):
+  return TaskArrays(*map(jnp.int32, (task, *spec.class_ranges[task])))
+
+
+def test_the_linear_head_is_a_matrix_product_and_a_bias():
+  rows = {"kernel": draw(3, WIDTH), "bias": draw(3)}
+  x = draw(5, WIDTH)
+  expected = np.asarray(x) @ np.asarray(rows["kernel"]).T + np.asarray(rows["bias"])
+  np.testing.assert_allclose(heads.linear(rows, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cosine_head_predicts_without_its_learned_scales():
+  head, mem = fresh("cosine")
+  kernel, x = np.asarray(mem["kernel"]), np.asarray(draw(5, WIDTH))
+  cosines = (x @ kernel.T) / np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(kernel, axis=1))
+  scaled = mem | {"log_scale": jnp.log(jnp.arange(1.0, 7.0))}
+  np.testing.assert_allclose(head.predict(scaled, x), cosines, atol=1e-5)
+  np.testing.assert_allclose(head.logits(scaled, x), cosines * np.arange(1, 7), atol=1e-4)
+  np.testing.assert_allclose(head.predict(scaled, 100 * x), cosines, atol=1e-5)
+
+
+def test_the_class_mean_head_predicts_the_nearest_mean():
+  """Against NumPy: means over two calls of add_means, then the class at the smallest distance."""
+  head, mem = fresh("class_mean")
+  rng = np.random.default_rng(0)
+  centres = rng.normal(size=(6, WIDTH)) * np.linspace(0.5, 2, 6)[:, None]
+  labels = np.repeat(np.arange(6), 5)
+  x = centres[labels] + rng.normal(size=(30, WIDTH))
+  for half in (labels < 3, labels >= 3):
+    sums, counts = np.zeros((6, WIDTH), np.float32), np.zeros(6, np.float32)
+    np.add.at(sums, labels[half], x[half])
+    np.add.at(counts, labels[half], 1)
+    mem = heads.add_means(mem, jnp.asarray(sums), jnp.asarray(counts))
+  means = np.stack([x[labels == c].mean(0) for c in range(6)])
+  np.testing.assert_allclose(mem["mean"], means, atol=1e-5)
+  queries = rng.normal(size=(200, WIDTH)) * 2
+  distances = ((queries[:, None] - means) ** 2).sum(-1)
+  got = np.asarray(head.predict(mem, jnp.asarray(queries, jnp.float32)))
+  np.testing.assert_array_equal(got.argmax(1), distances.argmin(1))
+  # up to a term without a class it is minus half the squared distance
+  np.testing.assert_allclose(
+    got - got[:, :1], -0.5 * (distances - distances[:, :1]), rtol=1e-4, atol=1e-3
+  )
+
+
+def test_means_of_a_class_seen_twice_are_over_all_its_images():
+  _, mem = fresh("class_mean", DIL)
+  x = np.asarray(draw(12, WIDTH))
+  for part in (x[:2], x[2:]):  # unequal counts: not a mean of means
+    sums = jnp.zeros((4, WIDTH)).at[1].set(part.sum(0))
+    mem = heads.add_means(mem, sums, jnp.zeros(4).at[1].set(len(part)))
+  np.testing.assert_allclose(mem["mean"][1], x.mean(0), atol=1e-6)
+  assert not np.asarray(mem["mean"])[[0, 2, 3]].any()
+  np.testing.assert_array_equal(mem["count"], [0, 12, 0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_of_unequal_class_counts_train_padded_rows_and_commit_their_own(kind):
+  head, mem = fresh(kind)
+  for task, (lo, hi) in enumerate(RANGES):
+    cur = heads.start(head, mem, CIL, task, jax.random.key(task))
+    assert "mean" not in cur and "count" not in cur
+    for name, leaf in cur.items():
+      assert leaf.shape == (3, *mem[name].shape[1:])
+      assert not np.asarray(leaf)[hi - lo :].any()
+    trained = jax.tree.map(lambda leaf: leaf + 1 + task, cur)  # noqa: B023
+    after = heads.commit(mem, trained, CIL, task)
+    others = [c for c in range(6) if not lo <= c < hi]
+    for name in cur:
+      np.testing.assert_array_equal(after[name][lo:hi], trained[name][: hi - lo])
+      np.testing.assert_array_equal(after[name][jnp.array(others)], mem[name][jnp.array(others)])
+    mem = after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_tasks_share_is_carried_over(kind):
+  head, mem = fresh(kind, DIL)
+  cur = heads.start(head, mem, DIL, 0, jax.random.key(0))
+  trained = jax.tree.map(lambda leaf: leaf + 1.5, cur)
+  mem = heads.commit(mem, trained, DIL, 0)
+  again = heads.start(head, mem, DIL, 1, jax.random.key(1))
+  assert again.keys() == trained.keys()
+  for name in again:
+    np.testing.assert_array_equal(again[name], trained[name])
+
+
+def test_a_task_with_new_classes_starts_from_new_rows():
+  head, mem = fresh("cosine")
+  starts = [heads.start(head, mem, CIL, 1, jax.random.key(seed))["kernel"] for seed in (0, 0, 1)]
+  np.testing.assert_array_equal(starts[0], starts[1])
+  assert np.abs(starts[0] - starts[2]).max() > 0.1
+  linear, mem = fresh("linear")
+  dirty = jax.tree.map(jnp.ones_like, mem)
+  assert not np.asarray(heads.start(linear, dirty, CIL, 1, jax.random.key(0))["kernel"]).any()
+
+
+def test_local_losses_are_the_cross_entropy_over_the_classes_of_the_task():
+  task = task_arrays(CIL, 0)  # 2 of 3 slots
+  logits = draw(4, 3)
+  labels = jnp.array([0, 1, 1, 0])
+  got = heads.local_losses(logits, labels, task)
+  own = np.asarray(logits)[:, :2]
+  expected = np.log(np.exp(own).sum(1)) - own[np.arange(4), np.asarray(labels)]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    heads.local_losses(logits, labels + 2, task_arrays(CIL, 1)),
+    np.log(np.exp(logits).sum(1)) - np.asarray(logits)[np.arange(4), np.asarray(labels)],
+    rtol=1e-5,
+  )
+
+
+def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
+  task = task_arrays(CIL, 0)
+  labels = jnp.array([0, 1, 5, 0])  # 5: a padding row's label may be of another task
+
+  def loss(logits):
+    losses = heads.local_losses(logits, labels, task)
+    return heads.weighted_mean(losses, jnp.array([True, True, False, False]))
+
+  value, grad = jax.value_and_grad(loss)(1e4 * draw(4, 3))
+  assert np.isfinite(value) and np.isfinite(grad).all()
+  assert not np.asarray(grad)[:, 2].any()  # the slot beyond
+  assert not np.asarray(grad)[2:].any()  # padding rows
+  assert np.asarray(jax.grad(loss)(draw(4, 3)))[:2, :2].any()
+  assert heads.local_losses(draw(4, 3).astype(jnp.bfloat16), labels, task).dtype == jnp.float32
+
+
+def test_a_mean_over_no_valid_row_is_zero():
+  assert heads.weighted_mean(jnp.ones(3), jnp.zeros(3, bool)) == 0
+  np.testing.assert_allclose(heads.weighted_mean(jnp.arange(3.0), jnp.array([0, 1, 1]) > 0), 1.5)
+
+
+def test_only_the_class_mean_head_asks_for_means():
+  assert [heads.make(kind, 6, WIDTH).needs_means for kind in KINDS] == [False, False, True]

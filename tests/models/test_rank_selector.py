@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax.models import rank_selector
+
+RANKS = (1, 2, 4)
+ALPHAS = ((0.0, 0.0, 0.0), (1.0, -0.5, 0.3), (4.0, 0.0, -4.0))
+
+
+def test_masks_are_nested_and_have_the_candidates_as_sums():
+  masks = np.asarray(rank_selector.rank_masks((1, 3, 4), 5))
+  np.testing.assert_array_equal(masks, [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("tau", [0.05, 1.0, 20.0])
+def test_gumbel_draws_follow_the_softmax_of_alpha_at_any_temperature(alpha, tau):
+  count = 20_000
+  keys = jax.random.split(jax.random.key(3), count)
+  draws = jax.vmap(lambda key: rank_selector.gumbel_one_hot(jnp.array(alpha), key, tau))(keys)
+  np.testing.assert_allclose(np.sort(draws, axis=-1), np.tile([0, 0, 1], (count, 1)), atol=1e-6)
+  wanted = np.asarray(jax.nn.softmax(jnp.array(alpha)))
+  deviation = np.sqrt(wanted * (1 - wanted) / count)
+  assert (np.abs(np.mean(draws, axis=0) - wanted) < 4 * deviation + 1e-6).all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("tau", [0.3, 1.0, 20.0])
+def test_gradients_of_a_draw_are_finite_and_not_zero(alpha, tau):
+  costs = jnp.array([3.0, -1.0, 0.5])
+  keys = jax.random.split(jax.random.key(0), 200)
+
+  def cost(alpha, key):
+    return rank_selector.gumbel_one_hot(alpha, key, tau) @ costs
+
+  grads = jax.vmap(jax.grad(cost), in_axes=(None, 0))(jnp.array(alpha), keys)
+  assert np.isfinite(grads).all()
+  assert (np.abs(grads).max(axis=-1) > 0).all()
+  np.testing.assert_allclose(np.sum(grads, axis=-1), 0, atol=1e-4)  # as of any softmax
+
+
+def test_the_gradient_of_a_draw_is_that_of_the_soft_sample():
+  alpha, tau, key = jnp.array([0.2, -0.3, 0.5]), 0.7, jax.random.key(5)
+  costs = jnp.array([3.0, -1.0, 0.5])
+  noise = jax.random.gumbel(key, alpha.shape)
+  got = jax.grad(lambda a: rank_selector.gumbel_one_hot(a, key, tau) @ costs)(alpha)
+  expected = jax.grad(lambda a: jax.nn.softmax((a + noise) / tau) @ costs)(alpha)
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+  assert np.abs(expected).max() > 0.01
+
+
+def test_a_masked_core_is_that_of_the_leading_columns():
+  m, n = (jnp.asarray(np.random.default_rng(i).normal(size=(2, 4, 4)), jnp.float32) for i in (0, 1))
+  mask = rank_selector.rank_masks((2,), 4)[0]
+  got = np.asarray(rank_selector.mask_core(m, n, mask))
+  expected = np.zeros((2, 4, 4))
+  expected[:, :2, :2] = m[:, :2, :2] @ np.swapaxes(n[:, :2, :2], -1, -2)
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_masked_out_entries_get_no_gradient():
+  m, n = jnp.ones((1, 4, 4)), jnp.ones((1, 4, 4))
+  mask = rank_selector.rank_masks((2,), 4)[0]
+  grads = jax.grad(lambda mn: jnp.sum(rank_selector.mask_core(*mn, mask)))((m, n))
+  for grad in grads:
+    assert (np.asarray(grad)[:, :2, :2] != 0).all()
+    assert not np.asarray(grad)[:, 2:].any() and not np.asarray(grad)[:, :, 2:].any()
+
+
+def test_complexity_is_one_for_guessing():
+  for num_classes in (2, 5, 100):
+    guess = jnp.log(num_classes)
+    np.testing.assert_allclose(rank_selector.complexity(guess, num_classes), 1.0, rtol=1e-6)
+  assert np.isfinite(rank_selector.complexity(jnp.float32(0.1), 1))  # log 1 = 0
+
+
+def test_the_price_of_rank_falls_with_complexity_which_is_a_constant():
+  alpha = jnp.array([0.1, 0.0, -0.2])
+  p = np.exp(alpha) / np.sum(np.exp(alpha))
+
+  def loss(val_loss, alpha=alpha):
+    return rank_selector.selection_loss(alpha, val_loss, RANKS, price=0.3, num_classes=5)
+
+  for val_loss in (0.2, 1.5):
+    hardness = val_loss / np.log(5)
+    expected = val_loss + 0.3 / hardness * (p @ np.array(RANKS)) / 4
+    np.testing.assert_allclose(loss(jnp.float32(val_loss)), expected, rtol=1e-5)
+    # through the price no gradient reaches the validation loss
+    np.testing.assert_allclose(jax.grad(loss)(jnp.float32(val_loss)), 1.0, rtol=1e-6)
+  assert np.isfinite(loss(jnp.float32(0.0)))
+
+
+@jax.jit
+def select(costs, level):
+  """Returns (chosen candidate, p): alpha after gradient descent on the selection loss.
+
+  The validation loss is `level` plus the mean of the candidates' `costs` under p = softmax(alpha).
+  """
+
+  def loss(alpha):
+    gain = jax.nn.softmax(alpha) @ costs
+    # the level of the loss, and with it the complexity, does not depend on what is selected
+    val_loss = level + gain - jax.lax.stop_gradient(gain)
+    return rank_selector.selection_loss(alpha, val_loss, RANKS, price=0.3, num_classes=5)
+
+  alpha = jax.lax.fori_loop(0, 2000, lambda i, a: a - 0.5 * jax.grad(loss)(a), jnp.zeros(3))
+  return jnp.argmax(alpha), jax.nn.softmax(alpha)
+
+
+def test_a_larger_validation_loss_never_lowers_the_selected_rank():
+  """With everything else equal: what each rank gains is kept while the loss is raised."""
+  levels = jnp.linspace(0.05, 4.0, 30)
+  costs = np.random.default_rng(0).uniform(-0.3, 0.3, (40, 3)).astype(np.float32)
+  costs = np.sort(costs, axis=1)[:, ::-1].copy()  # more rank, less loss
+  chosen, p = jax.vmap(lambda c: jax.vmap(lambda level: select(c, level))(levels))(costs)
+  assert (np.diff(chosen, axis=1) >= 0).all()
+  expected_rank = np.asarray(p) @ np.array(RANKS)
+  assert (np.diff(expected_rank, axis=1) > -1e-3).all()
+  assert (chosen[:, 0] < chosen[:, -1]).mean() > 0.5  # and mostly it rises
+  # the choice is that of the cheapest candidate at the price of this complexity
+  price = 0.3 / (np.asarray(levels) / np.log(5))[:, None] * np.array(RANKS) / 4
+  totals = costs[:, None, :] + price
+  margin = np.diff(np.sort(totals, axis=-1)[..., :2], axis=-1)[..., 0]
+  clear = margin > 0.02
+  assert clear.mean() > 0.7
+  np.testing.assert_array_equal(np.asarray(chosen)[clear], np.argmin(totals, axis=-1)[clear])

@@ -1,0 +1,284 @@
+import logging as std_logging
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from fmlora_jax import tasks
+from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.tasks import resident
+from fmlora_jax.tasks.benchmarks import image_folder
+
+COLORS = {"ant": 40, "bee": 140, "cat": 240}
+
+
+def save(path, value=0, size=(12, 8), noise=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new("RGB", size, (value, noise, 0)).save(path)
+
+
+def fill(root, *folders, count=5):
+  """Writes `count` images, each of its own colour, into every class below every folder."""
+  for index, folder in enumerate(folders or ("",)):
+    for name, value in COLORS.items():
+      for i in range(count):
+        save(root / folder / name / f"{i}.png", value, noise=10 * i + index)
+  return root
+
+
+def config(root, **fields):
+  fields = {"benchmark": "image_folder", "num_tasks": 3, "data_dir": str(root)} | fields
+  return TasksConfig(**fields)
+
+
+def make(root, size=8, **fields):
+  return tasks.make(config(root, **fields), seed=0, source_size=size)
+
+
+def refusal(root, **fields):
+  with pytest.raises(ConfigError) as info:
+    make(root, **fields)
+  message = str(info.value)
+  assert message.startswith("config.tasks.data_dir is ")
+  return message
+
+
+def test_a_folder_per_class(tmp_path):
+  made = make(fill(tmp_path), order="natural")
+  assert made.class_names == ("ant", "bee", "cat")
+  assert made.source.domains is None
+  assert made.source.canvas == (8, 12)
+  assert [len(task.train) for task in made.tasks] == [3, 3, 3]
+  assert made.split_id == "image_folder/val0.125-test0.2-seed0"
+  for task, value in zip(made.tasks, COLORS.values(), strict=True):
+    loaded = resident.load(made, task.train, resident.capacity(made, "train"))
+    assert set(loaded.images[..., 0].ravel().tolist()) == {value}
+    assert loaded.sizes.tolist() == [[8, 12]] * 3
+
+
+def test_split_folders_are_the_splits(tmp_path):
+  fill(tmp_path, "train", count=4)
+  fill(tmp_path, "validation", count=2)
+  fill(tmp_path, "test", count=3)
+  made = make(tmp_path)
+  sizes = [(len(task.train), len(task.val), len(task.test)) for task in made.tasks]
+  assert sizes == [(4, 2, 3)] * 3
+  assert made.split_id == "image_folder/valown-testown"
+
+
+def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
+  made = make(fill(tmp_path, "train", "test"))
+  assert [(len(t.train), len(t.val), len(t.test)) for t in made.tasks] == [(4, 1, 5)] * 3
+
+
+def test_domain_folders_are_the_domains(tmp_path):
+  fill(tmp_path, "real", "sketch")
+  made = make(tmp_path, scenario="dil", num_tasks=2, order="natural")
+  assert [task.name for task in made.tasks] == ["real", "sketch"]
+  assert [(task.lo, task.hi) for task in made.tasks] == [(0, 3), (0, 3)]
+  pooled = make(tmp_path)
+  assert pooled.spec.class_ranges == ((0, 1), (1, 2), (2, 3))
+  assert pooled.manifest_sha256 == made.manifest_sha256
+
+
+@pytest.mark.parametrize("form", ["{domain}/{split}", "{split}/{domain}"])
+def test_domains_may_have_splits(tmp_path, form):
+  for domain in ("real", "sketch"):
+    for split, count in (("train", 4), ("test", 2)):
+      fill(tmp_path, form.format(domain=domain, split=split), count=count)
+  made = make(tmp_path, scenario="dil", num_tasks=2, order="natural")
+  assert [task.name for task in made.tasks] == ["real", "sketch"]
+  assert [(len(t.train), len(t.val), len(t.test)) for t in made.tasks] == [(9, 3, 6)] * 2
+
+
+def test_a_class_may_be_called_train(tmp_path):
+  fill(tmp_path)
+  for i in range(5):
+    save(tmp_path / "train" / f"{i}.png")
+  assert make(tmp_path, num_tasks=4, order="natural").class_names == ("ant", "bee", "cat", "train")
+
+
+def test_sizes_within_one_canvas(tmp_path):
+  fill(tmp_path)
+  save(tmp_path / "ant" / "wide.png", size=(300, 10))
+  save(tmp_path / "ant" / "tall.png", size=(10, 13))
+  made = make(tmp_path)
+  assert made.source.canvas == (10, 16)
+  ant = np.flatnonzero(made.source.labels == 0)
+  pixels, sizes = made.source.decode(ant[::-1])
+  assert sizes.tolist() == [[8, 16], [10, 8]] + [[8, 12]] * 5
+  for image, (height, width) in zip(pixels, sizes, strict=True):
+    assert not image[height:].any()
+    assert not image[:, width:].any()
+
+
+def test_square_images_have_a_square_canvas(tmp_path):
+  for name in COLORS:
+    for i in range(3):
+      save(tmp_path / name / f"{i}.png", size=(20 + i, 20 + i))
+  assert make(tmp_path).source.canvas == (8, 8)
+
+
+def test_digest_is_of_paths_and_contents(tmp_path):
+  fill(tmp_path / "a")
+  fill(tmp_path / "b")
+  digest = make(tmp_path / "a").source.digest
+  assert make(tmp_path / "b", size=16).source.digest == digest
+  save(tmp_path / "b" / "ant" / "0.png", 41)
+  assert make(tmp_path / "b").source.digest != digest
+  (tmp_path / "a" / "ant").rename(tmp_path / "a" / "axe")
+  assert make(tmp_path / "a").source.digest != digest
+
+
+def test_links_are_followed(tmp_path):
+  fill(tmp_path / "store")
+  (tmp_path / "data").mkdir()
+  for name in COLORS:
+    (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
+  (tmp_path / "data" / "ant" / "again.png").symlink_to("0.png")
+  assert len(make(tmp_path / "data").source.labels) == 16
+
+
+def test_other_files_are_ignored_and_counted(tmp_path, caplog):
+  fill(tmp_path)
+  for name in ("ant/notes.txt", "bee/notes.txt", "README", "bee/film.mpg", "bee/a.eps"):
+    (tmp_path / name).write_text("x")
+  for name in (".DS_Store", "ant/.hidden.png", "ant/._0.png", "__MACOSX/ant/._0.png"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x")
+  (tmp_path / ".git" / "objects").mkdir(parents=True)
+  with caplog.at_level(std_logging.INFO, logger=logging.get_absl_logger().name):
+    assert len(make(tmp_path).source.labels) == 15
+  assert "ignored 5 files that are no images: .eps, .mpg, .txt, README" in caplog.text
+  assert "15 images, 3 classes, layout class/*" in caplog.text
+
+
+def test_broken_files_are_refused_all_at_once(tmp_path):
+  fill(tmp_path)
+  for i in range(12):
+    (tmp_path / "bee" / f"x{i:02}.jpg").write_text("no image")
+  whole = (tmp_path / "ant" / "0.png").read_bytes()
+  (tmp_path / "ant" / "0.png").write_bytes(whole[:-30])
+  message = refusal(tmp_path)
+  assert "13 of 27 images can't be used" in message
+  assert "set config.tasks.broken_files to skip" in message
+  assert re.search(r"'ant/0\.png': .*truncated", message)
+  assert "'bee/x08.jpg': not an image that Pillow can open" in message
+  assert "x09" not in message
+  assert "and 3 more" in message
+
+
+def test_large_images_are_refused(tmp_path):
+  fill(tmp_path)
+  save(tmp_path / "bee" / "large.png", size=(13, 8))
+  message = refusal(tmp_path, max_pixels=96)
+  assert "'bee/large.png': 13 x 8 is more than config.tasks.max_pixels, 96" in message
+
+
+def test_broken_files_may_be_skipped(tmp_path, caplog):
+  digest = make(fill(tmp_path)).source.digest
+  (tmp_path / "bee" / "x.png").touch()
+  with caplog.at_level(std_logging.WARNING, logger=logging.get_absl_logger().name):
+    made = make(tmp_path, broken_files="skip")
+  assert "1 of 16 images can't be used, skipped:\n  'bee/x.png': the file is empty" in caplog.text
+  assert made.source.digest == digest
+
+
+def test_a_class_of_broken_files_alone_is_named(tmp_path):
+  fill(tmp_path)
+  (tmp_path / "dog").mkdir()
+  (tmp_path / "dog" / "x.png").touch()
+  with pytest.raises(ConfigError, match="no train image of class 'dog'"):
+    make(tmp_path, broken_files="skip", num_tasks=1)
+
+
+def test_nothing_but_broken_files_is_refused(tmp_path):
+  (tmp_path / "dog").mkdir()
+  (tmp_path / "dog" / "x.png").touch()
+  message = refusal(tmp_path, broken_files="skip")
+  assert "1 of 1 images can't be used; mend or remove them:" in message
+
+
+def test_a_file_that_changes_during_the_run_is_named(tmp_path):
+  made = make(fill(tmp_path))
+  save(tmp_path / "ant" / "0.png", size=(9, 9))
+  with pytest.raises(ConfigError, match=r"'ant/0.png' has changed: has another size"):
+    made.source.decode(np.array([0]))
+  (tmp_path / "ant" / "0.png").unlink()
+  with pytest.raises(ConfigError, match=r"'ant/0.png' has changed: not a file"):
+    made.source.decode(np.array([0]))
+
+
+def test_no_folder_is_refused(tmp_path):
+  assert "is None: must be the folder with the images" in refusal(None, data_dir=None)
+  assert "is '': must be the folder" in refusal(None, data_dir="")
+  assert "/none': no such folder" in refusal(tmp_path / "none")
+  (tmp_path / "file").touch()
+  assert "/file': is a file, must be a folder" in refusal(tmp_path / "file")
+  (tmp_path / "bare" / "ant").mkdir(parents=True)
+  assert "/bare': holds no image" in refusal(tmp_path / "bare")
+
+
+def test_images_without_class_folders_are_refused(tmp_path):
+  save(tmp_path / "0.png")
+  assert "found folders none, but images such as '0.png'" in refusal(tmp_path)
+
+
+def test_splits_without_class_folders_are_refused(tmp_path):
+  save(tmp_path / "train" / "0.png")
+  save(tmp_path / "test" / "0.png")
+  assert "found folders 'test', 'train'; must be laid out as one of class/*" in refusal(tmp_path)
+
+
+def test_splits_beside_domains_are_refused(tmp_path):
+  message = refusal(fill(tmp_path, "train", "real"))
+  assert "found folders 'real', 'train' / 'ant', 'bee', 'cat'; must be laid out as" in message
+  assert "split is one of train, val, valid, validation, test" in message
+
+
+def test_different_depths_are_refused(tmp_path):
+  fill(tmp_path)
+  save(tmp_path / "ant" / "red" / "0.png")
+  message = refusal(tmp_path)
+  assert "images at different depths, 'ant/0.png', 'ant/red/0.png'; must be laid out" in message
+
+
+def test_loops_of_links_are_refused(tmp_path):
+  fill(tmp_path)
+  (tmp_path / "ant" / "up").symlink_to(tmp_path)
+  assert re.search("folder 'ant/up/.*' is too deep, or links back", refusal(tmp_path))
+
+
+def test_an_empty_class_is_named(tmp_path):
+  (fill(tmp_path) / "dog").mkdir()
+  assert "no image in folder 'dog': each class needs some" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("real", "sketch")])
+def test_a_class_that_is_missing_somewhere_is_named(tmp_path, folders):
+  fill(tmp_path, *folders)
+  save(tmp_path / folders[0] / "dog" / "0.png")
+  message = refusal(tmp_path)
+  assert f"no image in folder '{folders[1]}/dog': each class needs some in every split" in message
+
+
+def test_dil_without_domains_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match="scenario is 'dil': image_folder has no domains"):
+    make(fill(tmp_path), scenario="dil")
+
+
+def test_odd_names_are_taken(tmp_path):
+  for name in ("a b", "été", "x'y", "-rf"):
+    for i in range(3):
+      save(tmp_path / name / f"{i} ü.PNG")
+  assert make(tmp_path, num_tasks=1, order="natural").class_names == ("-rf", "a b", "x'y", "été")
+
+
+def test_every_layout_is_found_from_its_own_example():
+  example = {"class": ["ant", "bee"], "split": ["train", "test"], "domain": ["real", "sketch"]}
+  for layout in image_folder.LAYOUTS:
+    files = [(*(example[role][i] for role in layout), "0.png") for i in (0, 1)]
+    assert image_folder._layout(pathlib.Path("x"), files) == layout
