@@ -22,7 +22,13 @@ from fmlora_jax.tasks import augment, resident
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Variables
+from fmlora_jax.types import Examples, Variables
+
+# without tracing: its events nest, and would be counted twice
+COMPILE_EVENTS = (
+  "/jax/core/compile/jaxpr_to_mlir_module_duration",
+  "/jax/core/compile/backend_compile_duration",
+)
 
 
 @dataclasses.dataclass
@@ -108,25 +114,23 @@ class Experiment:
     self.method, self.sequence = trainer.method, trainer.sequence
     self.evaluator = Evaluator(self.method, trainer.center, config.eval_batch_size, trainer.split)
     self.n_test = np.asarray([len(task.test) for task in self.sequence.tasks])
-    self._tests: dict[int, Any] = {}
+    self._tests: list[Examples] = []
     self._fold = jax.jit(self.method.fold)
     self.progress = Progress()
     self.variables = None
 
   def learn(self) -> None:
     """Learns all tasks that are left."""
-    began = time.monotonic()
     listener = _count_compilation(self.progress)
     state = self._restore()
     self.log.truncate(
       self.progress.task, self._steps_before(self.progress.task) + self._step(state)
     )
-    total = self.progress.seconds["total"]
+    self._clock = self.progress.seconds["total"] - time.monotonic()
     for index in range(self.progress.task, len(self.sequence.tasks)):
       self.progress.task = index
       self._learn_task(index, state)
       state = None
-      self.progress.seconds["total"] = total + time.monotonic() - began
       self._save(self._steps_before(index + 1), keep=True)
     jax.monitoring.unregister_event_duration_listener(listener)
 
@@ -182,22 +186,26 @@ class Experiment:
 
   def _evaluate(self, index):
     spec = self.sequence.spec
-    model = self._fold(self.trainer.weights, self.variables)
-    row = [self._correct(model, seen, index) for seen in range(index + 1)]
-    self.progress.correct.append(row)
-    if spec.scenario == "dil" and index + 1 < spec.num_tasks:
-      self.progress.ahead.append(self._correct(model, index + 1, index))
+    looks_ahead = spec.scenario == "dil" and index + 1 < spec.num_tasks
+    counts = self._correct(index, index + 1 + looks_ahead)
+    self.progress.correct.append(counts[: index + 1])
+    self.progress.ahead += counts[index + 1 :]
 
-  def _correct(self, model, test: int, after: int) -> int:
-    """Right answers on the test set `test` when the tasks up to `after` are learned."""
-    spec, task = self.sequence.spec, self.sequence.tasks[test]
-    if test not in self._tests:
-      rows = self.evaluator.padded(len(task.test))
-      self._tests[test] = resident.load(self.sequence, task.test, rows)
-    lo, hi = (task.lo, task.hi) if spec.scenario == "til" else (0, spec.class_ranges[after][1])
-    classes = np.arange(spec.num_classes)
-    mask = self.trainer.put((classes >= lo) & (classes < hi))
-    return self.evaluator.correct(model, self._tests[test], mask)
+  def _correct(self, learned: int, num_tests: int) -> list[int]:
+    """Returns right answers on the first test sets, of a model that learned tasks 0..learned."""
+    spec, tasks = self.sequence.spec, self.sequence.tasks
+    for task in tasks[len(self._tests) : num_tests]:
+      self._tests.append(resident.load(self.sequence, task.test, len(task.test)))
+    classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
+    masks = np.stack(
+      [
+        (classes >= lo) & (classes < hi) if spec.scenario == "til" else classes < seen
+        for lo, hi in spec.class_ranges
+      ]
+    )
+    model = self._fold(self.trainer.weights, self.variables)
+    counts = self.evaluator.correct(model, self._tests[:num_tests], self.trainer.put(masks))
+    return counts[:num_tests].tolist()
 
   def _restore(self):
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
@@ -228,15 +236,15 @@ class Experiment:
     key = stream_key(self.trainer.root, "init", task=0)
     self.variables = self.method.init(key, self.trainer.weights)
     spec = self.sequence.spec
-    if spec.scenario == "dil":
-      model = self._fold(self.trainer.weights, self.variables)
-      counts = [self._correct(model, i, i) for i in range(1, spec.num_tasks)]
-      self.progress.baseline, self.progress.ahead = [None, *counts], [None]
+    if spec.scenario == "dil":  # the first task has nothing before it that could help
+      self.progress.baseline = [None, *self._correct(0, spec.num_tasks)[1:]]
+      self.progress.ahead = [None]
 
   def _save(self, step, *, keep, state=None):
     groups = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
     if state is not None:
       groups |= {"opt_state": state.opt_state, "step": state.step}
+    self.progress.seconds["total"] = self._clock + time.monotonic()
     record = {"progress": dataclasses.asdict(self.progress)}
     snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
     self.store.save(step, snapshot, keep=keep)
@@ -340,11 +348,11 @@ class _Timer:
 
 
 def _count_compilation(progress: Progress):
-  """Adds the time that jax traces and compiles to `progress.seconds`; returns the listener."""
+  """Adds the time that jax lowers and compiles to `progress.seconds`; returns the listener."""
 
   def listener(event: str, seconds: float, **kwargs):
     del kwargs
-    if event.startswith("/jax/core/compile/"):
+    if event in COMPILE_EVENTS:
       progress.seconds["compile"] += seconds
 
   jax.monitoring.register_event_duration_secs_listener(listener)
