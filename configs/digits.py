@@ -11,6 +11,6 @@ def get_config(variant: str | None = None):
     compute_dtype="float32",
     method={"name": chosen.get("method", "fm_lora")},
     tasks={"benchmark": "digits", "num_tasks": int(chosen.get("tasks", 5))},
-    input={"augmentation": "digits"},
+    input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},
   )

@@ -1,4 +1,4 @@
-"""The same ten digits in 4 domains: as they are, inverted, turned by 90 degrees, noisy and blurred."""
+"""The same ten digits in 4 domains: plain, inverted, turned by 90 degrees, noisy and blurred."""
 
 from fmlora_jax import config
 
@@ -11,6 +11,6 @@ def get_config(variant: str | None = None):
     compute_dtype="float32",
     method={"name": chosen.get("method", "fm_lora")},
     tasks={"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 4},
-    input={"augmentation": "digits"},
+    input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},
   )

@@ -29,7 +29,7 @@ def extensions() -> frozenset[str]:
 
 @contextlib.contextmanager
 def pillow_unlimited() -> Iterator[None]:
-  """Lifts Pillow's own limit on pixels, so that `Limits.max_pixels` alone counts; one at a time.
+  """Lifts Pillow's own limit on pixels, so that the one of `read` alone counts; one at a time.
 
   Pillow's warnings are silent too: of odd metadata, mostly. What can't be decoded raises anyway.
   """

@@ -54,6 +54,11 @@ def compiled(fn, **settings):
   return jax.jit(functools.partial(fn, **{"size": SIZE, "normalisation": "zero_one"} | settings))
 
 
+@functools.lru_cache
+def drawer(name):
+  return jax.jit(functools.partial(augment.random_box, preset=augment.PRESETS[name]))
+
+
 def image_of(examples, row):
   height, width = SIZES[row]
   return Image.fromarray(np.asarray(examples.images[row, :height, :width]))
@@ -87,9 +92,9 @@ def test_an_image_of_the_right_size_comes_back_as_it_is(examples):
   assert gap(batch.images[0], image_of(examples, 2))[0] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["pilot", "coda", "digits"])
+@pytest.mark.parametrize("name", ["pilot", "coda", "mild"])
 def test_random_crops_are_pillows_crop_and_resize(examples, name):
-  draw = jax.jit(functools.partial(augment.random_box, preset=augment.PRESETS[name]))
+  draw = drawer(name)
   rows = jnp.arange(len(SIZES))
   for seed in range(8):
     key = jax.random.key(seed)
@@ -132,7 +137,9 @@ def test_any_box_is_resampled_as_pillow_does(data, filter_name):
   crop = Image.fromarray(pixels[top : top + height, left : left + width])
   theirs = crop.resize((SIZE, SIZE), Image.Resampling[filter_name.upper()])
   assert gap(ours, theirs)[0] <= 1.5
-  for matrix, lo, length in zip(matrices, (top, left), (height, width), strict=True):
+  for matrix, lo, length in zip(
+    map(np.asarray, matrices), (top, left), (height, width), strict=True
+  ):
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
     assert not matrix[:, :lo].any()
     assert not matrix[:, lo + length :].any()
@@ -141,10 +148,8 @@ def test_any_box_is_resampled_as_pillow_does(data, filter_name):
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 500), width=st.integers(1, 500), seed=st.integers(0, 2**31))
 def test_boxes_lie_in_the_image(height, width, seed):
-  for name in ("pilot", "digits"):
-    box, _ = augment.random_box(
-      jax.random.key(seed), jnp.array([height, width]), augment.PRESETS[name]
-    )
+  for name in ("pilot", "mild"):
+    box, _ = drawer(name)(jax.random.key(seed), np.array([height, width], np.int32))
     top, left, h, w = map(int, box)
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
@@ -155,7 +160,7 @@ def test_boxes_lie_in_the_image(height, width, seed):
 def test_boxes_spread_as_torchvisions():
   preset = augment.PRESETS["pilot"]
   keys = jax.random.split(jax.random.key(0), 4000)
-  draw = jax.vmap(lambda key: augment.random_box(key, jnp.array([256, 256]), preset))
+  draw = jax.jit(jax.vmap(lambda key: augment.random_box(key, jnp.array([256, 256]), preset)))
   (top, left, height, width), flip = jax.tree.map(np.asarray, draw(keys))
   area, ratio = height * width / 256**2, width / height
   assert 0.045 < area.min() < 0.06
@@ -234,8 +239,8 @@ def test_overshoots_of_bicubic_are_cut(examples):
 
 
 def test_dtype_is_of_the_result(examples):
-  make = functools.partial(augment.test_batch, augmentation="none", normalisation="half", size=8)
-  batch = make(examples, jnp.arange(2), dtype=jnp.bfloat16)
+  step = compiled(augment.test_batch, augmentation="none", size=8, dtype=jnp.bfloat16)
+  batch = step(examples, jnp.arange(2))
   assert batch.images.dtype == jnp.bfloat16
   assert batch.images.shape == (2, 8, 8, 3)
 
