@@ -9,11 +9,17 @@ def get_config():
     {
       "architecture": "micro",
       "seed": 0,
-      "pool": 160_000,
+      "pool": 60_000,
       "num_val": 4_000,
-      "steps": 6_000,
-      "batch_size": 256,
+      "val_faces": ("DejaVuSerif-Bold", "STIXGeneral:sans-italic", "cmss10", "cmti10", "cmtt10"),
+      "coarse": 0.7,
+      "quarter_turns": 0.1,
+      "inverted": 0.25,
+      "steps": 4_000,
+      "batch_size": 128,
       "learning_rate": 2e-3,
+      "warmup_steps": 200,
       "weight_decay": 0.05,
+      "label_smoothing": 0.1,
     }
   )

@@ -43,6 +43,8 @@ class TasksConfig:
       bring a validation split, that one is taken.
     test_fraction: share held out for test, per class, where the data bring no test split.
     split_seed: of the two cuts above; never tied to the run's seed.
+    evaluate_on: what fills the accuracy matrix; "val" is for choosing hyper-parameters: the test
+      images are then never read.
     broken_files: refuse the whole folder, or skip the file with a warning.
     max_pixels: larger images are refused before they are decoded (decompression bombs).
   """
@@ -56,6 +58,7 @@ class TasksConfig:
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
   split_seed: int = 0
+  evaluate_on: Literal["test", "val"] = "test"
   broken_files: Literal["refuse", "skip"] = "refuse"
   max_pixels: int = 178_956_970  # Pillow's own limit for an error
 
@@ -64,6 +67,8 @@ class TasksConfig:
     _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
     _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
     _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
+    if self.evaluate_on == "val":
+      _require(self.val_fraction > 0, "val_fraction", self.val_fraction, "> 0 to evaluate_on val")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,11 +86,8 @@ def train(recipe: Recipe, backbone: Backbone) -> tuple[Params, float]:
   images, labels = render(recipe, "train")
   optimizer = make_optimizer(recipe)
   root = jax.random.key(recipe.seed)
-  params = init(backbone, root)
-  opt_state = optimizer.init(params)
-  step = jax.jit(
-    functools.partial(_step, backbone, optimizer, recipe), donate_argnames=("params", "opt_state")
-  )
+  params, opt_state = init(backbone, optimizer, root)
+  step = make_step(backbone, optimizer, recipe)
   rng = np.random.default_rng(recipe.seed)
   began = time.monotonic()
   for i in range(recipe.steps):
@@ -98,6 +95,8 @@ def train(recipe: Recipe, backbone: Backbone) -> tuple[Params, float]:
     key = jax.random.fold_in(root, i)
     params, opt_state, loss = step(params, opt_state, images[rows], labels[rows], key)
     if (i + 1) % REPORT_EVERY == 0:
+      if not np.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {i + 1}: lower config.learning_rate")
       logging.info("step %d loss %.4f, %.0f s", i + 1, loss, time.monotonic() - began)
   return params["backbone"], evaluate(backbone, params, *render(recipe, "val"))
 
@@ -119,14 +118,18 @@ def render(
   return examples
 
 
-def init(backbone: Backbone, key: PRNGKeyArray) -> Params:
-  """Returns fresh parameters of the backbone and of a linear head on its class token."""
+@functools.partial(jax.jit, static_argnames=("backbone", "optimizer"))
+def init(
+  backbone: Backbone, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> tuple[Params, optax.OptState]:
+  """Returns fresh parameters of backbone and head, a linear map of the class token; and AdamW's."""
   num_classes = len(letters.CLASSES)
   head = {
     "kernel": jnp.zeros((backbone.sizes.width, num_classes)),
     "bias": jnp.zeros(num_classes),
   }
-  return {"backbone": backbone.init(key), "head": head}
+  params = {"backbone": backbone.init(key), "head": head}
+  return params, optimizer.init(params)
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -144,17 +147,22 @@ def _kernels(params: Params) -> Params:
   return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _step(backbone: Backbone, optimizer, recipe: Recipe, params, opt_state, grey, labels, key):
-  images = augment(grey, key, recipe.inverted)
+def make_step(backbone: Backbone, optimizer: optax.GradientTransformation, recipe: Recipe):
+  """Returns (params, opt_state, grey, labels, key) -> (params, opt_state, loss); donates two."""
 
-  def loss_fn(params):
-    scores = logits(backbone, params, images)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, scores.shape[-1]), recipe.label_smoothing)
-    return optax.softmax_cross_entropy(scores, targets).mean()
+  def step(params, opt_state, grey, labels, key):
+    images = augment(grey, key, recipe.inverted)
+    targets = jax.nn.one_hot(labels, len(letters.CLASSES))
+    targets = optax.smooth_labels(targets, recipe.label_smoothing)
 
-  loss, grads = jax.value_and_grad(loss_fn)(params)
-  updates, opt_state = optimizer.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, loss
+    def loss_fn(params):
+      return optax.softmax_cross_entropy(logits(backbone, params, images), targets).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+  return jax.jit(step, donate_argnames=("params", "opt_state"))
 
 
 def augment(

@@ -113,7 +113,8 @@ class Experiment:
     self.config, self.trainer, self.store, self.log = config, trainer, store, log
     self.method, self.sequence = trainer.method, trainer.sequence
     self.evaluator = Evaluator(self.method, trainer.center, config.eval_batch_size, trainer.split)
-    self.n_test = np.asarray([len(task.test) for task in self.sequence.tasks])
+    self._measured = [getattr(t, config.tasks.evaluate_on) for t in self.sequence.tasks]
+    self.n_test = np.asarray([len(indices) for indices in self._measured])
     self._tests: list[Examples] = []
     self._fold = jax.jit(self.method.fold)
     self.progress = Progress()
@@ -193,9 +194,9 @@ class Experiment:
 
   def _correct(self, learned: int, num_tests: int) -> list[int]:
     """Returns right answers on the first test sets, of a model that learned tasks 0..learned."""
-    spec, tasks = self.sequence.spec, self.sequence.tasks
-    for task in tasks[len(self._tests) : num_tests]:
-      self._tests.append(resident.load(self.sequence, task.test, len(task.test)))
+    spec = self.sequence.spec
+    for indices in self._measured[len(self._tests) : num_tests]:
+      self._tests.append(resident.load(self.sequence, indices, len(indices)))
     classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
     masks = np.stack(
       [

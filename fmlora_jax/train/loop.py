@@ -57,7 +57,11 @@ class Trainer:
     }
     self.augment = functools.partial(augment.train_batch, **pixels)
     self.center = functools.partial(augment.test_batch, **pixels)
-    self._capacity = {part: resident.capacity(sequence, part) for part in ("train", "val")}
+    # in whole batches: seeds, whose tasks differ a little in size, then share compiled programs
+    size = config.batch_size
+    self._capacity = {
+      part: -(-resident.capacity(sequence, part) // size) * size for part in ("train", "val")
+    }
     self._chunks: dict = {}
 
   def put(self, tree):

@@ -80,7 +80,7 @@ class Stepper:
       return heads.weighted_mean(losses, batch.valid) + output.penalty
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
-    stats = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    stats = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     # set_to_zero ignores what it is given for the frozen leaves; nothing is computed for them
     grads = combine(grads, jax.tree.map(jnp.zeros_like, still))
     progress = state.step / fixed.total_steps
