@@ -63,6 +63,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _explain(message: str) -> str:
   """Returns what the parser of config files says, as one line about our fields."""
+  absent = re.search(r"Failed loading config file.*No such file or directory: '([^']+)'", message, re.S)
+  if absent:
+    return f"--config: {absent[1]!r} is not there; configs/ holds the files, such as configs/digits.py"
   unknown = re.search(r"""'\\?'?(\w+)\\?'?.*Did you mean "(\w+)\"""", message, re.DOTALL)
   if unknown:
     return f"--config: {unknown[1]!r} is not a field; did you mean {unknown[2]!r}?"
