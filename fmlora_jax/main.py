@@ -47,6 +47,10 @@ def main(argv: list[str]) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a wrong setting is one line, not a trace."""
+  for argument in argv[1:]:
+    file = re.match(r"--?config=([^:]+)", argument)
+    if file and not pathlib.Path(file[1]).is_file():
+      _fail(f"--config is {file[1]!r}: no such file; name one in configs/, such as configs/digits.py")
   try:
     return flags.FLAGS(argv)
   except (
@@ -63,9 +67,6 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _explain(message: str) -> str:
   """Returns what the parser of config files says, as one line about our fields."""
-  absent = re.search(r"Failed loading config file.*No such file or directory: '([^']+)'", message, re.S)
-  if absent:
-    return f"--config: {absent[1]!r} is not there; configs/ holds the files, such as configs/digits.py"
   unknown = re.search(r"""'\\?'?(\w+)\\?'?.*Did you mean "(\w+)\"""", message, re.DOTALL)
   if unknown:
     return f"--config: {unknown[1]!r} is not a field; did you mean {unknown[2]!r}?"

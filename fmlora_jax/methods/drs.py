@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from fmlora_jax.config import Config
+from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.models import heads, rank_selector
 from fmlora_jax.types import Examples, Params, TaskArrays, TaskView
 
@@ -68,8 +68,16 @@ class RankSelector:
     Args:
       params: {"core": {target: {"m", "n"}}, "head"}: fresh, at r_max.
       fixed: what `logits` needs besides; not trained here.
-      view: the task; its validation images must exist.
+      view: the task.
+
+    Raises:
+      ConfigError: if the task has no validation images.
     """
+    if view.val is None:
+      raise ConfigError(
+        f"config.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no validation "
+        "images: raise config.tasks.val_fraction or set drs.strategy=fixed"
+      )
     data = Data(fixed=fixed, task=view.arrays, train=view.train, val=view.val)
     find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
     index, val_loss, scores = find(params, data, view)
