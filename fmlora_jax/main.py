@@ -50,7 +50,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   for argument in argv[1:]:
     file = re.match(r"--?config=([^:]+)", argument)
     if file and not pathlib.Path(file[1]).is_file():
-      _fail(f"--config is {file[1]!r}: no such file; name one in configs/, such as configs/digits.py")
+      _fail(f"--config is {file[1]!r}: no such file; see configs/, such as configs/digits.py")
   try:
     return flags.FLAGS(argv)
   except (
