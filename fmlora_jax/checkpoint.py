@@ -40,12 +40,12 @@ def unflatten(arrays: Mapping[str, Array], prefix: str) -> dict[str, Any]:
   """Returns the nested dicts whose leaves' paths start with `prefix`."""
   tree: dict[str, Any] = {}
   for path, leaf in arrays.items():
-    head, *names, last = path.split("/")
+    head, *names = path.split("/")
     if head == prefix:
       place = tree
-      for name in names:
+      for name in names[:-1]:
         place = place.setdefault(name, {})
-      place[last] = leaf
+      place[names[-1]] = leaf
   return tree
 
 

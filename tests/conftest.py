@@ -1,0 +1,248 @@
+"""What tests share: a ViT of two narrow blocks, made-up tasks in memory, and methods that learned them."""
+
+import dataclasses
+import functools
+import os
+
+# before jax is imported; sub-processes inherit it
+os.environ["JAX_PLATFORMS"] = "cpu"
+# programs are tiny: without the optimiser they compile in half the time
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax import checkpoint, config, methods
+from fmlora_jax.models import vit
+from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
+from fmlora_jax.train import mesh
+from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.step import TrainState
+from fmlora_jax.train.streams import stream_key
+from fmlora_jax.types import Sizes, TaskView, Variables
+
+SIZES = Sizes(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
+RANGES = ((0, 2), (2, 5), (5, 7))  # unequal: the rows of a head are padded
+PER_CLASS = {"train": 12, "val": 6, "test": 6}
+SETTINGS = {  # what differs from config.Config's defaults
+  "epochs": 2,
+  "batch_size": 16,
+  "eval_batch_size": 8,
+  "compute_dtype": "float32",
+  "input": {"augmentation": "mild", "steps_per_dispatch": 4},
+  "optim": {"learning_rate": 0.02, "weight_decay": 0.5},
+  "bases": {"max_rank": 4},
+  "drs": {"strategy": "fixed", "candidate_ranks": (1, 2, 4), "rank": 2},
+  "prompt": {"num_tokens": 3},
+}
+
+
+def pytest_configure(config):
+  """Full precision, and compiled programs kept from run to run, one folder per worker."""
+  jax.config.update("jax_default_matmul_precision", "highest")
+  if hasattr(config, "cache"):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = str(config.cache.mkdir(f"xla-{worker}"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of sub-processes
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Gives each worker whole files, so that what a file compiles is compiled once."""
+  from xdist.scheduler import LoadFileScheduling
+
+  return LoadFileScheduling(config, log)
+
+
+def made_up_sequence(
+  scenario: str = "cil", ranges: tuple[tuple[int, int], ...] = RANGES, size: int = 16
+) -> TaskSequence:
+  """Returns tasks whose classes are noisy random patterns of 4 x 4 fields.
+
+  Later tasks have one more training image per class than the one before; with equal ranges (dil)
+  each task shows the patterns in other colours.
+  """
+  rng = np.random.default_rng(0)
+  num_classes = max(hi for _, hi in ranges)
+  patterns = rng.uniform(60, 196, (num_classes, 4, 4, 3))
+  images, labels, tasks = [], [], []
+  for index, (lo, hi) in enumerate(ranges):
+    rows = {part: [] for part in PER_CLASS}
+    for part, count in PER_CLASS.items():
+      for label in [c for c in range(lo, hi) for _ in range(count + index * (part == "train"))]:
+        pattern = np.roll(patterns[label], index if scenario == "dil" else 0, axis=-1)
+        pixels = np.kron(pattern, np.ones((size // 4, size // 4, 1)))
+        pixels = pixels + rng.normal(0, 20, pixels.shape)
+        rows[part].append(len(images))
+        images.append(np.clip(pixels, 0, 255).astype(np.uint8))
+        labels.append(label)
+    parts = {part: np.asarray(found) for part, found in rows.items()}
+    tasks.append(Task(index=index, name=f"task {index}", lo=lo, hi=hi, **parts))
+  images = np.stack(images)
+  labels = np.asarray(labels, np.int32)
+  source = Source(
+    name="made_up",
+    labels=labels,
+    class_names=tuple(f"class {c}" for c in range(num_classes)),
+    canvas=(size, size),
+    decode=lambda rows: (images[rows], np.full((len(rows), 2), size, np.int32)),
+    digest="0" * 64,
+  )
+  return TaskSequence(
+    source=source,
+    tasks=tuple(tasks),
+    scenario=scenario,
+    class_order=list(range(num_classes)),
+    labels=labels,
+    split_id="made_up",
+    manifest_sha256="0" * 64,
+  )
+
+
+def merged(defaults: dict, changes: dict) -> dict:
+  """Returns `defaults` with the nested `changes`."""
+  both = dict(defaults)
+  for name, value in changes.items():
+    is_group = isinstance(value, dict) and isinstance(both.get(name), dict)
+    both[name] = merged(both[name], value) if is_group else value
+  return both
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """A task that was learned; the four `Variables` are those between the hooks of the method."""
+
+  view: TaskView
+  before: Variables  # as the task before left them
+  begun: Variables
+  trained: Variables
+  ended: Variables
+  state: TrainState  # at the end of training
+  facts: dict
+  losses: np.ndarray
+
+
+class Lab:
+  """A method on the tiny ViT and the made-up tasks; `stages` are what it learned so far."""
+
+  def __init__(self, scenario: str = "cil", ranges: tuple = RANGES, **changes):
+    self.config = config.build(config.Config, merged(SETTINGS, changes))
+    self.sequence = made_up_sequence(scenario, ranges)
+    self.spec = self.sequence.spec
+    self.backbone = vit.make(SIZES, jnp.dtype(self.config.compute_dtype))
+    self.weights = random_weights()
+    self.method = methods.make(self.config, self.backbone, self.spec)
+    self.trainer = Trainer(
+      self.config,
+      self.method,
+      self.sequence,
+      self.weights,
+      normalisation="half",
+      image_size=SIZES.image_size,
+      mesh=mesh.make(),
+    )
+    self.stages: list[Stage] = []
+    self.variables = self.method.init(stream_key(self.trainer.root, "init", task=0), self.weights)
+
+  def learn(self, num: int | None = None) -> list[Stage]:
+    """Learns until `num` tasks are learned, None means all; returns them all."""
+    for index in range(len(self.stages), self.spec.num_tasks if num is None else num):
+      view, before = self.trainer.view(index), self.variables
+      begun, facts = self.method.begin_task(before, view)
+      losses = []
+      for state, stats, _ in self.trainer.train(self.trainer.init(begun, index), begun, view):
+        losses.append(stats["loss"])
+        last = state
+      trained = begun.replace(**last.params)
+      self.variables, more = self.method.end_task(trained, view)
+      self.stages.append(
+        Stage(
+          view=view,
+          before=before,
+          begun=begun,
+          trained=trained,
+          ended=self.variables,
+          state=last,
+          facts=facts | more,
+          losses=np.concatenate(losses),
+        )
+      )
+    return self.stages
+
+  def images(self, count: int = 8, part: str = "train", task: int = 0) -> jax.Array:
+    """Returns the first images of a split of a task as the ViT sees them."""
+    view = self.trainer.view(task)
+    return view.center(getattr(view, part), jnp.arange(count)).images
+
+  def training_logits(self, variables: Variables, stage: Stage, images, rows=None) -> jax.Array:
+    """Returns the K logits of the unfolded model, as a training step computes them.
+
+    Args:
+      rows: of the head; None takes those in training.
+    """
+    cur = variables.cur if rows is None else variables.cur | {"head": rows}
+    variables = variables.replace(frozen=self.method.freeze(self.weights, variables), cur=cur)
+    return _apply(self.method)(variables, images, stage.view.arrays, stage.view.key("method"))
+
+  def predictions(self, variables: Variables, images) -> jax.Array:
+    """Returns the logits [B, C] of the folded model."""
+    return _predict(self.method)(self.method.fold(self.weights, variables), images)
+
+
+@functools.lru_cache(maxsize=64)
+def _apply(method):
+  return jax.jit(lambda *arguments: method.apply(*arguments).logits)
+
+
+@functools.lru_cache(maxsize=64)
+def _predict(method):
+  return jax.jit(method.predict)
+
+
+@functools.lru_cache(maxsize=1)
+def random_weights():
+  return jax.jit(vit.make(SIZES).init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def make_lab():
+  """Returns Lab: (scenario, ranges, **changes of SETTINGS) -> a method that learned nothing yet."""
+  return Lab
+
+
+@pytest.fixture(scope="session")
+def lab():
+  """Returns a Lab of the named method that learned all tasks; the same settings give the same one."""
+  made: dict[str, Lab] = {}
+
+  def learned(name: str = "fm_lora", scenario: str = "cil", ranges: tuple = RANGES, **changes):
+    changes = merged(changes, {"method": {"name": name}})
+    key = repr((scenario, ranges, changes))
+    if key not in made:
+      made[key] = Lab(scenario, ranges, **changes)
+      made[key].learn()
+    return made[key]
+
+  return learned
+
+
+@pytest.fixture(scope="session")
+def leaves():
+  """Returns the function tree -> {path: NumPy array}."""
+  return lambda tree: {path: np.asarray(leaf) for path, leaf in checkpoint.flatten(tree).items()}
+
+
+@pytest.fixture(scope="session")
+def changed(leaves):
+  """Returns the function (tree, tree) -> the paths of leaves of which a bit differs."""
+
+  def paths(before, after) -> set[str]:
+    before, after = leaves(before), leaves(after)
+    assert before.keys() == after.keys()
+    return {path for path in before if before[path].tobytes() != after[path].tobytes()}
+
+  return paths

@@ -1,0 +1,311 @@
+"""What every file in fmlora_jax/methods must keep; a new method is tested by being there."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax import config as config_lib
+from fmlora_jax import methods
+from fmlora_jax.evaluate import Evaluator
+from fmlora_jax.methods.rules import label_leaves, partition
+from fmlora_jax.models import heads, vit
+from fmlora_jax.tasks import resident
+from fmlora_jax.train import optim
+from fmlora_jax.train.step import Stepper
+from fmlora_jax.types import SequenceSpec, Sizes, Variables
+
+VARIANTS = {"lora": ({"mode": "incremental", "rank": 3}, {"mode": "sequential", "rank": 3})}
+CASES = [
+  pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
+  for name in methods.names()
+  for changes in VARIANTS.get(name, ({},))
+]
+every_method = pytest.mark.parametrize(("name", "changes"), CASES)
+
+# what is kept after facts of three tasks on a ViT-B/16, by hand from each method's formula: per
+# projection and layer (768 + 768)·r for LoRA; FM-LoRA at r_max = 32 with 10 prompt tokens keeps
+# 12·2·(768 + 768)·32 + 10·768 once and 12·2·2·r² per task; ViT-B/16 without a head has 85,798,656
+STORED = {
+  "finetune": {"shared": 85_798_656, "per_task": [0, 0, 0]},
+  "linear_probe": {"shared": 0, "per_task": [0, 0, 0]},
+  "lora-incremental": {"shared": 0, "per_task": [368_640] * 3},
+  "lora-sequential": {"shared": 368_640, "per_task": [0, 0, 0]},
+  "fm_lora": {"shared": 1_187_328, "per_task": [49_152, 12_288, 768]},
+}
+FACTS = [{"rank": 32}, {"rank": 16}, {"rank": 4}]
+
+
+@pytest.fixture
+def learned(lab, name, changes):
+  return lab(name, method=changes)
+
+
+def test_every_method_has_a_config_of_its_name_and_says_its_source():
+  for name in methods.names():
+    module = importlib.import_module(f"fmlora_jax.methods.{name}")
+    assert issubclass(module.Config, config_lib.MethodConfig)
+    assert module.Config().name == name
+    assert "Source: " in module.__doc__
+    assert config_lib.method_config(name) is module.Config
+
+
+@every_method
+def test_a_method_learns_three_tasks(learned):
+  for stage in learned.stages:
+    assert np.isfinite(stage.losses).all()
+    assert stage.losses[-1] < stage.losses[0]
+  logits = learned.predictions(learned.variables, learned.images())
+  assert logits.shape == (8, 7) and logits.dtype == jnp.float32
+  assert np.isfinite(logits).all()
+
+
+@every_method
+def test_all_but_the_host_side_hooks_can_be_evaluated_by_shape(learned):
+  method, stage = learned.method, learned.stages[1]
+  images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32)
+  key = jax.random.key(0)
+  fresh = jax.eval_shape(method.init, key, learned.weights)
+  assert isinstance(fresh, Variables) and not fresh.frozen
+  frozen = jax.eval_shape(method.freeze, learned.weights, stage.begun)
+  variables = stage.begun.replace(frozen=frozen)
+  output = jax.eval_shape(method.apply, variables, images, stage.view.arrays, key)
+  assert (output.logits.shape, output.logits.dtype) == ((8, 3), jnp.float32)
+  assert (output.penalty.shape, output.penalty.dtype) == ((), jnp.float32)
+  folded = jax.eval_shape(method.fold, learned.weights, stage.ended)
+  logits = jax.eval_shape(method.predict, folded, images)
+  assert (logits.shape, logits.dtype) == ((8, 7), jnp.float32)
+
+
+@every_method
+def test_groups_keep_their_shapes_from_task_to_task(learned):
+  def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+  first = learned.stages[0].begun
+  for stage in learned.stages:
+    for variables in (stage.begun, stage.ended):
+      assert shapes(variables.shared) == shapes(first.shared)
+      assert shapes(variables.mem) == shapes(first.mem)
+      assert not variables.frozen  # it is a function of the others, never kept
+
+
+@every_method
+def test_training_moves_trained_leaves_and_no_frozen_leaf(learned, leaves, changed):
+  for stage in learned.stages:
+    before, after = ({"shared": v.shared, "cur": v.cur} for v in (stage.begun, stage.trained))
+    labels = leaves_of(label_leaves(before, learned.method.rules(stage.view.index)))
+    assert set(labels.values()) <= set(optim.GROUPS)
+    moved = changed(before, after)
+    assert not {path for path in moved if labels[path] == "frozen"}
+    # each trained leaf moves, but for one that a zero gradient and a zero value hold
+    held = {path for path in labels if labels[path] != "frozen"} - moved
+    assert not {path for path in held if leaves(before)[path].any()}
+    assert moved
+
+
+def leaves_of(labels):
+  paths = jax.tree_util.tree_leaves_with_path(labels)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): label for path, label in paths}
+
+
+@every_method
+def test_weights_and_the_past_of_other_tasks_stay_as_they_are(learned, leaves):
+  pristine = jax.jit(vit.make(learned.backbone.sizes).init)(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, learned.weights, pristine)
+  for stage in learned.stages:
+    t = stage.view.index
+    lo, hi = learned.spec.class_ranges[t]
+    before, after = leaves(stage.before.mem), leaves(stage.ended.mem)
+    for path, old in before.items():
+      axis = {3: t, 7: slice(lo, hi)}.get(old.shape[0]) if path.startswith("head") else t
+      old, new = old.copy(), after[path].copy()
+      if path.startswith("head") or old.shape[0] == learned.spec.num_tasks:
+        old[axis], new[axis] = 0, 0
+        np.testing.assert_array_equal(new, old, err_msg=path)
+
+
+@every_method
+def test_optimiser_state_exists_for_trained_leaves_only(learned):
+  for stage in learned.stages:
+    params = {"shared": stage.begun.shared, "cur": stage.begun.cur}
+    labels = label_leaves(params, learned.method.rules(stage.view.index))
+    trained, _ = partition(params, labels)
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    state = [leaf.size for leaf in jax.tree.leaves(stage.state.opt_state) if leaf.ndim]
+    assert sum(state) == 2 * size  # Adam's two moments
+    counts = [leaf for leaf in jax.tree.leaves(stage.state.opt_state) if not leaf.ndim]
+    assert all(int(count) == int(stage.state.step) for count in counts)
+
+
+@every_method
+def test_a_step_compiles_once_for_all_tasks_of_equal_rules_and_shapes(learned):
+  def shapes(stage):
+    return tuple(leaf.shape for leaf in jax.tree.leaves(stage.begun.cur))
+
+  stages = learned.stages
+  kinds = {(learned.method.rules(stage.view.index), shapes(stage)) for stage in stages}
+  assert learned.trainer.num_programs() == len(kinds)
+  if not any("rank" in stage.facts and name_is_adaptive(learned) for stage in stages):
+    assert len(kinds) == 1
+
+
+def name_is_adaptive(learned):
+  return learned.config.method.name == "fm_lora"
+
+
+@every_method
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(learned):
+  """Alone, among others, in another order, beside padding: the same logits to rounding."""
+  images = jnp.concatenate([learned.images(4, task=task) for task in range(3)])
+  whole = learned.predictions(learned.variables, images)
+  alone = jnp.concatenate([learned.predictions(learned.variables, x[None]) for x in images])
+  np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
+  order = np.random.default_rng(0).permutation(12)
+  mixed = learned.predictions(learned.variables, images[order])
+  np.testing.assert_allclose(mixed, whole[order], rtol=0, atol=1e-5)
+  padded = jnp.concatenate([images[:8], jnp.full((4, *images.shape[1:]), 37.0)])
+  np.testing.assert_allclose(
+    learned.predictions(learned.variables, padded)[:8], whole[:8], rtol=0, atol=1e-5
+  )
+  assert np.abs(np.diff(whole, axis=0)).max() > 1e-3  # images do differ
+
+
+def counter(learned, batch_size):
+  """Returns (bonus [C] on the logits, mask [C]) -> right answers on the test images of each task."""
+  method, trainer, sequence = learned.method, learned.trainer, learned.sequence
+  tests = [resident.load(sequence, task.test, len(task.test)) for task in sequence.tasks]
+
+  def predict(model, images):
+    return method.predict(model["folded"], images) + model["bonus"]
+
+  biased = dataclasses.replace(method, predict=predict)
+  evaluator = Evaluator(biased, trainer.center, batch_size, trainer.split)
+  folded = method.fold(learned.weights, learned.variables)
+
+  def count(bonus=(0.0,) * 7, mask=(True,) * 7):
+    model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
+    return evaluator.correct(model, tests, np.tile(mask, (3, 1))).tolist()
+
+  return count
+
+
+@every_method
+def test_counts_of_right_answers_depend_on_classes_seen_and_not_on_the_batch_size(learned):
+  count = counter(learned, 64)
+  plain = count()
+  assert plain == counter(learned, 5)()
+  assert sum(plain) > 0
+  seen = np.arange(7) < 5
+  masked = count(mask=seen)
+  assert masked[2] == 0 < sum(masked)
+  # never predicted, even if the logits of unseen classes are larger than all others
+  large = np.where(seen, 0.0, 1e6)
+  assert count(bonus=large, mask=seen) == masked
+  assert count(bonus=large)[:2] == [0, 0]
+
+
+@every_method
+def test_the_folded_model_is_the_trained_one(learned):
+  """Logits of the classes of the task just learned: unfolded, as in training, and folded."""
+  for stage in learned.stages:
+    lo, hi = learned.spec.class_ranges[stage.view.index]
+    images = learned.images(task=stage.view.index)
+    trained = learned.training_logits(stage.trained, stage, images)[:, : hi - lo]
+    folded = learned.predictions(stage.ended, images)[:, lo:hi]
+    np.testing.assert_allclose(folded, trained, rtol=0, atol=1e-4)
+    fresh = learned.training_logits(stage.begun, stage, images)[:, : hi - lo]
+    assert np.abs(fresh - trained).max() > 0.01
+
+
+@every_method
+def test_a_fresh_task_changes_no_logit_of_the_model_so_far(learned, changes):
+  """Bit for bit in float32: what a task adds starts from nothing, what it goes on with is kept."""
+  # a delta that is carried on is folded in one and stands beside the weights in the other
+  tolerance = 1e-6 if changes.get("mode") == "sequential" else 0
+  for before, stage in zip(learned.stages, learned.stages[1:], strict=False):
+    lo, hi = learned.spec.class_ranges[before.view.index]
+    images = learned.images()
+    old = learned.predictions(before.ended, images)[:, lo:hi]
+    rows = {
+      name: jnp.zeros_like(leaf).at[: hi - lo].set(before.ended.mem["head"][name][lo:hi])
+      for name, leaf in stage.begun.cur["head"].items()
+    }
+    fresh = learned.training_logits(stage.begun, stage, images, rows)[:, : hi - lo]
+    np.testing.assert_allclose(fresh, old, rtol=0, atol=tolerance)
+    assert np.abs(old).max() > 0.01
+
+
+@every_method
+def test_rows_of_other_tasks_get_exactly_no_gradient(learned):
+  """Neither those kept in mem nor the padding slots of the current ones."""
+  stage = learned.stages[2]  # 2 classes of at most 3
+  view, variables = stage.view, stage.trained
+  frozen = learned.method.freeze(learned.weights, variables)
+  batch = view.center(view.train, jnp.arange(8))
+
+  @jax.jit
+  def grad(head_rows, mem_head):
+    def loss(head_rows, mem_head):
+      now = variables.replace(
+        frozen=frozen,
+        cur=variables.cur | {"head": head_rows},
+        mem=variables.mem | {"head": mem_head},
+      )
+      output = learned.method.apply(now, batch.images, view.arrays, view.key("method"))
+      losses = heads.local_losses(output.logits, batch.labels, view.arrays)
+      return heads.weighted_mean(losses, batch.valid) + output.penalty
+
+    return jax.grad(loss, argnums=(0, 1))(head_rows, mem_head)
+
+  own, others = grad(variables.cur["head"], variables.mem["head"])
+  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(others))
+  assert not any(np.asarray(leaf)[2:].any() for leaf in jax.tree.leaves(own))
+  assert all(np.asarray(leaf)[:2].any() for leaf in jax.tree.leaves(own))
+
+
+@every_method
+def test_stored_parameters_are_those_of_the_formula(name, changes):
+  settings = {"method": {"name": name} | changes | ({"rank": 10} if "rank" in changes else {})}
+  config = config_lib.build(config_lib.Config, settings)
+  spec = SequenceSpec(
+    scenario="cil", num_tasks=3, num_classes=6, class_ranges=((0, 2), (2, 4), (4, 6))
+  )
+  method = methods.make(config, vit.make(Sizes()), spec)
+  key = "-".join([name, *([changes["mode"]] if "mode" in changes else [])])
+  assert method.stored(FACTS) == STORED[key]
+
+
+@every_method
+def test_stored_parameters_are_those_that_the_variables_hold(learned):
+  """Shared leaves as they are; mem holds what grows, at the largest size a task may have."""
+  stored = learned.method.stored([stage.facts for stage in learned.stages])
+  shared = sum(leaf.size for leaf in jax.tree.leaves(learned.variables.shared))
+  assert stored["shared"] == shared
+  assert len(stored["per_task"]) == 3
+
+
+@every_method
+def test_domains_share_one_head_which_is_carried_over(make_lab, name, changes):
+  made = make_lab("dil", ((0, 3),) * 2, method={"name": name} | changes)
+  assert made.spec.shares_classes
+  views = [made.trainer.view(task) for task in range(2)]
+  variables, _ = made.method.begin_task(made.variables, views[0])
+  head = jax.tree.map(lambda leaf: leaf + 1.5, variables.cur["head"])  # as if trained
+  variables, _ = made.method.end_task(variables.replace(cur=variables.cur | {"head": head}), views[0])
+  variables, _ = made.method.begin_task(variables, views[1])
+  jax.tree.map(np.testing.assert_array_equal, variables.cur["head"], head)
+  jax.tree.map(np.testing.assert_array_equal, variables.mem["head"], head)
+
+
+def test_a_stepper_refuses_a_method_whose_rules_miss_a_leaf(make_lab):
+  made = make_lab(method={"name": "linear_probe"})
+  variables, _ = made.method.begin_task(made.variables, made.trainer.view(0))
+  with pytest.raises(ValueError, match="no rule matches leaf 'cur/head/"):
+    Stepper(made.method, made.config, (("cur/head/kernel", "head"),)).init(variables)
+  dead = (("cur/head/.*", "head"), ("shared/bases/.*", "adapter"))
+  with pytest.raises(ValueError, match="rules that match no leaf"):
+    Stepper(made.method, made.config, dead).init(variables)

@@ -1,0 +1,224 @@
+"""The rank selector: on a model that needs a known rank, within FM-LoRA, and on real digits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax import config as config_lib
+from fmlora_jax import methods
+from fmlora_jax.config import ConfigError
+from fmlora_jax.methods import drs
+from fmlora_jax.models import pretrained, vit
+from fmlora_jax.tasks.benchmarks import digits, digits_dil
+from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
+from fmlora_jax.train import mesh
+from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.streams import stream_key
+
+RANKS = (1, 2, 4)
+
+
+def logits_from_a_rank_on(params, fixed, mask, images):
+  """A linear classifier of a picture's 16 fields that works at rank `fixed["needed"]` and above."""
+  fields = images.reshape(len(images), 4, 4, 4, 4, 3).mean((2, 4)).reshape(len(images), -1)
+  # the cores take part, so that they have gradients
+  silent = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params["core"])) * 0.0
+  return mask[fixed["needed"] - 1] * (fields @ params["head"]["kernel"].T + silent)
+
+
+@pytest.fixture(scope="module")
+def view(make_lab):
+  """Three classes of noisy patterns."""
+  return make_lab(method={"name": "linear_probe"}).trainer.view(1)
+
+
+@pytest.fixture(scope="module")
+def select(make_lab, view):
+  """Returns the function (needed rank, settings of drs) -> facts."""
+
+  @functools.cache
+  def selector(**changes):
+    drs_changes = {"epochs": 16, "price": 0.001} | changes
+    optim = {"head_learning_rate": 0.1, "weight_decay": 0.0}
+    config = make_lab(drs=drs_changes, optim=optim).config
+    return drs.RankSelector(config, logits_from_a_rank_on)
+
+  def select(needed, view=view, **changes):
+    core = {"query": {"m": jnp.zeros((1, 4, 4)), "n": jnp.zeros((1, 4, 4))}}
+    params = {"core": core, "head": {"kernel": jnp.zeros((3, 48))}}
+    return selector(**changes).select(params, {"needed": jnp.int32(needed)}, view)
+
+  return select
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("strategy", ["gumbel", "validation"])
+def test_the_smallest_rank_that_does_is_selected(select, strategy, rank):
+  facts = select(rank, strategy=strategy)
+  assert facts["rank"] == rank
+  assert len(facts["rank_scores"]) == 3
+  assert 0 <= facts["complexity"] < 0.5
+
+
+def test_a_high_price_buys_the_smallest_rank(select):
+  """Unlike the low one above, at which the same task gets rank 4."""
+  facts = select(4, strategy="gumbel", price=20.0)
+  assert facts["rank"] == 1
+  np.testing.assert_allclose(facts["complexity"], 1.0, rtol=1e-5)  # rank 1 only guesses
+
+
+def test_gumbel_scores_are_probabilities_and_the_largest_wins(select):
+  facts = select(2, strategy="gumbel")
+  np.testing.assert_allclose(sum(facts["rank_scores"]), 1.0, rtol=1e-5)
+  assert RANKS[int(np.argmax(facts["rank_scores"]))] == facts["rank"]
+
+
+def test_validation_takes_the_smallest_rank_within_the_tolerance(select):
+  facts = select(2, strategy="validation", tolerance=0.9)
+  accuracies = np.array(facts["rank_scores"])
+  np.testing.assert_allclose(accuracies[0], 1 / 3, atol=1e-6)  # all of one class
+  assert accuracies[1] == accuracies[2] > 0.8
+  assert facts["rank"] == 1
+  np.testing.assert_allclose(facts["complexity"], 1.0, rtol=1e-5)  # that of the chosen rank
+
+
+def test_selection_is_the_same_each_time(select):
+  assert select(2, strategy="gumbel") == select(2, strategy="gumbel")
+
+
+@pytest.mark.parametrize("strategy", ["gumbel", "validation"])
+def test_a_task_without_validation_images_is_refused_by_field(select, view, strategy):
+  empty = dataclasses.replace(view, val=None, val_rows=lambda epoch: np.zeros((0, 16), np.int32))
+  with pytest.raises(ConfigError, match=r"config\.drs\.strategy .* config\.tasks\.val_fraction"):
+    select(2, view=empty, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["gumbel", "validation"])
+def test_fm_lora_selects_and_keeps_nothing_of_the_preliminary_training(make_lab, changed, strategy):
+  made = make_lab(drs={"strategy": strategy})
+  variables, facts = made.method.begin_task(made.variables, made.trainer.view(0))
+  assert facts["rank"] == 4 and facts["complexity"] is None  # task 1 takes r_max
+  made.variables, _ = made.method.end_task(variables, made.trainer.view(0))
+  for task in (1, 2):
+    begun, facts = made.method.begin_task(made.variables, made.trainer.view(task))
+    assert facts["rank"] in RANKS
+    assert 0 < facts["complexity"] < 2
+    assert not changed(made.variables.shared, begun.shared)
+    assert not changed(made.variables.mem, begun.mem)
+    for core in begun.cur["core"].values():
+      assert core["m"].shape == (2, facts["rank"], facts["rank"])
+      assert not np.asarray(core["n"]).any()
+    assert not any(np.asarray(leaf).any() for leaf in begun.cur["head"].values())
+
+
+def test_the_selection_of_a_task_reads_no_other_tasks_images(make_lab):
+  """What it is shown is a TaskView: the images of one task, and no test image among them."""
+  made = make_lab(drs={"strategy": "validation"})
+  seen = []
+  decode = made.sequence.source.decode
+  source = dataclasses.replace(
+    made.sequence.source, decode=lambda rows: seen.extend(rows.tolist()) or decode(rows)
+  )
+  made.trainer.sequence = dataclasses.replace(made.sequence, source=source)
+  made.method.begin_task(made.variables, made.trainer.view(1))
+  task = made.sequence.tasks[1]
+  assert sorted(seen) == sorted([*task.train, *task.val])
+
+
+@functools.cache
+def real_digits(second_domain: str) -> TaskSequence:
+  """Returns half of the digits as they are, then the other half in `second_domain`."""
+  pixels, labels = digits.load()
+  count = len(labels)
+  halves = np.array_split(np.random.default_rng(0).permutation(count), 2)
+
+  def decode(rows):
+    domains = ["plain" if row < count else second_domain for row in rows]
+    records = [row % count for row in rows]
+    images = [
+      digits_dil._render(digits.enlarge(pixels[record], 32), domain, record)
+      for record, domain in zip(records, domains, strict=True)
+    ]
+    return digits.pack(images, 32)
+
+  tasks = []
+  for index, half in enumerate(halves):
+    train, val, test = np.split(half + index * count, [630, 720])
+    name = f"half {index}"
+    tasks.append(Task(index=index, name=name, train=train, val=val, test=test, lo=0, hi=10))
+  labels = np.tile(labels, 2)
+  source = Source(
+    name="halves",
+    labels=labels,
+    class_names=digits.CLASS_NAMES,
+    canvas=(32, 32),
+    decode=decode,
+    digest="0" * 64,
+  )
+  return TaskSequence(
+    source=source,
+    tasks=tuple(tasks),
+    scenario="dil",
+    class_order=list(range(10)),
+    labels=labels,
+    split_id="halves",
+    manifest_sha256="0" * 64,
+  )
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(seed):
+  """On real digits and a pre-trained ViT: seen digits again, or rotated, or inverted ones.
+
+  At the default price of 0.1 all three get the smallest candidate: a micro ViT finds all of them
+  easy. Measured at 0.001, of ranks 1, 2, 4, 8, for seeds 0 to 3: again 1, 1, 1, 1; inverted
+  2, 8, 2, 8; rotated 4, 8, 2, 8; complexities 0.05-0.09, 0.17-0.20, 0.20-0.24.
+  """
+  config = config_lib.build(
+    config_lib.Config,
+    {
+      "seed": seed,
+      "epochs": 4,
+      "batch_size": 32,
+      "eval_batch_size": 32,
+      "compute_dtype": "float32",
+      "input": {"augmentation": "mild"},
+      "weights": {"tag": "micro_letters", "depth": 3},
+      "optim": {"learning_rate": 5e-3},
+      "bases": {"max_rank": 8},
+      "drs": {"candidate_ranks": (1, 2, 4, 8), "price": 0.001},
+      "prompt": {"num_tokens": 4},
+    },
+  )
+  weights, sizes, info = pretrained.load(config.weights)
+  spec = real_digits("plain").spec
+  method = methods.make(config, vit.make(sizes), spec)
+  trainer = Trainer(
+    config,
+    method,
+    real_digits("plain"),
+    jax.device_put(weights),
+    normalisation=info.normalisation,
+    image_size=sizes.image_size,
+    mesh=mesh.make(),
+  )
+  view = trainer.view(0)
+  variables = method.init(stream_key(trainer.root, "init", task=0), trainer.weights)
+  variables, _ = method.begin_task(variables, view)
+  for state, stats, _ in trainer.train(trainer.init(variables, 0), variables, view):
+    last = state
+  assert stats["loss"][-1] < 0.5
+  variables, _ = method.end_task(variables.replace(**last.params), view)
+
+  facts = {}
+  for domain in ("plain", "inverted", "rotated"):
+    trainer.sequence = real_digits(domain)
+    _, facts[domain] = method.begin_task(variables, trainer.view(1))
+  again = facts.pop("plain")
+  for distant in facts.values():
+    assert again["complexity"] < distant["complexity"]
+    assert again["rank"] < distant["rank"]

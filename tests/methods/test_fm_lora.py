@@ -1,0 +1,286 @@
+"""FM-LoRA's acceptance properties; the numbers are those of its specification.
+
+1, 2, 3, 9 hold for a method at work, 4 and 5 for its matrices; 6 is in test_contract.py, 7 and 8 are in
+test_drs.py and tests/models/test_rank_selector.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax.config import ConfigError
+from fmlora_jax.methods.rules import label_leaves
+from fmlora_jax.models import low_rank
+from fmlora_jax.types import Adapters, LowRank
+
+@pytest.fixture(scope="module")
+def fm_lora(lab):
+  """Ranks 4, 2, 2; with prompt tokens and orthonormal bases."""
+  return lab()
+
+
+@pytest.fixture(scope="module")
+def raw(lab):
+  """Bases as trained, no prompt, all six projections."""
+  return lab(
+    prompt={"num_tokens": 0},
+    bases={
+      "orthonormalise": "none",
+      "targets": ("query", "key", "value", "out", "fc1", "fc2"),
+    },
+  )
+
+
+@pytest.fixture(params=["fm_lora", "raw"])
+def learned(request):
+  return request.getfixturevalue(request.param)
+
+
+def delta_of(learned, name, task, variables=None):
+  """Returns dW of a task and target as it is kept: shared bases and the task's core."""
+  variables = variables or learned.variables
+  bases = variables.shared["bases"][name]
+  return LowRank(a=bases["a"], b=bases["b"], core=variables.mem["cores"][name][task])
+
+
+def relative_error(got, expected):
+  return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def test_logits_of_a_fresh_task_are_bit_equal_to_those_before_it(learned):
+  """Property 1, over all classes that both models have."""
+  for before, stage in zip(learned.stages, learned.stages[1:], strict=False):
+    images = learned.images(task=before.view.index)
+    old = learned.predictions(before.ended, images)
+    for lo, hi in learned.spec.class_ranges[: stage.view.index]:
+      rows = {
+        name: jnp.zeros_like(leaf).at[: hi - lo].set(before.ended.mem["head"][name][lo:hi])
+        for name, leaf in stage.begun.cur["head"].items()
+      }
+      fresh = learned.training_logits(stage.begun, stage, images, rows)[:, : hi - lo]
+      np.testing.assert_array_equal(fresh, old[:, lo:hi])
+      assert np.abs(old[:, lo:hi]).max() > 0.01
+
+
+def test_prompts_take_part_in_what_a_fresh_task_keeps(fm_lora):
+  """So that property 1 says something of them: without them the logits are others."""
+  stage = fm_lora.stages[1]
+  images = fm_lora.images()
+  without = stage.begun.replace(
+    shared=stage.begun.shared | {"prompt": jnp.zeros_like(stage.begun.shared["prompt"])}
+  )
+  rows = fm_lora.stages[0].trained.cur["head"]
+  logits = [fm_lora.training_logits(v, stage, images, rows) for v in (stage.begun, without)]
+  assert np.abs(logits[0] - logits[1]).max() > 1e-3
+
+
+def test_after_task_1_only_m_n_prompt_and_head_change(fm_lora, changed):
+  """Property 2: bit for bit, with weight decay on; in training and over the whole task."""
+  assert fm_lora.config.optim.weight_decay > 0
+  head = {"cur/head/kernel", "cur/head/bias"}
+  cores = {f"cur/core/{name}/{part}" for name in ("query", "value") for part in "mn"}
+  bases = {f"shared/bases/{name}/{part}" for name in ("query", "value") for part in "ab"}
+  for stage in fm_lora.stages:
+    before, after = ({"shared": v.shared, "cur": v.cur} for v in (stage.begun, stage.trained))
+    also = bases if stage.view.index == 0 else set()
+    assert changed(before, after) == head | cores | {"shared/prompt"} | also
+  for stage in fm_lora.stages[1:]:
+    kept = {"cores": stage.before.mem["cores"], "bases": stage.before.shared["bases"]}
+    now = {"cores": stage.ended.mem["cores"], "bases": stage.ended.shared["bases"]}
+    assert changed(kept, now) == {"cores/query", "cores/value"}  # in the row of the task alone
+    for name in ("query", "value"):
+      others = np.delete(np.arange(3), stage.view.index)
+      np.testing.assert_array_equal(kept["cores"][name][others], now["cores"][name][others])
+      assert now["cores"][name][stage.view.index].any()
+
+
+def test_the_backbone_that_is_trained_on_is_the_same_at_the_end_of_a_task(fm_lora, changed):
+  """Property 2 for the folded backbone, which is a function of the variables."""
+  for stage in fm_lora.stages:
+    start, end = (fm_lora.method.freeze(fm_lora.weights, v) for v in (stage.begun, stage.trained))
+    if stage.view.index:
+      assert not changed(start, end)
+    later = fm_lora.method.freeze(fm_lora.weights, stage.ended)
+    kernels = {
+      f"backbone/block_{i}/attention/{name}/dense/kernel"
+      for i in range(2)
+      for name in ("query", "value")
+    }
+    assert changed(start, later) == kernels
+
+
+def test_the_folded_model_is_the_sum_of_the_deltas_of_all_tasks(learned):
+  """Property 3: the pre-trained weights beside one low-rank delta per task, nothing folded."""
+  variables, targets = learned.variables, learned.config.bases.targets
+  images = learned.images(task=2)
+  cores = {name: variables.mem["cores"][name] for name in targets}
+  bases = variables.shared["bases"]
+  deltas = {}
+  for name in targets:
+    # ranks side by side: A = [A A A], core = diag(C_1, C_2, C_3), B = [B B B]
+    core = jax.vmap(lambda *blocks: jax.scipy.linalg.block_diag(*blocks))(*cores[name])
+    a, b = (jnp.concatenate([bases[name][part]] * 3, axis=-1) for part in "ab")
+    deltas[name] = LowRank(a=a, b=b, core=core)
+  adapted = Adapters(deltas=deltas, prompt=variables.shared.get("prompt"))
+  features = learned.backbone.apply(learned.weights, images, adapted)
+  unfolded = features @ variables.mem["head"]["kernel"].T + variables.mem["head"]["bias"]
+  folded = learned.predictions(variables, images)
+  np.testing.assert_allclose(folded, unfolded, rtol=0, atol=1e-4)
+  plain = learned.backbone.apply(learned.weights, images, adapted.replace(deltas={}))
+  assert np.abs(plain - features).max() > 0.01
+
+
+def test_a_delta_lies_in_the_span_of_the_leading_columns_of_its_bases(learned):
+  """Property 4, Eq. (3-4), with r_i < r_max from task 2 on."""
+  for task, rank in enumerate((4, 2, 2)):
+    assert learned.stages[task].facts["rank"] == rank
+    for name in learned.config.bases.targets:
+      delta = delta_of(learned, name, task)
+      dense = np.asarray(low_rank.dense(delta))
+      assert np.abs(dense).max() > 1e-5
+      for layer in range(2):
+        for matrix, base in ((dense[layer], delta.a[layer]), (dense[layer].T, delta.b[layer])):
+          q, _ = np.linalg.qr(np.asarray(base)[:, :rank])
+          assert np.linalg.norm(matrix - q @ (q.T @ matrix)) <= 1e-5 * np.linalg.norm(matrix)
+          if task:  # one column fewer does not span it
+            q = q[:, :-1]
+            assert np.linalg.norm(matrix - q @ (q.T @ matrix)) > 1e-3 * np.linalg.norm(matrix)
+
+
+def test_a_kept_delta_is_that_of_the_trained_m_and_n(learned):
+  """Eq. (1-2): dW_i = A M_i N_i^T B^T with the leading r_i columns, for tasks 2 and 3."""
+  for task in (1, 2):
+    trained = learned.stages[task].trained
+    for name in learned.config.bases.targets:
+      m, n = (np.asarray(trained.cur["core"][name][part]) for part in "mn")
+      a, b = (np.asarray(trained.shared["bases"][name][part])[..., :2] for part in "ab")
+      expected = a @ m @ np.swapaxes(n, -1, -2) @ np.swapaxes(b, -1, -2)
+      kept = low_rank.dense(delta_of(learned, name, task))
+      assert relative_error(kept, expected) <= 1e-5
+
+
+def test_orthonormalising_after_task_1_keeps_its_delta(fm_lora):
+  """Property 5: A and B orthonormal, dW_1 as trained, singular values sorted."""
+  first = fm_lora.stages[0]
+  for name in ("query", "value"):
+    m, n = (first.trained.cur["core"][name][part] for part in "mn")
+    bases = first.trained.shared["bases"][name]
+    trained = LowRank(a=bases["a"], b=bases["b"], core=m @ jnp.swapaxes(n, -1, -2))
+    kept = delta_of(fm_lora, name, 0, first.ended)
+    assert relative_error(low_rank.dense(kept), low_rank.dense(trained)) <= 1e-5
+    assert relative_error(kept.a, trained.a) > 0.1
+    eye = np.broadcast_to(np.eye(4), (2, 4, 4))
+    for base in (kept.a, kept.b):
+      np.testing.assert_allclose(jnp.swapaxes(base, -1, -2) @ base, eye, atol=1e-5)
+    values = np.diagonal(kept.core, axis1=-2, axis2=-1)
+    np.testing.assert_array_equal(kept.core, values[..., None] * np.eye(4))
+    assert (np.diff(values, axis=-1) <= 0).all() and (values > 0).all()
+
+
+def test_without_orthonormalising_bases_stay_as_trained(raw, changed):
+  first = raw.stages[0]
+  assert not changed(first.trained.shared, first.ended.shared)
+
+
+def test_the_logged_interference_is_that_of_the_dense_deltas(learned):
+  """Property 4, Eq. (5-7): the mean over targets of the cosines, also with bases as trained."""
+  cosines = []
+  for name in learned.config.bases.targets:
+    dense = [np.asarray(low_rank.dense(delta_of(learned, name, task))) for task in range(3)]
+    inner = np.array([[np.sum(x * y) for y in dense] for x in dense])
+    norm = np.sqrt(np.diagonal(inner))
+    cosines.append(inner / np.outer(norm, norm))
+  logged = np.array(learned.stages[2].facts["interference"])
+  np.testing.assert_allclose(logged, np.mean(cosines, axis=0), atol=1e-5)
+  np.testing.assert_allclose(np.diagonal(logged), 1, atol=1e-5)
+  assert 1e-4 < np.abs(logged[0, 1]) < 1
+
+
+def test_interference_with_orthonormal_bases_is_that_of_the_cores(fm_lora, raw):
+  def by_cores(learned, name):
+    cores = np.asarray(learned.variables.mem["cores"][name])
+    return np.einsum("tlrs,ulrs->tu", cores, cores)
+
+  def by_definition(learned, name):
+    bases = learned.variables.shared["bases"][name]
+    return low_rank.interference(learned.variables.mem["cores"][name], bases["a"], bases["b"])
+
+  for name in ("query", "value"):
+    np.testing.assert_allclose(
+      by_cores(fm_lora, name), by_definition(fm_lora, name), rtol=1e-3, atol=1e-6
+    )
+    assert relative_error(by_cores(raw, name), by_definition(raw, name)) > 0.01
+
+
+def test_a_step_compiles_once_per_rank_and_once_for_task_1(fm_lora, make_lab):
+  """Property 9: ranks 4 | 2, 1, 2; task 1 trains the bases too, so it has a program of its own."""
+  made = make_lab(ranges=tuple((i, i + 1) for i in range(4)), epochs=1)
+  counts = []
+  for index, rank in enumerate((4, 2, 1, 2)):
+    view = made.trainer.view(index)
+    variables, _ = made.method.begin_task(made.variables, view)
+    variables = variables.replace(cur=variables.cur | {"core": fresh_core(rank)})
+    for state, _, _ in made.trainer.train(made.trainer.init(variables, index), variables, view):
+      last = state
+    made.variables, _ = made.method.end_task(variables.replace(**last.params), view)
+    counts.append(made.trainer.num_programs())
+  assert counts == [1, 2, 3, 3]
+  assert fm_lora.trainer.num_programs() == 2  # ranks 4 | 2, 2
+
+
+def fresh_core(rank):
+  eye = jnp.broadcast_to(jnp.eye(rank), (2, rank, rank))
+  return {name: {"m": eye, "n": jnp.zeros((2, rank, rank))} for name in ("query", "value")}
+
+
+def test_a_smaller_rank_has_smaller_matrices_in_training(fm_lora):
+  for stage, rank in zip(fm_lora.stages, (4, 2, 2), strict=True):
+    for leaf in jax.tree.leaves(stage.begun.cur["core"]):
+      assert leaf.shape == (2, rank, rank)
+
+
+def test_bases_are_trained_in_task_1_only_and_the_prompt_in_every_task(fm_lora, raw):
+  for task in range(3):
+    variables = fm_lora.stages[task].begun
+    params = {"shared": variables.shared, "cur": variables.cur}
+    labels = label_leaves(params, fm_lora.method.rules(task))
+    assert labels["shared"]["prompt"] == ("prompt" if task else "adapter")
+    assert labels["shared"]["bases"]["value"] == dict.fromkeys(
+      "ab", "frozen" if task else "adapter"
+    )
+  assert "prompt" not in raw.variables.shared
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"drs": {"strategy": "gumbel"}, "tasks": {"val_fraction": 0.0}},
+      r"config\.drs\.strategy is 'gumbel' and config\.tasks\.val_fraction is 0",
+    ),
+    (
+      {"drs": {"strategy": "validation"}, "tasks": {"val_fraction": 0.0}},
+      r"config\.drs\.strategy is 'validation' and config\.tasks\.val_fraction is 0",
+    ),
+    (
+      {"drs": {"strategy": "gumbel", "candidate_ranks": (2, 8)}},
+      r"config\.drs\.candidate_ranks is \(2, 8\): must be at most config\.bases\.max_rank = 4",
+    ),
+    (
+      {"drs": {"strategy": "fixed", "rank": 5}},
+      r"config\.drs\.rank is 5: must be at most config\.bases\.max_rank = 4",
+    ),
+    (
+      {"bases": {"max_rank": 17}},
+      r"config\.bases\.max_rank is 17: must be at most 16, .* projection 'query'",
+    ),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused_by_field(make_lab, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    make_lab(**changes)
+
+
+def test_a_fixed_rank_needs_no_validation_images(make_lab):
+  make_lab(tasks={"val_fraction": 0.0})
