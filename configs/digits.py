@@ -8,7 +8,7 @@ LEARNING_RATES = {"fm_lora": 5e-3, "finetune": 3e-4}
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N."""
-  chosen = config.parse_variant(variant)
+  chosen = config.parse_variant(variant, "method", "tasks")
   method = chosen.get("method", "fm_lora")
   return config.defaults(
     batch_size=32,

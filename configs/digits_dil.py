@@ -5,7 +5,7 @@ from fmlora_jax import config
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME."""
-  chosen = config.parse_variant(variant)
+  chosen = config.parse_variant(variant, "method")
   return config.defaults(
     batch_size=32,
     compute_dtype="float32",

@@ -8,7 +8,7 @@ from fmlora_jax import config
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til."""
-  chosen = config.parse_variant(variant)
+  chosen = config.parse_variant(variant, "method", "scenario", "tasks")
   return config.defaults(
     method={"name": chosen.get("method", "fm_lora")},
     tasks={

@@ -373,14 +373,19 @@ def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
   return tree
 
 
-def parse_variant(text: str | None) -> dict[str, str]:
+def parse_variant(text: str | None, *known: str) -> dict[str, str]:
   """Returns {key: value} of a config file's argument such as "method=lora,tasks=10".
 
   Raises:
-    ConfigError: if a part has no "=".
+    ConfigError: if a part has no "=", or a key that is not `known`.
   """
-  parts = [part for part in (text or "").split(",") if part]
-  for part in parts:
-    if "=" not in part:
+  chosen = {}
+  for part in (text or "").split(","):
+    key, equals, value = part.partition("=")
+    if part and not equals:
       raise ConfigError(f"config variant {part!r}: must be key=value, as in method=lora,tasks=10")
-  return dict(part.split("=", 1) for part in parts)
+    if part and key not in known:
+      raise ConfigError(f"config variant {part!r}: the key must be one of {', '.join(known)}")
+    if part:
+      chosen[key] = value
+  return chosen

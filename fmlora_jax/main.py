@@ -62,14 +62,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     OSError,
     ImportError,
   ) as error:
-    _fail(_explain(str(error)))
+    _fail(_explain(error, argv))
 
 
-def _explain(message: str) -> str:
-  """Returns what the parser of config files says, as one line about our fields."""
-  unknown = re.search(r"""'\\?'?(\w+)\\?'?.*Did you mean "(\w+)\"""", message, re.DOTALL)
-  if unknown:
-    return f"--config: {unknown[1]!r} is not a field; did you mean {unknown[2]!r}?"
+def _explain(error: Exception, argv: list[str]) -> str:
+  """Returns what the parsers of flags and config files say, as one line about our fields."""
+  message = str(error)
+  if "Traceback" in message:  # raised in the config file: the flag, then the last line says all
+    flag, reason = message.partition(" Error whilst")[0], message.strip().splitlines()[-1]
+    return f"{flag} {reason.partition(': ')[2]}"
+  unknown = re.search(r"\.(\w+) does not exist", message) or re.search(r"'(\w+)\W", message)
+  if unknown and isinstance(error, (AttributeError, KeyError)):
+    near = re.search(r'Did you mean "(\w+)"', message)
+    hint = f"; did you mean {near[1]!r}?" if near else ""
+    flag = next((a for a in argv if re.match(rf"--?config\..*\b{unknown[1]}\b", a)), "--config")
+    if not near and flag.lstrip("-").startswith("config.method."):
+      hint = "; fields of another method need --config=FILE:method=NAME"
+    return f"{flag.partition('=')[0]}: {unknown[1]!r} is not a field{hint}"
   return " ".join(message.split())
 
 

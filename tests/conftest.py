@@ -1,4 +1,4 @@
-"""What tests share: a ViT of two narrow blocks, made-up tasks in memory, and methods that learned them."""
+"""What tests share: a ViT of two narrow blocks, made-up tasks, and methods that learned them."""
 
 import dataclasses
 import functools
@@ -216,7 +216,7 @@ def make_lab():
 
 @pytest.fixture(scope="session")
 def lab():
-  """Returns a Lab of the named method that learned all tasks; the same settings give the same one."""
+  """Returns a Lab of the named method that learned all tasks; made once for each setting."""
   made: dict[str, Lab] = {}
 
   def learned(name: str = "fm_lora", scenario: str = "cil", ranges: tuple = RANGES, **changes):

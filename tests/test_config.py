@@ -67,7 +67,12 @@ def test_fields_that_may_be_none_can_be_set_later_with_their_type():
 
 
 def test_a_variant_is_read_as_pairs():
-  assert config.parse_variant("method=lora,tasks=2") == {"method": "lora", "tasks": "2"}
+  assert config.parse_variant("method=lora,tasks=2", "method", "tasks") == {
+    "method": "lora",
+    "tasks": "2",
+  }
   assert config.parse_variant(None) == {}
   with pytest.raises(config.ConfigError, match="key=value"):
     config.parse_variant("lora")
+  with pytest.raises(config.ConfigError, match="the key must be one of method"):
+    config.parse_variant("metod=lora", "method")

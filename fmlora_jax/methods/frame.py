@@ -155,5 +155,5 @@ def check_rank(rank: int, field: str, backbone: Backbone, targets) -> None:
     limit = min(backbone.sizes.projection(name))
     if rank > limit:
       raise ConfigError(
-        f"config.{field} is {rank}: must be at most {limit}, the smaller side of projection {name!r}"
+        f"config.{field} is {rank}: must be at most {limit}, the smaller side of {name!r}"
       )

@@ -175,7 +175,7 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(learned):
 
 
 def counter(learned, batch_size):
-  """Returns (bonus [C] on the logits, mask [C]) -> right answers on the test images of each task."""
+  """Returns (bonus [C] on the logits, mask [C]) -> right answers on each task's test images."""
   method, trainer, sequence = learned.method, learned.trainer, learned.sequence
   tests = [resident.load(sequence, task.test, len(task.test)) for task in sequence.tasks]
 
@@ -295,7 +295,9 @@ def test_domains_share_one_head_which_is_carried_over(make_lab, name, changes):
   views = [made.trainer.view(task) for task in range(2)]
   variables, _ = made.method.begin_task(made.variables, views[0])
   head = jax.tree.map(lambda leaf: leaf + 1.5, variables.cur["head"])  # as if trained
-  variables, _ = made.method.end_task(variables.replace(cur=variables.cur | {"head": head}), views[0])
+  variables, _ = made.method.end_task(
+    variables.replace(cur=variables.cur | {"head": head}), views[0]
+  )
   variables, _ = made.method.begin_task(variables, views[1])
   jax.tree.map(np.testing.assert_array_equal, variables.cur["head"], head)
   jax.tree.map(np.testing.assert_array_equal, variables.mem["head"], head)

@@ -209,8 +209,7 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(s
   view = trainer.view(0)
   variables = method.init(stream_key(trainer.root, "init", task=0), trainer.weights)
   variables, _ = method.begin_task(variables, view)
-  for state, stats, _ in trainer.train(trainer.init(variables, 0), variables, view):
-    last = state
+  *_, (last, stats, _) = trainer.train(trainer.init(variables, 0), variables, view)
   assert stats["loss"][-1] < 0.5
   variables, _ = method.end_task(variables.replace(**last.params), view)
 

@@ -1,7 +1,7 @@
 """FM-LoRA's acceptance properties; the numbers are those of its specification.
 
-1, 2, 3, 9 hold for a method at work, 4 and 5 for its matrices; 6 is in test_contract.py, 7 and 8 are in
-test_drs.py and tests/models/test_rank_selector.py.
+1, 2, 3, 9 hold for a method at work, 4 and 5 for its matrices; 6 is in test_contract.py, 7 and 8
+are in test_drs.py and tests/models/test_rank_selector.py.
 """
 
 import jax
@@ -13,6 +13,7 @@ from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.rules import label_leaves
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, LowRank
+
 
 @pytest.fixture(scope="module")
 def fm_lora(lab):
@@ -273,7 +274,7 @@ def test_bases_are_trained_in_task_1_only_and_the_prompt_in_every_task(fm_lora, 
     ),
     (
       {"bases": {"max_rank": 17}},
-      r"config\.bases\.max_rank is 17: must be at most 16, .* projection 'query'",
+      r"config\.bases\.max_rank is 17: must be at most 16, .* 'query'",
     ),
   ],
 )

@@ -112,7 +112,7 @@ def test_a_padded_core_has_the_same_dense_form():
 
 @pytest.mark.parametrize("orthonormal", [True, False])
 def test_interference_from_cores_is_the_inner_product_of_dense_deltas(orthonormal):
-  """FM-LoRA Eq. (5-7): with orthonormal bases the cores alone give it, with others the Gram matrices."""
+  """FM-LoRA Eq. (5-7): orthonormal bases need the cores alone, others their Gram matrices too."""
   delta = low_rank.orthonormalise(random_delta()) if orthonormal else random_delta()
   cores = draw(3, LAYERS, RANK, RANK, seed=11)
   dense = np.stack([low_rank.dense(delta.replace(core=core)) for core in cores])

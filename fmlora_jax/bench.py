@@ -1,0 +1,480 @@
+"""What a training step of FM-LoRA costs early and late in a sequence: FLOPs, time, memory.
+
+python -m fmlora_jax.bench [--architecture=vit_b16] [--batch=8] [--dtype=float32] [--rank=16]
+  [--prompts=10] [--repeats=5] [--peers [--peers_python=FILE]] [--json=FILE]
+
+The ViT and the images are random; method, step and optimiser are those of a run. With --peers the
+same work is done by Hugging Face's ViT with PEFT's LoRA in PyTorch (bench_peer.py), turn by turn.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fmlora_jax import config as config_lib
+from fmlora_jax import methods, tasks
+from fmlora_jax.config import Config
+from fmlora_jax.models import pretrained, vit
+from fmlora_jax.train import mesh
+from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.step import Fixed, Stepper
+from fmlora_jax.train.streams import stream_key
+from fmlora_jax.types import (
+  Batch,
+  Method,
+  Params,
+  SequenceSpec,
+  Sizes,
+  TaskArrays,
+  TaskView,
+  Variables,
+)
+
+NUM_TASKS, TASK_CLASSES = 20, 10
+TASKS = (2, 20)  # counted from 1
+RANKS = (32, 4, 8, 16, 32, 4, 8, 16, 32, 4)  # of the ten tasks whose programs are counted
+TURN_SECONDS = 0.5  # a turn has as many steps as take this long
+
+COLUMNS = ("GFLOP/image", "x forward", "compile s", "ms", "images/s", "temp MiB", "MFU", "ours/it")
+
+PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as the makers state; first match
+  ("H100 PCIe", 756e12),
+  ("H100", 989e12),
+  ("H200", 989e12),
+  ("A100", 312e12),
+  ("TPU v6", 918e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v5e", 197e12),
+  ("TPU v5", 459e12),
+  ("TPU v4", 275e12),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+  """What is measured; the flags of the same names."""
+
+  architecture: str = "vit_b16"
+  batch: int = 8
+  dtype: str = "float32"
+  rank: int = 16
+  prompts: int = 10
+
+  @property
+  def sizes(self) -> Sizes:
+    return vit.architecture(self.architecture)
+
+  def config(self) -> Config:
+    """Returns the config of a run that gives every task from the second on the rank `rank`."""
+    values = {
+      "batch_size": self.batch,
+      "compute_dtype": self.dtype,
+      "bases": {"max_rank": max(32, self.rank)},
+      "drs": {"strategy": "fixed", "rank": self.rank},
+      "prompt": {"num_tokens": self.prompts},
+    }
+    return config_lib.build(Config, values)
+
+
+class Program:
+  """A compiled function and what XLA says of it.
+
+  Attributes:
+    facts: compile_seconds, flops_per_image as compiled, flops_per_image_as_written (before XLA's
+      passes; what GPU libraries do counts here only), temp_bytes.
+  """
+
+  def __init__(self, function: Callable, batch: int, *arguments, donate: tuple[int, ...] = ()):
+    began = time.monotonic()
+    lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+    self._run = lowered.compile()
+    self._arguments = arguments
+    self.facts = {
+      "flops_per_image": self._run.cost_analysis()["flops"] / batch,
+      "flops_per_image_as_written": lowered.cost_analysis()["flops"] / batch,
+      "compile_seconds": time.monotonic() - began,
+      "temp_bytes": self._run.memory_analysis().temp_size_in_bytes,
+    }
+
+  def __call__(self, steps: int) -> float:
+    """Returns the seconds that `steps` runs take; a state that comes back goes into the next."""
+    began = time.monotonic()
+    for _ in range(steps):
+      result = self._run(*self._arguments)
+      if isinstance(result, tuple):
+        self._arguments = result[0], *self._arguments[1:]
+    jax.block_until_ready(result)
+    return time.monotonic() - began
+
+
+def sequence_spec() -> SequenceSpec:
+  """Returns 20 tasks of 10 new classes each."""
+  starts = range(0, NUM_TASKS * TASK_CLASSES, TASK_CLASSES)
+  return SequenceSpec(
+    scenario="cil",
+    num_tasks=NUM_TASKS,
+    num_classes=NUM_TASKS * TASK_CLASSES,
+    class_ranges=tuple((lo, lo + TASK_CLASSES) for lo in starts),
+  )
+
+
+def variables_at(method: Method, spec: SequenceSpec, weights: Params, task: int) -> Variables:
+  """Returns the variables at the start of task `task`, from 0, behind tasks that learned noise."""
+  root = jax.random.key(0)
+  variables = method.init(root, weights)
+  for index in range(task + 1):
+    view = _view(spec, index, weights, root)
+    variables, _ = method.begin_task(variables, view)
+    if index < task:
+      noise = jax.tree.map(
+        lambda leaf, i=index: leaf + 0.01 * jax.random.normal(jax.random.key(i), leaf.shape),
+        variables.cur,
+      )
+      variables, _ = method.end_task(variables.replace(cur=noise), view)
+  return variables
+
+
+def _view(spec: SequenceSpec, index: int, weights: Params, root) -> TaskView:
+  """A task without images: FM-LoRA with a fixed rank and a linear head looks at none."""
+  lo, hi = spec.class_ranges[index]
+  absent = dict.fromkeys(("train", "val", "train_rows", "val_rows", "augment", "center"))
+  return TaskView(
+    index=index,
+    num_classes=hi - lo,
+    arrays=TaskArrays(*map(jnp.int32, (index, lo, hi))),
+    weights=weights,
+    key=lambda name: stream_key(root, name, task=index),
+    **absent,
+  )
+
+
+def training_step(setting: Setting, weights: Params, task: int) -> Program:
+  """Returns the training step at task `task`, from 0, with its state, data and past."""
+  config, spec = setting.config(), sequence_spec()
+  method = methods.make(config, vit.make(setting.sizes, jnp.dtype(setting.dtype)), spec)
+  variables = variables_at(method, spec, weights, task)
+  stepper = Stepper(method, config, method.rules(task))
+  lo, hi = spec.class_ranges[task]
+  fixed = Fixed(
+    frozen=method.freeze(weights, variables),
+    mem=variables.mem,
+    task=TaskArrays(*map(jnp.int32, (task, lo, hi))),
+    total_steps=jnp.int32(10_000),
+    root=jax.random.key(0),
+  )
+  batch = Batch(
+    images=_images(setting),
+    labels=lo + jnp.arange(setting.batch) % (hi - lo),
+    valid=jnp.ones(setting.batch, bool),
+  )
+  state = jax.tree.map(jnp.copy, stepper.init(variables))  # donated: shares nothing
+  return Program(stepper.step, setting.batch, state, fixed, batch, donate=(0,))
+
+
+def plain_forward(setting: Setting, weights: Params) -> Program:
+  """Returns the features of the frozen ViT without adapters."""
+  dtype = jnp.dtype(setting.dtype)
+  cast = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, weights)
+  apply = vit.make(setting.sizes, dtype).apply
+  return Program(
+    lambda params, images: apply(params, images), setting.batch, cast, _images(setting)
+  )
+
+
+def _images(setting: Setting):
+  side = setting.sizes.image_size
+  shape = (setting.batch, side, side, 3)
+  return jax.random.normal(jax.random.key(1), shape, jnp.dtype(setting.dtype))
+
+
+def floor(setting: Setting) -> dict[str, float]:
+  """Returns the FLOPs per image of the matrix products that cannot be left out.
+
+  "forward": the plain ViT, of whose last block only the class token is wanted. "step": forward with
+  prompt and adapters, then one product more for each frozen one and two for each of attention's,
+  but in the first block's query, key and value only where a prompt waits for a gradient.
+  """
+  sizes, rank, prompts = setting.sizes, setting.rank, setting.prompts
+  width, patches = sizes.width, sizes.grid**2
+  embedding = 2 * patches * 3 * sizes.patch_size**2 * width
+
+  def blocks(tokens):
+    """FLOPs of (query, key, value; out and mlp; attention) over all blocks."""
+    looking = [tokens] * (sizes.depth - 1) + [1]
+    project = sum(2 * width**2 * (2 * tokens + n) for n in looking)
+    rest = sum(2 * width**2 * (1 + 2 * sizes.mlp_ratio) * n for n in looking)
+    return project, rest, sum(4 * width * tokens * n for n in looking)
+
+  tokens = patches + 1 + prompts
+  project, rest, attention = blocks(tokens)
+  adapters = sum(
+    2 * rank * (2 * width + rank) * n
+    for n in (*[tokens] * sizes.depth, *[tokens] * (sizes.depth - 1), 1)
+  )
+  first = 2 * width**2 * 3 * tokens
+  backward = project - first + first * prompts / tokens + rest + 2 * attention + adapters
+  return {
+    "forward": float(embedding + sum(blocks(patches + 1))),
+    "step": float(embedding + project + rest + attention + adapters + backward),
+  }
+
+
+def count_programs(ranks: Sequence[int] = RANKS) -> int:
+  """Returns how many training steps a run over len(ranks) tasks compiles if task t gets ranks[t].
+
+  The run is a real one on a ViT of one block; what is compiled does not depend on its size. The
+  first task's rank is always r_max.
+  """
+  config = config_lib.build(
+    Config,
+    {
+      "epochs": 1,
+      "batch_size": 256,
+      "compute_dtype": "float32",
+      "weights": {"tag": "random", "architecture": "micro", "depth": 1},
+      "tasks": {"benchmark": "digits", "num_tasks": len(ranks)},
+      "input": {"augmentation": "none", "steps_per_dispatch": 1},
+      "bases": {"max_rank": max(ranks)},
+    },
+  )
+  weights, sizes, _ = pretrained.load(config.weights)
+  sequence = tasks.make(config.tasks, seed=config.seed, source_size=sizes.image_size)
+  backbone = vit.make(sizes)
+
+  def with_rank(rank):
+    drs = dataclasses.replace(config.drs, strategy="fixed", rank=rank)
+    return methods.make(dataclasses.replace(config, drs=drs), backbone, sequence.spec)
+
+  method = with_rank(max(ranks))
+  sizing = {"normalisation": "half", "image_size": sizes.image_size}
+  trainer = Trainer(config, method, sequence, weights, mesh=mesh.make(), **sizing)
+  variables = method.init(trainer.root, weights)
+  for index, rank in enumerate(ranks):
+    view = trainer.view(index)
+    variables, _ = with_rank(rank).begin_task(variables, view)
+    for state, _, _ in trainer.train(trainer.init(variables, index), variables, view):
+      params = state.params
+    variables, _ = method.end_task(variables.replace(**params), view)
+  return trainer.num_programs()
+
+
+def take_turns(
+  runners: Mapping[str, Callable[[int], float]], repeats: int
+) -> dict[str, list[float]]:
+  """Returns the seconds a step took in each of `repeats` rounds; in a round each runner has a turn.
+
+  Side by side, so that what else the machine does slows all of them alike.
+  """
+  steps = {}
+  for name, run in runners.items():
+    run(1)  # with what is done only once
+    steps[name] = max(1, round(TURN_SECONDS / run(1)))
+  seconds = {name: [] for name in runners}
+  for _ in range(repeats):
+    for name, run in runners.items():
+      seconds[name].append(run(steps[name]) / steps[name])
+  return seconds
+
+
+class Peer:
+  """bench_peer.py in a process of its own: PyTorch's threads and memory stay apart from JAX's.
+
+  Attributes:
+    facts: device, versions, and the variants that work ("eager", "compile") or why one does not.
+  """
+
+  def __init__(self, setting: Setting, python: str):
+    script = pathlib.Path(__file__).with_name("bench_peer.py")
+    sizes = dataclasses.asdict(setting.sizes)
+    request = dataclasses.asdict(setting) | {"sizes": sizes, "num_classes": TASK_CLASSES}
+    self._process = subprocess.Popen(
+      # -P: the script's folder has a types.py, which is not Python's
+      [python, "-P", str(script), json.dumps(request)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self.facts = self._answer()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._process.stdin.close()
+    self._process.wait()
+
+  def run(self, variant: str, steps: int) -> float:
+    """Returns the seconds that `steps` training steps take."""
+    self._process.stdin.write(json.dumps([variant, steps]) + "\n")
+    self._process.stdin.flush()
+    return self._answer()["seconds"]
+
+  def _answer(self) -> dict[str, Any]:
+    line = self._process.stdout.readline()
+    if not line:
+      self._process.communicate()  # closes its pipes
+      raise ValueError(
+        f"the peer ended with code {self._process.returncode}; --peers needs torch, transformers "
+        "and peft in --peers_python"
+      )
+    return json.loads(line)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Returns the chip's peak in FLOP/s; None where it is unknown or the dtype is not bfloat16."""
+  if dtype != "bfloat16":
+    return None
+  return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> dict[str, Any]:
+  """Returns what --json writes; peers_python: the interpreter for the peer, None leaves it out."""
+  weights = jax.jit(vit.make(setting.sizes).init)(jax.random.key(0))
+  programs = {"forward": plain_forward(setting, weights)}
+  programs |= {f"task_{task}": training_step(setting, weights, task - 1) for task in TASKS}
+  if peers_python is None:
+    seconds, peers = take_turns(programs, repeats), None
+  else:
+    with Peer(setting, peers_python) as peer:
+      runners = {
+        f"peer_{name}": functools.partial(peer.run, name) for name in peer.facts["variants"]
+      }
+      seconds, peers = take_turns(programs | runners, repeats), dict(peer.facts)
+  device = jax.devices()[0]
+  peak = peak_flops(device.device_kind, setting.dtype)
+  least = floor(setting)
+  result = {
+    "setting": dataclasses.asdict(setting),
+    "device": f"{device.device_kind} ({jax.default_backend()}), {os.cpu_count()} CPU threads",
+    "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    "floor_flops_per_image": least,
+    "floor_ratio": least["step"] / least["forward"],
+    "rank_of_10_tasks": list(RANKS),
+    "programs_of_10_tasks": count_programs(),
+  }
+  base = programs["forward"].facts
+  for name, program in programs.items():
+    facts = program.facts | _speed(seconds[name], setting.batch)
+    for kind in ("flops_per_image", "flops_per_image_as_written"):
+      facts[kind.replace("flops_per_image", "ratio")] = facts[kind] / base[kind]
+    rate = facts["flops_per_image_as_written"] * facts["images_per_second"]
+    result[name] = facts | {"mfu": None if peak is None else rate / peak}
+  if peers is not None:
+    ours = seconds[f"task_{TASKS[0]}"]
+    for name in peers["variants"]:
+      theirs = seconds[f"peer_{name}"]
+      ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+      peers[name] = _speed(theirs, setting.batch) | {"ours_over_theirs": ratio}
+    result["peers"] = peers
+  return result
+
+
+def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
+  middle = statistics.median(seconds)
+  return {"step_seconds": middle, "images_per_second": batch / middle, "all_step_seconds": seconds}
+
+
+def table(result: Mapping[str, Any]) -> Table:
+  """Returns the result for people."""
+  setting = result["setting"]
+  shown = Table(
+    title=", ".join(f"{name} {value}" for name, value in setting.items()),
+    caption=_caption(result),
+    caption_justify="left",
+    box=box.SIMPLE,
+  )
+  shown.add_column("", no_wrap=True)
+  for name in COLUMNS:
+    shown.add_column(name, justify="right", no_wrap=True)
+  rows = {"plain forward": "forward"} | {
+    f"step at task {t} of {NUM_TASKS}": f"task_{t}" for t in TASKS
+  }
+  for label, name in rows.items():
+    facts = result[name]
+    shown.add_row(
+      label,
+      f"{facts['flops_per_image'] / 1e9:.2f}",
+      f"{facts['ratio']:.3f}",
+      f"{facts['compile_seconds']:.1f}",
+      *_timing(facts),
+      f"{facts['temp_bytes'] / 2**20:.0f}",
+      "-" if facts["mfu"] is None else f"{facts['mfu']:.1%}",
+    )
+  least = result["floor_flops_per_image"]
+  shown.add_row("least possible step", f"{least['step'] / 1e9:.2f}", f"{result['floor_ratio']:.3f}")
+  peers = result.get("peers") or {"variants": []}
+  for name in peers["variants"]:
+    facts = peers[name]
+    shown.add_row(
+      f"HF + PEFT, {name}", "", "", "", *_timing(facts), "", "", f"{facts['ours_over_theirs']:.2f}"
+    )
+  return shown
+
+
+def _timing(facts) -> tuple[str, str]:
+  return f"{facts['step_seconds'] * 1e3:.1f}", f"{facts['images_per_second']:.1f}"
+
+
+def _caption(result: Mapping[str, Any]) -> str:
+  first, last = (result[f"task_{task}"]["flops_per_image"] for task in TASKS)
+  lines = [
+    f"{result['device']}, {versions(result['versions'])}",
+    f"FLOPs at task {TASKS[1]} over task {TASKS[0]}: {last / first:.4f}",
+    f"{len(RANKS)} tasks of {len(set(RANKS[1:]))} ranks compile "
+    f"{result['programs_of_10_tasks']} training steps, one of them task 1's",
+  ]
+  peers = result.get("peers")
+  if peers:
+    lines += [f"peer: {peers['device']}, {versions(peers['versions'])}"]
+    lines += [f"peer: {line}" for line in peers["notes"]]
+  return "\n".join(lines)
+
+
+def versions(packages: Mapping[str, str]) -> str:
+  return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  values = flags.FLAGS
+  setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
+  try:
+    result = measure(setting, values.repeats, values.peers_python if values.peers else None)
+  except (ValueError, OSError) as error:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.exit(2)
+  Console(width=None if sys.stdout.isatty() else 110).print(table(result))
+  if values.json:
+    pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("architecture", Setting.architecture, "A name in models/vit.py.")
+  flags.DEFINE_integer("batch", Setting.batch, "Images in a step.", lower_bound=1)
+  flags.DEFINE_enum("dtype", Setting.dtype, ("float32", "bfloat16"), "What is computed in.")
+  flags.DEFINE_integer("rank", Setting.rank, "Rank of the tasks from the second on.", lower_bound=1)
+  flags.DEFINE_integer("prompts", Setting.prompts, "Prompt tokens.", lower_bound=0)
+  flags.DEFINE_integer("repeats", 5, "Timed rounds; medians are shown.", lower_bound=1)
+  flags.DEFINE_bool("peers", False, "Time PyTorch beside it; needs torch, transformers and peft.")
+  flags.DEFINE_string("peers_python", sys.executable, "The Python that has them.")
+  flags.DEFINE_string("json", None, "File for all numbers.")
+  # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)

@@ -1,0 +1,199 @@
+"""The command line: what a wrong setting answers, and whole runs, killed ones too."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fmlora_jax import config, writer
+from fmlora_jax.run import run
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+  "epochs": 1,
+  "batch_size": 32,
+  "weights": {"tag": "random", "architecture": "micro", "depth": 2},
+  "input": {"normalisation": "half", "image_size": 16, "steps_per_dispatch": 1},
+  "tasks": {"num_tasks": 2},
+  "drs": {"strategy": "fixed", "rank": 8},
+  "checkpoint": {"every_steps": 4},
+}
+
+
+def command(*arguments, config="configs/digits.py"):
+  return [sys.executable, "-m", "fmlora_jax.main", f"--config={config}", *arguments]
+
+
+def settings(changes: dict, path: str = "--config") -> list[str]:
+  """Returns the flags of nested settings."""
+  flags = []
+  for name, value in changes.items():
+    place = f"{path}.{name}"
+    flags += settings(value, place) if isinstance(value, dict) else [f"{place}={value}"]
+  return flags
+
+
+def call(arguments, cwd=ROOT, **kwargs):
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  return subprocess.run(
+    arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs
+  )
+
+
+REFUSED = {
+  "a typo in a field": (
+    ["--config=configs/digits.py", "--config.optim.learning_rat=1"],
+    r"--config.optim.learning_rat: 'learning_rat' is not a field; did you mean 'learning_rate'?",
+  ),
+  "a typo in a group": (
+    ["--config=configs/digits.py", "--config.optm.learning_rate=1"],
+    "'optm' is not a field; did you mean 'optim'?",
+  ),
+  "a field like no other": (
+    ["--config=configs/digits.py", "--config.optim.warmth=1"],
+    "--config.optim.warmth: 'warmth' is not a field",
+  ),
+  "a field of a field": (
+    ["--config=configs/digits.py", "--config.epochs.most=1"],
+    "--config.epochs.most: 'most' is not a field",
+  ),
+  "a field of another method": (
+    ["--config=configs/digits.py", "--config.method.mode=sequential"],
+    "--config.method.mode: 'mode' is not a field; fields of another method need",
+  ),
+  "a typo in a flag": (["--confg=configs/digits.py"], "flag 'confg'. Did you mean: config"),
+  "no config": ([], "--config is missing: name a file in configs/"),
+  "no such config": (["--config=configs/nope.py"], "--config is 'configs/nope.py': no such file"),
+  "a word too many": (["--config=configs/digits.py", "epochs=3"], "unexpected argument 'epochs=3'"),
+  "no number": (["--config=configs/digits.py", "--config.epochs=abc"], "--config.epochs=abc"),
+  "a value out of range": (
+    ["--config=configs/digits.py", "--config.epochs=0"],
+    "config.epochs is 0: must be >= 1",
+  ),
+  "ranks out of order": (
+    ["--config=configs/digits.py", "--config.drs.candidate_ranks=(8,4)"],
+    "config.drs.candidate_ranks is (8, 4): must be ascending integers >= 1",
+  ),
+  "no such method": (
+    ["--config=configs/digits.py:method=lorra"],
+    "config.method.name is 'lorra': must be one of ",
+  ),
+  "a typo in a variant": (
+    ["--config=configs/digits.py:metod=lora"],
+    "config variant 'metod=lora': the key must be one of method, tasks",
+  ),
+  "a variant that is no number": (
+    ["--config=configs/digits.py:tasks=x"],
+    "flag --config=configs/digits.py:tasks=x: invalid literal for int()",
+  ),
+  "tasks that classes can't be cut into": (
+    ["--config=configs/digits.py", "--config.tasks.num_tasks=3"],
+    "config.tasks.num_tasks is 3: must divide the 10 classes of digits",
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+  """All refused command lines, two at a time: a process takes a second or two to start."""
+  waiting = {case: arguments for case, (arguments, _) in REFUSED.items()}
+  running, done = {}, {}
+  while waiting or running:
+    while waiting and len(running) < 2:
+      case, arguments = waiting.popitem()
+      running[case] = subprocess.Popen(
+        [sys.executable, "-m", "fmlora_jax.main", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    for case in [case for case, process in running.items() if process.poll() is not None]:
+      process = running.pop(case)
+      done[case] = (process.returncode, *process.communicate())
+    time.sleep(0.02)
+  return done
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_run_is_refused_in_one_line(answers, case):
+  code, shown, errors = answers[case]
+  assert code == 2
+  assert len(errors.splitlines()) == 1
+  assert errors.startswith("error: ")
+  assert REFUSED[case][1] in errors
+  assert not shown
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """(workdir, result) of the small run in this process."""
+  workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+  return workdir, run(config_of(SMALL), workdir)
+
+
+def config_of(changes: dict) -> config.Config:
+  """Returns what the command line makes of configs/digits.py and `changes`."""
+  spec = importlib.util.spec_from_file_location("digits_config", ROOT / "configs" / "digits.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  tree = module.get_config()
+  tree.update(changes)
+  return config.build(config.Config, tree.to_dict())
+
+
+def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):
+  whole, expected = uninterrupted
+  workdir = tmp_path / "run"
+  arguments = command(*settings(SMALL), f"--workdir={workdir}")
+  process = subprocess.Popen(
+    arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+  )
+  metrics, began = workdir / "metrics.jsonl", time.monotonic()
+  # two lines a step: steps 5 and 6 are logged, the last checkpoint is of step 4
+  while process.poll() is None and time.monotonic() - began < 240:
+    if metrics.exists() and len(metrics.read_text().splitlines()) >= 12:
+      break
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL, "finished before it was killed"
+  assert not (workdir / "result.json").exists()
+
+  done = call(arguments)
+  assert done.returncode == 0, done.stderr
+  assert "resumed in task 1, step" in done.stdout
+  result = json.loads((workdir / "result.json").read_text())
+  for field in ("params_sha256", "accuracy", "acc", "ranks", "interference"):
+    assert result[field] == expected[field]
+  assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
+
+  again = call(arguments)
+  assert again.returncode == 0
+  assert "finished before" in again.stdout and f"{result['acc']:.2f}" in again.stdout
+  assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
+
+  other = call([*arguments, "--config.optim.learning_rate=0.5"])
+  assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
+  assert "config.optim.learning_rate: 0.005 there, 0.5 now" in other.stderr
+
+
+def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
+  small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}}
+  done = call(
+    command(*settings(small), config=f"{ROOT}/configs/digits.py:method=linear_probe"), cwd=tmp_path
+  )
+  assert done.returncode == 0, done.stderr
+  assert not done.stderr
+  for start in ("devices    1 x", "backbone   random", "benchmark  digits", "scenario   cil, 2"):
+    assert start in done.stdout
+  workdir = tmp_path / "runs" / "digits-linear_probe-1993"  # where no --workdir is given
+  result = json.loads((workdir / "result.json").read_text())
+  assert set(writer.FIELDS) <= set(result)
+  assert f"{result['acc']:.2f}" in done.stdout

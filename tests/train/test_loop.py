@@ -1,0 +1,142 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from fmlora_jax.config import ConfigError
+from fmlora_jax.train import mesh
+from fmlora_jax.train.loop import NonFiniteError, Trainer
+
+
+def learn(made, task=0):
+  """Returns (state at the end, stats of all steps, lengths of the chunks) of one task."""
+  view = made.trainer.view(task)
+  variables, _ = made.method.begin_task(made.variables, view)
+  chunks = list(made.trainer.train(made.trainer.init(variables, task), variables, view))
+  stats = {name: np.concatenate([c[1][name] for c in chunks]) for name in ("loss", "grad_norm")}
+  return chunks[-1][0], stats, [len(c[1]["loss"]) for c in chunks]
+
+
+@pytest.fixture(scope="module")
+def reference(make_lab):
+  return learn(make_lab(method={"name": "lora", "rank": 2}, epochs=3))
+
+
+@pytest.mark.parametrize(
+  ("dispatch", "every", "lengths"),
+  [(4, 0, [4, 2]), (1, 0, [1] * 6), (32, 0, [6]), (32, 4, [4, 2]), (3, 4, [3, 1, 2])],
+)
+def test_chunks_of_any_length_give_bit_identical_results(
+  make_lab, reference, changed, dispatch, every, lengths
+):
+  made = make_lab(
+    method={"name": "lora", "rank": 2},
+    epochs=3,
+    input={"steps_per_dispatch": dispatch},
+    checkpoint={"every_steps": every},
+  )
+  state, stats, got = learn(made)
+  assert got == lengths
+  assert not changed(state, reference[0])
+  for name, values in stats.items():
+    np.testing.assert_array_equal(values, reference[1][name])
+  assert made.trainer.num_programs() == 1  # also for a chunk that is cut short
+
+
+def test_training_lowers_the_loss_and_sees_each_epoch(reference):
+  _, stats, _ = reference
+  assert len(stats["loss"]) == 6  # 24 images in batches of 16: 2 steps an epoch
+  assert stats["loss"][0] == pytest.approx(np.log(2), rel=1e-5)
+  assert stats["loss"][-2:].mean() < 0.9 * stats["loss"][:2].mean()
+
+
+def test_training_goes_on_from_a_state_within_a_task(make_lab, reference, changed):
+  made = make_lab(method={"name": "lora", "rank": 2}, epochs=3)
+  view = made.trainer.view(0)
+  variables, _ = made.method.begin_task(made.variables, view)
+  state = next(made.trainer.train(made.trainer.init(variables, 0), variables, view))[0]
+  assert int(state.step) == 4
+  state = jax.tree.map(np.asarray, state)
+  variables = variables.replace(**state.params)
+  (resumed, stats, _), *more = made.trainer.train(state, variables, view)
+  assert not more and len(stats["loss"]) == 2
+  assert not changed(resumed, reference[0])
+  np.testing.assert_array_equal(stats["loss"], reference[1]["loss"][4:])
+
+
+def test_a_yielded_state_is_not_the_one_that_was_given(make_lab):
+  """The chunk donates its own copy: what the caller handed in stays readable."""
+  made = make_lab(method={"name": "linear_probe"}, epochs=1)
+  view = made.trainer.view(0)
+  variables, _ = made.method.begin_task(made.variables, view)
+  state = made.trainer.init(variables, 0)
+  *_, (last, _, _) = made.trainer.train(state, variables, view)
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, variables)))
+  assert int(state.step) == 0 and int(last.step) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_task_and_step(make_lab):
+  made = make_lab(method={"name": "lora", "rank": 2}, optim={"learning_rate": 1e30})
+  with pytest.raises(NonFiniteError) as error:
+    learn(made, task=1)
+  assert "at task 2 of 3, step 2: must be finite" in str(error.value)
+  assert "config.optim.learning_rate" in str(error.value)
+
+
+def test_the_same_seed_gives_the_same_batches_to_every_method(make_lab):
+  rows = [
+    make_lab(method={"name": name}).trainer.view(1).train_rows(1) for name in ("lora", "fm_lora")
+  ]
+  np.testing.assert_array_equal(*rows)
+  other = make_lab(method={"name": "lora"}, seed=7).trainer.view(1).train_rows(1)
+  assert (other != rows[0]).any()
+
+
+def test_a_view_holds_one_task_and_no_test_image(make_lab):
+  made = make_lab(method={"name": "linear_probe"})
+  for index, task in enumerate(made.sequence.tasks):
+    view = made.trainer.view(index)
+    assert (int(view.arrays.index), int(view.arrays.lo), int(view.arrays.hi)) == (
+      index, task.lo, task.hi
+    )  # fmt: skip
+    assert view.num_classes == task.hi - task.lo
+    for part in ("train", "val"):
+      examples = getattr(view, part)
+      count = len(getattr(task, part))
+      assert int(examples.valid.sum()) == count
+      pixels, _ = made.sequence.source.decode(getattr(task, part))
+      np.testing.assert_array_equal(examples.images[:count], pixels)
+  assert not any("test" in field.name for field in dataclasses.fields(view))
+
+
+def test_tasks_of_different_size_have_arrays_of_one_shape(make_lab):
+  made = make_lab(method={"name": "linear_probe"})
+  shapes = {made.trainer.view(task).train.images.shape for task in range(3)}
+  assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
+def test_a_batch_that_devices_can_not_share_is_refused(make_lab, field):
+  made = make_lab(method={"name": "linear_probe"})
+
+  class FourDevices:
+    size = 4
+
+  config = dataclasses.replace(made.config, **{field: 6})
+  message = f"config.{field} is 6: must be a multiple of the number of devices, 4"
+  with pytest.raises(ConfigError, match=message):
+    Trainer(
+      config,
+      made.method,
+      made.sequence,
+      made.weights,
+      normalisation="half",
+      image_size=16,
+      mesh=FourDevices(),
+    )
+
+
+def test_the_mesh_spans_all_devices():
+  assert mesh.make().size == len(jax.devices())
+  assert mesh.make().axis_names == ("data",)

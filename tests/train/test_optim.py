@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmlora_jax import config as config_lib
+from fmlora_jax.train import optim
+
+OPTIM = {
+  "learning_rate": 3e-3,
+  "weight_decay": 0.1,
+  "head_learning_rate": 2e-2,
+  "head_weight_decay": 0.0,
+}
+LABELS = {"core": "adapter", "prompt": "prompt", "head": "head", "bases": "frozen"}
+STEPS = 7
+
+
+def make_config(**optim_changes):
+  return config_lib.build(
+    config_lib.Config, {"optim": OPTIM | optim_changes, "prompt": {"lr_scale": 0.5}}
+  )
+
+
+def draw(seed, *shape):
+  return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+PARAMS = {"core": draw(0, 3, 2), "prompt": draw(1, 4), "head": draw(2, 5), "bases": draw(3, 6)}
+
+
+def gradients(step):
+  return {name: draw(10 + step, *leaf.shape) for name, leaf in PARAMS.items()}
+
+
+def optimise(config, labels=LABELS, params=PARAMS, grads=gradients):
+  """Returns the parameters after STEPS of a task of STEPS, and the state of the optimiser."""
+  optimizer = optim.make(config, labels)
+  state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  for step in range(STEPS):
+    progress = jnp.float32(step / STEPS)
+    updates, state = update(grads(step), state, params, progress=progress)
+    params = jax.tree.map(jnp.add, params, updates)
+  return params, state
+
+
+def adamw(w, grads, learning_rate, weight_decay):
+  """AdamW with cosine annealing to 0 over len(grads) steps, in float64; arXiv:1711.05101."""
+  w, m, v = w.astype(np.float64), 0.0, 0.0
+  for i, g in enumerate(grads):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.astype(np.float64) ** 2
+    m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.999 ** (i + 1))
+    rate = learning_rate * 0.5 * (1 + np.cos(np.pi * i / len(grads)))
+    w = w - rate * (m_hat / (np.sqrt(v_hat) + 1e-8) + weight_decay * w)
+  return w
+
+
+def test_each_group_is_adamw_with_cosine_annealing_at_its_own_rate():
+  got, _ = optimise(make_config())
+  rates = {"core": (3e-3, 0.1), "prompt": (1.5e-3, 0.1), "head": (2e-2, 0.0)}
+  for name, (rate, decay) in rates.items():
+    grads = [gradients(step)[name] for step in range(STEPS)]
+    expected = adamw(PARAMS[name], grads, rate, decay)
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-7)
+    assert np.abs(expected - PARAMS[name]).max() > rate
+
+
+def test_the_rate_falls_to_zero_at_the_end_of_a_task():
+  optimizer = optim.make(make_config(), LABELS)
+  state = optimizer.init(PARAMS)
+
+  def size(progress):
+    updates, _ = optimizer.update(gradients(0), state, PARAMS, progress=progress)
+    return float(jnp.abs(updates["head"]).max())
+
+  full = size(0.0)
+  np.testing.assert_allclose(full, 2e-2, rtol=1e-3)  # Adam's first step is the rate itself
+  np.testing.assert_allclose(size(0.5), full / 2, rtol=1e-5)
+  assert size(1.0) < 1e-6 * full
+
+
+def test_frozen_leaves_never_move_and_have_no_state():
+  """Through optax.multi_transform with set_to_zero; with gradients, decay and clipping."""
+  for changes in ({}, {"clip_norm": 0.1}):
+    got, state = optimise(make_config(weight_decay=10.0, **changes))
+    assert np.asarray(got["bases"]).tobytes() == PARAMS["bases"].tobytes()
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sorted(shapes) == sorted([(3, 2), (4,), (5,)] * 2)  # two moments, not of the bases
+
+
+def test_clipping_is_by_the_norm_over_all_trained_leaves():
+  """Adam does not see a common factor, so gradients must differ in size from step to step."""
+
+  def growing(step):
+    return {name: leaf * 10.0**step for name, leaf in gradients(step).items()}
+
+  def clipped(step):
+    grads = growing(step) | {"bases": np.zeros_like(PARAMS["bases"])}
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in grads.values()))
+    return {name: leaf * min(1, 2.0 / norm) for name, leaf in grads.items()}
+
+  def without_bases(step):
+    return growing(step) | {"bases": np.zeros_like(PARAMS["bases"])}
+
+  got, _ = optimise(make_config(clip_norm=2.0), grads=without_bases)
+  expected, _ = optimise(make_config(), grads=clipped)
+  unclipped, _ = optimise(make_config(), grads=growing)
+  for name in ("core", "prompt", "head"):
+    np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert np.abs(got[name] - unclipped[name]).max() > 1e-4
+
+
+def test_a_label_that_is_no_group_is_refused():
+  with pytest.raises(ValueError, match="haed"):
+    optim.make(make_config(), LABELS | {"head": "haed"}).init(PARAMS)
