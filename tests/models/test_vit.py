@@ -1,5 +1,7 @@
 """What the ViT does its own way: only the tokens that are wanted, and its attention and GELU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +44,8 @@ def test_the_class_token_alone_is_that_of_all_tokens_and_so_are_its_gradients():
   def loss(features):
     return lambda adapters: jnp.sum(features(params, images, adapters) * normal(7, 2, 32))
 
-  alone = jax.value_and_grad(loss(backbone.apply))(adapters)
-  of_all = jax.value_and_grad(loss(lambda *args: backbone.tokens(*args)[:, 0]))(adapters)
+  alone = jax.jit(jax.value_and_grad(loss(backbone.apply)))(adapters)
+  of_all = jax.jit(jax.value_and_grad(loss(lambda *args: backbone.tokens(*args)[:, 0])))(adapters)
   assert_near(alone, of_all, 2e-4)
 
 
@@ -54,6 +56,7 @@ def test_attention_is_that_of_jax(queries, dtype, atol):
   key, value = normal(1, 2, 7, 3, 8, dtype=dtype), normal(2, 2, 7, 3, 8, dtype=dtype)
   weight = normal(3, 2, queries, 3, 8)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def run(attention):
     output, pull = jax.vjp(attention, query, key, value)
     assert output.dtype == dtype
@@ -63,10 +66,11 @@ def test_attention_is_that_of_jax(queries, dtype, atol):
 
 
 @pytest.mark.parametrize("kind", ["erf", "tanh"])
-@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_gelu_is_that_of_jax(kind, dtype, atol):
   x = jnp.linspace(-6, 6, 97).astype(dtype)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def run(gelu):
     output, pull = jax.vjp(gelu, x)
     assert output.dtype == dtype
