@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import app, flags, logging
 from rich import box
 from rich.console import Console
@@ -29,7 +29,9 @@ from rich.table import Table
 
 from fmlora_jax import config as config_lib
 from fmlora_jax import methods, tasks
+from fmlora_jax.bench_peer import Peer
 from fmlora_jax.config import Config
+from fmlora_jax.methods import frame
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
@@ -37,7 +39,6 @@ from fmlora_jax.train.step import Fixed, Stepper
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import (
   Batch,
-  Method,
   Params,
   SequenceSpec,
   Sizes,
@@ -123,84 +124,91 @@ class Program:
     return time.monotonic() - began
 
 
-def sequence_spec() -> SequenceSpec:
-  """Returns 20 tasks of 10 new classes each."""
-  starts = range(0, NUM_TASKS * TASK_CLASSES, TASK_CLASSES)
-  return SequenceSpec(
-    scenario="cil",
-    num_tasks=NUM_TASKS,
-    num_classes=NUM_TASKS * TASK_CLASSES,
-    class_ranges=tuple((lo, lo + TASK_CLASSES) for lo in starts),
-  )
+class Lab:
+  """FM-LoRA on 20 tasks of 10 new classes, at the start of any of them.
 
+  Tasks are counted from 0 here.
+  """
 
-def variables_at(method: Method, spec: SequenceSpec, weights: Params, task: int) -> Variables:
-  """Returns the variables at the start of task `task`, from 0, behind tasks that learned noise."""
-  root = jax.random.key(0)
-  variables = method.init(root, weights)
-  for index in range(task + 1):
-    view = _view(spec, index, weights, root)
-    variables, _ = method.begin_task(variables, view)
-    if index < task:
-      noise = jax.tree.map(
-        lambda leaf, i=index: leaf + 0.01 * jax.random.normal(jax.random.key(i), leaf.shape),
-        variables.cur,
+  def __init__(self, setting: Setting):
+    self.setting, self.config = setting, setting.config()
+    starts = range(0, NUM_TASKS * TASK_CLASSES, TASK_CLASSES)
+    self.spec = SequenceSpec(
+      scenario="cil",
+      num_tasks=NUM_TASKS,
+      num_classes=NUM_TASKS * TASK_CLASSES,
+      class_ranges=tuple((lo, lo + TASK_CLASSES) for lo in starts),
+    )
+    self.backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
+    self.method = methods.make(self.config, self.backbone, self.spec)
+    self._root = jax.random.key(0)
+
+  def variables(self, weights: Params, task: int) -> Variables:
+    """Returns the variables at the start of a task, behind tasks that learned noise."""
+    variables = self.method.init(self._root, weights)
+    for index in range(task):
+      variables = self.begin(weights, variables, index)
+      noise = optax.tree.random_like(jax.random.key(index), variables.cur)
+      learned = optax.tree.add_scale(variables.cur, 0.01, noise)
+      variables, _ = self.method.end_task(
+        variables.replace(cur=learned), self._view(weights, index)
       )
-      variables, _ = method.end_task(variables.replace(cur=noise), view)
-  return variables
+    return self.begin(weights, variables, task)
 
+  def begin(self, weights: Params, variables: Variables, task: int) -> Variables:
+    return self.method.begin_task(variables, self._view(weights, task))[0]
 
-def _view(spec: SequenceSpec, index: int, weights: Params, root) -> TaskView:
-  """A task without images: FM-LoRA with a fixed rank and a linear head looks at none."""
-  lo, hi = spec.class_ranges[index]
-  absent = dict.fromkeys(("train", "val", "train_rows", "val_rows", "augment", "center"))
-  return TaskView(
-    index=index,
-    num_classes=hi - lo,
-    arrays=TaskArrays(*map(jnp.int32, (index, lo, hi))),
-    weights=weights,
-    key=lambda name: stream_key(root, name, task=index),
-    **absent,
-  )
+  def _view(self, weights: Params, task: int) -> TaskView:
+    """A task without images: with a fixed rank and a linear head FM-LoRA looks at none."""
+    absent = dict.fromkeys(("train", "val", "train_rows", "val_rows", "augment", "center"))
+    return TaskView(
+      index=task,
+      num_classes=TASK_CLASSES,
+      arrays=self._arrays(task),
+      weights=weights,
+      key=lambda name: stream_key(self._root, name, task=task),
+      **absent,
+    )
 
+  def _arrays(self, task: int) -> TaskArrays:
+    return TaskArrays(*map(jnp.int32, (task, *self.spec.class_ranges[task])))
 
-def training_step(setting: Setting, weights: Params, task: int) -> Program:
-  """Returns the training step at task `task`, from 0, with its state, data and past."""
-  config, spec = setting.config(), sequence_spec()
-  method = methods.make(config, vit.make(setting.sizes, jnp.dtype(setting.dtype)), spec)
-  variables = variables_at(method, spec, weights, task)
-  stepper = Stepper(method, config, method.rules(task))
-  lo, hi = spec.class_ranges[task]
-  fixed = Fixed(
-    frozen=method.freeze(weights, variables),
-    mem=variables.mem,
-    task=TaskArrays(*map(jnp.int32, (task, lo, hi))),
-    total_steps=jnp.int32(10_000),
-    root=jax.random.key(0),
-  )
-  batch = Batch(
-    images=_images(setting),
-    labels=lo + jnp.arange(setting.batch) % (hi - lo),
-    valid=jnp.ones(setting.batch, bool),
-  )
-  state = jax.tree.map(jnp.copy, stepper.init(variables))  # donated: shares nothing
-  return Program(stepper.step, setting.batch, state, fixed, batch, donate=(0,))
+  def stepper(self, task: int) -> Stepper:
+    return Stepper(self.method, self.config, self.method.rules(task))
 
+  def arguments(self, weights: Params, variables: Variables, task: int) -> tuple:
+    """Returns (state, fixed, batch) of the first training step of a task."""
+    fixed = Fixed(
+      frozen=self.method.freeze(weights, variables),
+      mem=variables.mem,
+      task=self._arrays(task),
+      total_steps=jnp.int32(10_000),
+      root=self._root,
+    )
+    batch = Batch(
+      images=self.images(),
+      labels=self.spec.class_ranges[task][0] + jnp.arange(self.setting.batch) % TASK_CLASSES,
+      valid=jnp.ones(self.setting.batch, bool),
+    )
+    # donated: shares nothing with what stays
+    return jax.tree.map(jnp.copy, self.stepper(task).init(variables)), fixed, batch
 
-def plain_forward(setting: Setting, weights: Params) -> Program:
-  """Returns the features of the frozen ViT without adapters."""
-  dtype = jnp.dtype(setting.dtype)
-  cast = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, weights)
-  apply = vit.make(setting.sizes, dtype).apply
-  return Program(
-    lambda params, images: apply(params, images), setting.batch, cast, _images(setting)
-  )
+  def images(self) -> jax.Array:
+    side = self.setting.sizes.image_size
+    shape = (self.setting.batch, side, side, 3)
+    return jax.random.normal(jax.random.key(1), shape, jnp.dtype(self.setting.dtype))
 
+  def training_step(self, weights: Params, task: int) -> Program:
+    """Returns the training step of a run at a task, compiled."""
+    arguments = self.arguments(weights, self.variables(weights, task), task)
+    return Program(self.stepper(task).step, self.setting.batch, *arguments, donate=(0,))
 
-def _images(setting: Setting):
-  side = setting.sizes.image_size
-  shape = (setting.batch, side, side, 3)
-  return jax.random.normal(jax.random.key(1), shape, jnp.dtype(setting.dtype))
+  def plain_forward(self, weights: Params) -> Program:
+    """Returns the features of the frozen ViT without adapters, compiled."""
+    params = frame.cast_kernels(weights, jnp.dtype(self.setting.dtype))
+    return Program(
+      lambda *args: self.backbone.apply(*args), self.setting.batch, params, self.images()
+    )
 
 
 def floor(setting: Setting) -> dict[str, float]:
@@ -292,50 +300,6 @@ def take_turns(
   return seconds
 
 
-class Peer:
-  """bench_peer.py in a process of its own: PyTorch's threads and memory stay apart from JAX's.
-
-  Attributes:
-    facts: device, versions, and the variants that work ("eager", "compile") or why one does not.
-  """
-
-  def __init__(self, setting: Setting, python: str):
-    script = pathlib.Path(__file__).with_name("bench_peer.py")
-    sizes = dataclasses.asdict(setting.sizes)
-    request = dataclasses.asdict(setting) | {"sizes": sizes, "num_classes": TASK_CLASSES}
-    self._process = subprocess.Popen(
-      # -P: the script's folder has a types.py, which is not Python's
-      [python, "-P", str(script), json.dumps(request)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    self.facts = self._answer()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    self._process.stdin.close()
-    self._process.wait()
-
-  def run(self, variant: str, steps: int) -> float:
-    """Returns the seconds that `steps` training steps take."""
-    self._process.stdin.write(json.dumps([variant, steps]) + "\n")
-    self._process.stdin.flush()
-    return self._answer()["seconds"]
-
-  def _answer(self) -> dict[str, Any]:
-    line = self._process.stdout.readline()
-    if not line:
-      self._process.communicate()  # closes its pipes
-      raise ValueError(
-        f"the peer ended with code {self._process.returncode}; --peers needs torch, transformers "
-        "and peft in --peers_python"
-      )
-    return json.loads(line)
-
-
 def peak_flops(device_kind: str, dtype: str) -> float | None:
   """Returns the chip's peak in FLOP/s; None where it is unknown or the dtype is not bfloat16."""
   if dtype != "bfloat16":
@@ -345,13 +309,15 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> dict[str, Any]:
   """Returns what --json writes; peers_python: the interpreter for the peer, None leaves it out."""
+  lab = Lab(setting)
   weights = jax.jit(vit.make(setting.sizes).init)(jax.random.key(0))
-  programs = {"forward": plain_forward(setting, weights)}
-  programs |= {f"task_{task}": training_step(setting, weights, task - 1) for task in TASKS}
+  programs = {"forward": lab.plain_forward(weights)}
+  programs |= {f"task_{task}": lab.training_step(weights, task - 1) for task in TASKS}
   if peers_python is None:
     seconds, peers = take_turns(programs, repeats), None
   else:
-    with Peer(setting, peers_python) as peer:
+    sizes = dataclasses.asdict(setting.sizes) | {"num_classes": TASK_CLASSES}
+    with Peer(dataclasses.asdict(setting) | sizes, peers_python) as peer:
       runners = {
         f"peer_{name}": functools.partial(peer.run, name) for name in peer.facts["variants"]
       }

@@ -1,8 +1,9 @@
 """The peer of bench.py: Hugging Face's ViT with PEFT's LoRA, trained step by step in PyTorch.
 
-Started by bench.py with one JSON argument; imports nothing of fmlora_jax, so that any Python with
-torch, transformers and peft can run it. Says on its standard output what it is, then answers each
-[variant, steps] that it reads with {"seconds": s}.
+It runs in a process of its own, which `Peer` starts with this file and one JSON argument; PyTorch's
+threads and memory stay apart from JAX's, and any Python with torch, transformers and peft will do.
+The process says on its standard output what it is, then answers each [variant, steps] that it reads
+with {"seconds": s}.
 
 The frozen ViT, LoRA on query and value (r = alpha, no dropout), a trained head, AdamW on the
 trained parameters; scaled_dot_product_attention; in bfloat16 everything is bfloat16, which is
@@ -12,8 +13,60 @@ faster than autocast. In float32 on CUDA TF32 is allowed, as JAX does.
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
+from typing import Any
+
+
+class Peer:
+  """The process, to be used in a `with` block.
+
+  Args:
+    request: architecture and sizes of the ViT, batch, dtype, rank, num_classes.
+    python: the interpreter.
+
+  Attributes:
+    facts: device, versions, notes, and the variants that work ("eager", "compile").
+
+  Raises:
+    ValueError: if the process ends before it answers.
+  """
+
+  def __init__(self, request: dict[str, Any], python: str):
+    # -P: the script's folder has a types.py, which is not Python's
+    command = [python, "-P", __file__, json.dumps(request)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    self._process = subprocess.Popen(command, **pipes)
+    self.facts = self._answer()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._close()
+
+  def run(self, variant: str, steps: int) -> float:
+    """Returns the seconds that `steps` training steps take."""
+    self._process.stdin.write(json.dumps([variant, steps]) + "\n")
+    self._process.stdin.flush()
+    return self._answer()["seconds"]
+
+  def _answer(self) -> dict[str, Any]:
+    line = self._process.stdout.readline()
+    if not line:
+      code = self._close()
+      raise ValueError(
+        f"the peer ended with code {code}; --peers needs torch, transformers and peft in the "
+        "Python that --peers_python names"
+      )
+    return json.loads(line)
+
+  def _close(self) -> int:
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
+    self._process.stdout.close()
+    return self._process.wait()
 
 
 def make_step(request: dict, compile_it: bool):
@@ -22,18 +75,17 @@ def make_step(request: dict, compile_it: bool):
   import torch
   import transformers
 
-  sizes = request["sizes"]
   device = "cuda" if torch.cuda.is_available() else "cpu"
   dtype = getattr(torch, request["dtype"])
   torch.manual_seed(0)
   model = transformers.ViTForImageClassification(
     transformers.ViTConfig(
-      image_size=sizes["image_size"],
-      patch_size=sizes["patch_size"],
-      hidden_size=sizes["width"],
-      num_hidden_layers=sizes["depth"],
-      num_attention_heads=sizes["num_heads"],
-      intermediate_size=sizes["width"] * sizes["mlp_ratio"],
+      image_size=request["image_size"],
+      patch_size=request["patch_size"],
+      hidden_size=request["width"],
+      num_hidden_layers=request["depth"],
+      num_attention_heads=request["num_heads"],
+      intermediate_size=request["width"] * request["mlp_ratio"],
       num_labels=request["num_classes"],
       attn_implementation="sdpa",
     )
@@ -51,7 +103,7 @@ def make_step(request: dict, compile_it: bool):
   trained = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-2, fused=True)
   forward = torch.compile(model) if compile_it else model
-  shape = (request["batch"], 3, sizes["image_size"], sizes["image_size"])
+  shape = (request["batch"], 3, request["image_size"], request["image_size"])
   images = torch.randn(shape, device=device, dtype=dtype)
   labels = torch.arange(request["batch"], device=device) % request["num_classes"]
 
