@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from fmlora_jax import config, writer
@@ -39,11 +40,9 @@ def settings(changes: dict, path: str = "--config") -> list[str]:
   return flags
 
 
-def call(arguments, cwd=ROOT, **kwargs):
-  env = os.environ | {"PYTHONPATH": str(ROOT)}
-  return subprocess.run(
-    arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs
-  )
+def call(arguments, cwd=ROOT, **environment):
+  env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+  return subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 REFUSED = {
@@ -197,3 +196,20 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   result = json.loads((workdir / "result.json").read_text())
   assert set(writer.FIELDS) <= set(result)
   assert f"{result['acc']:.2f}" in done.stdout
+
+
+def test_eight_devices_give_the_accuracies_of_one(uninterrupted, tmp_path):
+  whole, expected = uninterrupted
+  workdir = tmp_path / "run"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  done = call(command(*settings(SMALL), f"--workdir={workdir}"), XLA_FLAGS=flags)
+  assert done.returncode == 0, done.stderr
+  assert "devices    8 x" in done.stdout
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["accuracy"] == expected["accuracy"]
+  assert result["accuracy"][1][1] > 0.25  # five classes
+  losses = []
+  for path in (workdir, whole):
+    logged = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    losses.append([line["value"] for line in logged if line["name"] == "train/loss"])
+  np.testing.assert_allclose(*losses, rtol=1e-4)

@@ -1,95 +1,165 @@
-"""Whole runs on a few digits: resumed equals uninterrupted, and what a workdir refuses."""
+"""Whole runs on real digits with the tiny ViT: resumed equals uninterrupted, scenarios, results."""
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, config, writer
-from fmlora_jax.run import run
+from fmlora_jax import checkpoint, config, tasks, writer
+from fmlora_jax.evaluate import Evaluator
+from fmlora_jax.methods import names
+from fmlora_jax.models import pretrained
+from fmlora_jax.run import params_sha256, run
 from fmlora_jax.train.loop import NonFiniteError, Trainer
 
 SMALL = {
   "epochs": 1,
-  "batch_size": 32,
+  "batch_size": 64,
   "compute_dtype": "float32",
-  "weights": {"tag": "random", "architecture": "micro"},
-  "input": {
-    "image_size": 16,
-    "normalisation": "half",
-    "augmentation": "mild",
-    "steps_per_dispatch": 4,
-  },
+  "tasks": {"num_tasks": 2},
+  "weights": {"tag": "random"},
+  "input": {"augmentation": "mild", "steps_per_dispatch": 3},
   "bases": {"max_rank": 4},
   "drs": {"strategy": "fixed", "rank": 2},
   "prompt": {"num_tokens": 2},
-  "checkpoint": {"every_steps": 3},
+  "checkpoint": {"every_steps": 4},
 }
+SAME = ("params_sha256", "accuracy", "acc", "aaa", "ranks", "interference", "params", "class_order")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_vit(make_lab):
+  """Runs load the ViT of the labs, whatever their config names."""
+  made = make_lab(method={"name": "linear_probe"})
+  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
+
+  def load(weights, image_size):
+    del weights, image_size
+    return made.weights, made.backbone.sizes, info
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pretrained, "load", load)
+    yield
 
 
 def small(method="fm_lora", **changes) -> config.Config:
-  return config.build(config.Config, SMALL | {"method": {"name": method}} | changes)
+  values = dict(SMALL)
+  for group, value in changes.items():
+    values[group] = values[group] | value if isinstance(values.get(group), dict) else value
+  return config.build(config.Config, values | {"method": {"name": method}})
 
 
-def lines(workdir: pathlib.Path) -> list[str]:
+def lines(workdir) -> list[str]:
   return (workdir / "metrics.jsonl").read_text().splitlines()
 
 
 @pytest.fixture(scope="module", params=["fm_lora", "lora"])
 def finished(request, tmp_path_factory):
-  """(config, workdir, result) of a run that nothing stopped."""
+  """(config, workdir, result) of a run that nothing stopped: two tasks of ten steps."""
   settings = small(request.param)
   workdir = tmp_path_factory.mktemp(request.param) / "run"
   return settings, workdir, run(settings, workdir)
 
 
-@pytest.mark.parametrize("saves", [1, 3, 5, 8])
-def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, monkeypatch, saves):
-  settings, whole, expected = finished
-  workdir = tmp_path / "run"
-  left = [saves]
+class Killed(BaseException):
+  """Not an error that anything may catch."""
 
-  class Killed(BaseException):
-    pass
 
-  save = checkpoint.Store.save
+def stop(settings, workdir, owner, name, calls):
+  """Runs until `owner.name` returned for the calls-th time."""
+  left, original = [calls], getattr(owner, name)
 
-  def save_then_die(self, *args, **kwargs):
-    save(self, *args, **kwargs)
+  def then_die(self, *args, **kwargs):
+    original(self, *args, **kwargs)
     left[0] -= 1
     if not left[0]:
       raise Killed
 
-  with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.Store, "save", save_then_die)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(owner, name, then_die)
     with pytest.raises(Killed):
       run(settings, workdir)
-  result = run(settings, workdir)
-  for name in ("params_sha256", "accuracy", "acc", "aaa", "ranks", "interference"):
+
+
+def assert_same_run(finished, workdir, result):
+  _, whole, expected = finished
+  for name in SAME:
     assert result[name] == expected[name], name
   assert lines(workdir) == lines(whole)
 
 
-def test_a_finished_run_gives_its_result_again_and_trains_nothing(finished, monkeypatch):
+# saves are after steps 4 and 8, at the end of task 1, after steps 4 and 8 of task 2, at its end
+@pytest.mark.parametrize(
+  "saves", [1, 3, 5, 6], ids=["within task 1", "after task 1", "within task 2", "after the last"]
+)
+def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, saves):
+  settings, workdir = finished[0], tmp_path / "run"
+  stop(settings, workdir, checkpoint.Store, "save", saves)
+  assert not (workdir / "result.json").exists()
+  assert_same_run(finished, workdir, run(settings, workdir))
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_path):
+  """Stopped after step 7 of task 1, which is logged; the checkpoint is of step 4."""
+  settings, workdir = finished[0], tmp_path / "run"
+  stop(settings, workdir, writer.RunLog, "progress", 3)
+  steps = [json.loads(line)["step"] for line in lines(workdir)]
+  assert max(steps) == 6
+  with open(workdir / "metrics.jsonl", "a") as file:
+    file.write('{"task": 0, "st')  # a line that was being written
+  assert_same_run(finished, workdir, run(settings, workdir))
+  keys = [(line["task"], line["step"], line["name"]) for line in map(json.loads, lines(workdir))]
+  assert len(set(keys)) == len(keys)
+
+
+def test_a_run_may_be_stopped_twice_and_resumed_with_other_free_settings(finished, tmp_path):
+  settings, workdir = finished[0], tmp_path / "run"
+  stop(settings, workdir, checkpoint.Store, "save", 2)
+  free = dataclasses.replace(
+    settings,
+    eval_batch_size=32,
+    input=dataclasses.replace(settings.input, steps_per_dispatch=32),
+    checkpoint=dataclasses.replace(settings.checkpoint, every_steps=3),
+  )
+  stop(free, workdir, checkpoint.Store, "save", 2)
+  assert_same_run(finished, workdir, run(free, workdir))
+
+
+def test_a_resumed_run_does_not_learn_a_finished_task_again(finished, tmp_path, monkeypatch):
+  settings, workdir = finished[0], tmp_path / "run"
+  stop(settings, workdir, checkpoint.Store, "save", 3)
+  seen = []
+  train = Trainer.train
+
+  def recorded(self, state, variables, view):
+    seen.append((view.index, int(state.step)))
+    return train(self, state, variables, view)
+
+  monkeypatch.setattr(Trainer, "train", recorded)
+  run(settings, workdir)
+  assert seen == [(1, 0)]
+
+
+def test_a_finished_run_gives_its_result_again_and_trains_nothing(finished, monkeypatch, capsys):
   settings, workdir, expected = finished
 
   def refuse(*args):
     raise AssertionError("trained again")
 
   monkeypatch.setattr(Trainer, "train", refuse)
+  before = (workdir / "result.json").read_bytes()
   assert run(settings, workdir)["params_sha256"] == expected["params_sha256"]
+  assert "finished before" in capsys.readouterr().out
+  assert (workdir / "result.json").read_bytes() == before
 
 
 def test_another_config_is_refused_with_the_difference(finished):
   settings, workdir, _ = finished
-  before = sorted(p.name for p in workdir.iterdir())
+  before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
   with pytest.raises(config.ConfigError, match=r"config\.epochs: 1 there, 2 now"):
     run(dataclasses.replace(settings, epochs=2), workdir)
-  assert sorted(p.name for p in workdir.iterdir()) == before
+  assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
 
 
 def test_settings_that_change_no_number_may_change(finished):
@@ -106,49 +176,152 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
 
 
 def test_the_result_has_every_field_and_is_the_one_on_disk(finished):
-  _, workdir, result = finished
+  settings, workdir, result = finished
   assert set(writer.FIELDS) <= set(result)
   on_disk = json.loads((workdir / "result.json").read_text())
-  assert on_disk["acc"] == result["acc"] and on_disk["finished"] is True
-  assert on_disk["weights"] == {"tag": "random", "sha256": None}
+  assert on_disk == json.loads(json.dumps(writer.plain(result, "result")))
+  assert on_disk["finished"] is True and on_disk["scenario"] == "cil"
+  assert on_disk["weights"] == {"tag": "tiny", "sha256": "ab" * 32}
+  assert on_disk["seed"] == settings.seed and on_disk["config"]["epochs"] == 1
+  assert sorted(on_disk["class_order"]) == list(range(10))
+  assert set(on_disk["wall_seconds"]) == {"total", "train", "eval", "data", "compile"}
+  assert all(seconds >= 0 for seconds in on_disk["wall_seconds"].values())
+  assert set(on_disk["versions"]) >= {"jax", "flax", "optax", "python"}
   assert (workdir / "plots" / "accuracy_matrix.png").stat().st_size > 1000
+
+
+def test_the_accuracies_are_those_of_the_matrix(finished):
+  settings, _, result = finished
+  matrix, n_test = np.array(result["accuracy"], float), np.array(result["n_test"])
+  sequence = tasks.make(settings.tasks, seed=settings.seed, source_size=16)
+  assert n_test.tolist() == [len(task.test) for task in sequence.tasks]
+  assert result["manifest_sha256"] == sequence.manifest_sha256
+  assert np.isnan(matrix[0, 1]) and result["accuracy"][0][1] is None
+  np.testing.assert_allclose(matrix[1] * n_test, np.rint(matrix[1] * n_test), atol=1e-9)
+  assert result["acc"] == pytest.approx(100 * matrix[1] @ n_test / n_test.sum())
+  assert result["forgetting"] == pytest.approx(100 * (matrix[0, 0] - matrix[1, 0]))
+  assert result["fwt"] is None  # no image of an unseen class can be right
+  assert matrix[0, 0] > 0.25 and matrix[1, 1] > 0.25  # five classes
+
+
+def test_the_parameters_of_a_result_are_those_of_the_formula(finished):
+  settings, _, result = finished
+  params, head = result["params"], 10 * 17
+  backbone = 16 * 16 * 12 * 2 + 16 * (4 + 3 + 2) * 2 + 2 * 16 + 4 * 16  # kernels, vectors of blocks
+  if settings.method.name == "fm_lora":
+    shared, per_task = 2 * 2 * (16 + 16) * 4 + 2 * 16, [2 * 2 * 2 * rank**2 for rank in (4, 2)]
+    trained = per_task[1] + 2 * 16  # M and N of rank 2, prompt
+    assert result["ranks"] == [4, 2]
+  else:
+    shared, per_task = 0, [2 * 2 * (16 + 16) * 16] * 2
+    trained = per_task[1]
+  assert params["stored_per_task"] == per_task
+  assert params["stored_total"] == shared + sum(per_task) + head
+  assert params["trained"] == trained + 5 * 17
+  assert params["backbone"] > backbone
+  assert result["rehearsal_bytes"] == 0
+
+
+def test_metrics_tell_loss_and_norm_of_each_step_and_the_accuracies_of_each_task(finished):
+  _, workdir, result = finished
+  logged = [json.loads(line) for line in lines(workdir)]
+  losses = [(line["task"], line["step"]) for line in logged if line["name"] == "train/loss"]
+  assert losses == [(step // 10, step) for step in range(20)]
+  assert sum(line["name"] == "train/grad_norm" for line in logged) == 20
+  tests = {(x["task"], x["name"]): x["value"] for x in logged if x["name"].startswith("test/")}
+  accuracy = result["accuracy"]
+  assert tests == {
+    (0, "test/task_1"): accuracy[0][0],
+    (1, "test/task_1"): accuracy[1][0],
+    (1, "test/task_2"): accuracy[1][1],
+  }
 
 
 def test_a_loss_that_is_not_finite_stops_with_task_and_step(tmp_path):
   settings = small(optim={"learning_rate": 1e30})
-  with pytest.raises(NonFiniteError, match=r"task 1 of 5, step \d+: must be finite"):
+  with pytest.raises(NonFiniteError, match=r"task 1 of 2, step 2: must be finite"):
     run(settings, tmp_path / "run")
+  assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_domains_come_one_by_one_and_transfer_forward_is_measured(tmp_path):
-  tasks = {"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 2}
-  result = run(small("linear_probe", tasks=tasks), tmp_path / "run")
-  assert result["fwt"] is not None and result["n_test"][0] == result["n_test"][1]
+def test_domains_come_one_by_one_and_transfer_forward_is_measured(tmp_path, monkeypatch):
+  counts, correct = [], Evaluator.correct
+
+  def recorded(self, *args):
+    counts.append(correct(self, *args).tolist())
+    return np.array(counts[-1])
+
+  monkeypatch.setattr(Evaluator, "correct", recorded)
+  domains = {"benchmark": "digits_dil", "scenario": "dil"}
+  result = run(small("linear_probe", tasks=domains), tmp_path / "run")
+  assert result["scenario"] == "dil" and result["class_order"] == list(range(10))
+  assert set(result["task_names"]) < {"plain", "inverted", "rotated", "noisy"}
+  n = result["n_test"][1]
+  assert result["n_test"] == [n, n]
+  untrained, first, second = counts
+  assert untrained[1] == pytest.approx(n / 10, rel=0.1)  # rows of zeros: every image is a 0
+  assert result["fwt"] == pytest.approx(100 * (first[1] - untrained[1]) / n)
+  assert result["accuracy"] == [[first[0] / n, None], [second[0] / n, second[1] / n]]
 
 
 def test_the_task_is_known_at_test_time_in_til_only(tmp_path):
   cil = run(small("linear_probe"), tmp_path / "cil")
   til = run(small("linear_probe", tasks={"scenario": "til"}), tmp_path / "til")
   assert til["params_sha256"] == cil["params_sha256"]
-  assert til["acc"] > cil["acc"]
+  assert til["accuracy"][0][0] == cil["accuracy"][0][0]
+  assert til["accuracy"][1][0] > cil["accuracy"][1][0]
+  assert til["accuracy"][1][1] > cil["accuracy"][1][1]
+  assert til["accuracy"][1][0] == til["accuracy"][0][0]  # a frozen ViT and a head of its own
 
 
-def test_eight_devices_give_the_accuracies_of_one(finished, tmp_path):
-  settings, _, expected = finished
-  script = (
-    "import sys, json, pathlib; from fmlora_jax import config; from fmlora_jax.run import run;"
-    "settings = config.build(config.Config, json.loads(sys.argv[1]));"
-    "result = run(settings, pathlib.Path(sys.argv[2]));"
-    "assert result['devices'][0].startswith('8 x'), result['devices']"
-  )
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  values = json.dumps(SMALL | {"method": {"name": settings.method.name}})
-  done = subprocess.run(
-    [sys.executable, "-c", script, values, str(tmp_path / "run")],
-    env=os.environ | {"XLA_FLAGS": flags},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  result = json.loads((tmp_path / "run" / "result.json").read_text())
-  assert result["accuracy"] == expected["accuracy"]
+@pytest.mark.parametrize("kind", ["cosine", "class_mean"])
+def test_other_heads_learn_and_say_what_they_keep(tmp_path, kind):
+  result = run(small("linear_probe", head={"kind": kind}), tmp_path / "run")
+  assert result["accuracy"][0][0] > 0.25  # five classes
+  statistics = 4 * 10 * 17 if kind == "class_mean" else 0  # means and counts, float32
+  assert result["rehearsal_bytes"] == statistics
+
+
+def test_hyper_parameters_are_chosen_on_validation_images(tmp_path, monkeypatch):
+  decoded = set()
+  make = tasks.make
+
+  def recording(*args, **kwargs):
+    sequence = make(*args, **kwargs)
+    decode = sequence.source.decode
+
+    def noted(rows):
+      decoded.update(rows.tolist())
+      return decode(rows)
+
+    return dataclasses.replace(sequence, source=dataclasses.replace(sequence.source, decode=noted))
+
+  monkeypatch.setattr(tasks, "make", recording)
+  settings = small("linear_probe", tasks={"evaluate_on": "val"})
+  result = run(settings, tmp_path / "run")
+  sequence = make(settings.tasks, seed=settings.seed, source_size=16)
+  assert result["n_test"] == [len(task.val) for task in sequence.tasks]
+  assert not decoded & {row for task in sequence.tasks for row in task.test.tolist()}
+  assert decoded >= set(sequence.tasks[1].val.tolist())
+
+
+@pytest.mark.parametrize("method", sorted(set(names()) - {"fm_lora", "lora", "linear_probe"}))
+def test_every_other_method_runs_end_to_end(tmp_path, method):
+  result = run(small(method, optim={"learning_rate": 1e-4}), tmp_path / "run")
+  assert set(writer.FIELDS) <= set(result) and result["method"] == method
+
+
+def test_the_hash_of_parameters_sees_names_shapes_types_and_bits():
+  base = {"a": np.zeros(2, np.float32), "b": np.ones(3, np.float32)}
+  hashes = {
+    params_sha256(tree)
+    for tree in (
+      base,
+      {"c": base["a"], "b": base["b"]},
+      base | {"a": np.zeros((2, 1), np.float32)},
+      base | {"a": np.zeros(2, np.int32)},
+      base | {"a": np.array([0.0, -0.0], np.float32)},
+    )
+  }
+  assert len(hashes) == 5
+  assert params_sha256({"b": base["b"], "a": base["a"]}) in hashes

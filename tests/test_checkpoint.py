@@ -1,0 +1,178 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmlora_jax import checkpoint
+from fmlora_jax.checkpoint import Snapshot, Store
+from fmlora_jax.config import ConfigError
+from fmlora_jax.train import mesh
+
+TREE = {
+  "shared": {"bases": {"query": {"a": jnp.arange(6.0).reshape(2, 3)}}, "prompt": jnp.ones(2)},
+  "mem": {"count": jnp.array([1, 2]), "half": jnp.ones(3, jnp.bfloat16)},
+  "cur": {},
+  "step": jnp.int32(7),
+}
+IDENTITY = {"config": {"seed": 1, "optim": {"learning_rate": 0.1}}, "weights_sha256": "ab"}
+
+
+def store(workdir):
+  return Store(workdir, mesh.replicated(mesh.make()))
+
+
+def steps(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def snapshot(value=0.0, **record):
+  return Snapshot(arrays={"shared/x": jnp.full(2, value)}, record=record)
+
+
+def test_leaves_have_paths_and_groups_come_back_from_them():
+  flat = checkpoint.flatten(TREE)
+  assert set(flat) == {
+    "shared/bases/query/a", "shared/prompt", "mem/count", "mem/half", "step"
+  }  # fmt: skip
+  for group in ("shared", "mem", "cur"):
+    back = checkpoint.unflatten(flat, group)
+    assert jax.tree.structure(back) == jax.tree.structure(TREE[group])
+    jax.tree.map(np.testing.assert_array_equal, back, TREE[group])
+
+
+def test_a_saved_tree_comes_back_bit_for_bit_with_its_record(tmp_path):
+  record = {"progress": {"task": 2, "facts": [{"rank": 4, "complexity": None}], "share": 0.1}}
+  flat = checkpoint.flatten(TREE)
+  with store(tmp_path) as opened:
+    assert opened.latest() is None
+    opened.save(7, Snapshot(arrays=flat, record=record), keep=True)
+  with store(tmp_path) as opened:
+    got = opened.latest()
+  assert got.record["progress"] == record["progress"]
+  assert got.arrays.keys() == flat.keys()
+  for name, leaf in flat.items():
+    assert got.arrays[name].dtype == leaf.dtype
+    assert np.asarray(got.arrays[name]).tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_the_newest_checkpoint_is_taken_by_number(tmp_path):
+  with store(tmp_path) as opened:
+    for step in (9, 10, 100):
+      opened.save(step, snapshot(step), keep=True)
+  with store(tmp_path) as opened:
+    assert float(opened.latest().arrays["shared/x"][0]) == 100
+
+
+def test_task_ends_are_kept_and_within_a_task_only_the_newest(tmp_path):
+  with store(tmp_path) as opened:
+    for step, keep in ((3, False), (6, False), (8, True), (11, False)):
+      opened.save(step, snapshot(step), keep=keep)
+    assert steps(tmp_path) == [8, 11]
+  with store(tmp_path) as opened:  # also after a restart
+    assert float(opened.latest().arrays["shared/x"][0]) == 11
+    opened.save(14, snapshot(14), keep=False)
+    assert steps(tmp_path) == [8, 14]
+    opened.save(16, snapshot(16), keep=True)
+  assert steps(tmp_path) == [8, 16]
+
+
+def test_a_step_that_is_saved_again_is_overwritten(tmp_path):
+  with store(tmp_path) as opened:
+    opened.save(3, snapshot(1.0), keep=False)
+    opened.save(3, snapshot(2.0), keep=False)
+  assert steps(tmp_path) == [3]
+  with store(tmp_path) as opened:
+    assert float(opened.latest().arrays["shared/x"][0]) == 2.0
+
+
+def test_an_optimiser_state_is_filled_in_by_path():
+  params = {"a": jnp.ones(3), "b": jnp.zeros((2, 2))}
+  optimizer = optax.multi_transform(
+    {"on": optax.adam(0.1), "off": optax.set_to_zero()}, {"a": "on", "b": "off"}
+  )
+  state = optimizer.init(params)
+  _, state = optimizer.update(params, state, params)
+  arrays = checkpoint.flatten({"opt_state": state})
+  template = jax.eval_shape(optimizer.init, params)
+  filled = checkpoint.fill(template, arrays, "opt_state")
+  assert jax.tree.structure(filled) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, filled, state)
+
+
+@pytest.mark.parametrize(
+  ("arrays", "message"),
+  [
+    ({}, r"opt_state/a is absent: must be float32\(3,\)"),
+    ({"opt_state/a": jnp.ones(4)}, r"opt_state/a is float32\(4,\): must be float32\(3,\)"),
+    ({"opt_state/a": jnp.ones(3, int)}, r"opt_state/a is int32\(3,\): must be float32\(3,\)"),
+  ],
+)
+def test_a_leaf_that_does_not_fit_is_refused_by_name(arrays, message):
+  template = {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}
+  with pytest.raises(ValueError, match=message):
+    checkpoint.fill(template, arrays, "opt_state")
+
+
+def test_a_new_folder_is_claimed_and_claimed_again(tmp_path):
+  workdir = tmp_path / "deep" / "run"
+  checkpoint.claim(workdir, IDENTITY)
+  assert json.loads((workdir / "config.json").read_text()) == IDENTITY
+  checkpoint.claim(workdir, IDENTITY)
+  assert [path.name for path in workdir.iterdir()] == ["config.json"]
+  (tmp_path / "empty").mkdir()
+  checkpoint.claim(tmp_path / "empty", IDENTITY)
+
+
+def test_tuples_are_the_lists_that_json_makes_of_them(tmp_path):
+  checkpoint.claim(tmp_path / "run", {"config": {"ranks": (1, 2)}})
+  checkpoint.claim(tmp_path / "run", {"config": {"ranks": (1, 2)}})
+
+
+def test_another_run_is_refused_with_every_difference(tmp_path):
+  workdir = tmp_path / "run"
+  checkpoint.claim(workdir, IDENTITY)
+  before = (workdir / "config.json").read_text()
+  other = {"config": {"seed": 2, "optim": {"learning_rate": 0.2, "clip_norm": 1.0}}}
+  with pytest.raises(ConfigError) as error:
+    checkpoint.claim(workdir, other)
+  for difference in (
+    "config.seed: 1 there, 2 now",
+    "config.optim.learning_rate: 0.1 there, 0.2 now",
+    "config.optim.clip_norm: None there, 1.0 now",
+    "weights_sha256: 'ab' there, None now",
+  ):
+    assert difference in str(error.value)
+  assert (workdir / "config.json").read_text() == before
+
+
+def test_free_fields_may_differ_and_others_may_not(tmp_path):
+  def identity(eval_batch_size, every_steps, dispatch, batch_size):
+    return {
+      "config": {
+        "batch_size": batch_size,
+        "eval_batch_size": eval_batch_size,
+        "checkpoint": {"every_steps": every_steps},
+        "input": {"steps_per_dispatch": dispatch},
+      }
+    }
+
+  checkpoint.claim(tmp_path / "run", identity(1, 2, 3, 4))
+  checkpoint.claim(tmp_path / "run", identity(10, 20, 30, 4))
+  with pytest.raises(ConfigError, match=r"\(config\.batch_size: 4 there, 40 now\)"):
+    checkpoint.claim(tmp_path / "run", identity(10, 20, 30, 40))
+
+
+def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):
+  (tmp_path / "photo.jpg").write_text("mine")
+  with pytest.raises(ConfigError, match=r"holds photo\.jpg but no config\.json: must be new"):
+    checkpoint.claim(tmp_path, IDENTITY)
+  assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("photo.jpg", "mine")]
+
+
+def test_a_damaged_config_is_refused_in_one_line(tmp_path):
+  (tmp_path / "config.json").write_text('{"config": ')
+  with pytest.raises(ConfigError, match=r"config\.json can't be read .*choose another --workdir"):
+    checkpoint.claim(tmp_path, IDENTITY)
