@@ -6,7 +6,6 @@ number of training steps of the whole run. Task ends are kept; within a task onl
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from fmlora_jax.config import ConfigError
+from fmlora_jax import writer
+from fmlora_jax.config import FREE_FIELDS, ConfigError
 
-# settings that change neither the numbers of a run nor its shapes
-FREE_FIELDS = ("checkpoint.every_steps", "eval_batch_size", "input.steps_per_dispatch")
+CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class Store:
   def __init__(self, workdir: pathlib.Path, sharding: jax.sharding.Sharding):
     self._sharding = sharding
     self._checkpointer = ocp.training.Checkpointer((workdir / "checkpoints").absolute())
-    self._passing: int | None = None  # newest checkpoint within a task
+    self._kept: list[int] = []
 
   def __enter__(self) -> "Store":
     return self
@@ -87,16 +86,15 @@ class Store:
     self._checkpointer.close()
 
   def save(self, step: int, snapshot: Snapshot, *, keep: bool) -> None:
-    """Writes a checkpoint and waits for it; drops the one before it unless that was kept."""
+    """Writes a checkpoint and waits for it; drops all others but those that were kept."""
     arrays = {name: jnp.asarray(leaf) for name, leaf in snapshot.arrays.items()}
-    record = snapshot.record | {"keep": keep}
+    kept = [*self._kept, step] if keep else self._kept
+    record = snapshot.record | {"kept": kept}
     self._checkpointer.save(step, arrays, custom_metadata=record, overwrite=True)
-    if self._passing not in (None, step):
-      self._checkpointer.delete(self._passing)
-    self._passing = None if keep else step
+    self._drop_others(step, kept)
 
   def latest(self) -> Snapshot | None:
-    """Returns the newest checkpoint, None if there is none."""
+    """Returns the newest checkpoint, None if there is none; drops what a kill left beside it."""
     newest = self._checkpointer.latest
     if newest is None:
       return None
@@ -107,8 +105,13 @@ class Store:
     }
     arrays = self._checkpointer.load(newest.step, template)
     record = metadata.custom_metadata
-    self._passing = None if record["keep"] else newest.step
+    self._drop_others(newest.step, record["kept"])
     return Snapshot(arrays=arrays, record=record)
+
+  def _drop_others(self, newest: int, kept: list[int]) -> None:
+    self._kept = kept
+    for step in {found.step for found in self._checkpointer.checkpoints} - {newest, *kept}:
+      self._checkpointer.delete(step)
 
 
 def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
@@ -121,18 +124,17 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     ConfigError: if the workdir holds another run, with the fields that differ; or if it holds files
       that no run wrote.
   """
-  path = workdir / "config.json"
+  path = workdir / CONFIG
   if not path.exists():
-    if workdir.exists() and any(workdir.iterdir()):
-      found = sorted(p.name for p in workdir.iterdir())[:3]
+    workdir.mkdir(parents=True, exist_ok=True)
+    found = sorted(p.name for p in workdir.iterdir())
+    found = [name for name in found if not name.startswith(f".{CONFIG}.")]  # drafts of a killed run
+    if found:
       raise ConfigError(
-        f"workdir {workdir} holds {', '.join(found)} but no config.json: must be new, empty, or a "
+        f"workdir {workdir} holds {', '.join(found[:3])} but no {CONFIG}: must be new, empty, or a "
         "run's own; choose another with --workdir"
       )
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    writer.replace(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
     return
   try:
     before = json.loads(path.read_text())

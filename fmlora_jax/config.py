@@ -17,6 +17,15 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
+# settings that change neither the numbers of a run nor its shapes; what lies at a path is hashed
+FREE_FIELDS = (
+  "checkpoint.every_steps",
+  "eval_batch_size",
+  "input.steps_per_dispatch",
+  "tasks.data_dir",
+  "weights.path",
+)
+
 
 class ConfigError(ValueError):
   """A setting that can't be: the message names the field, the value, what is allowed, the mend."""
@@ -44,7 +53,7 @@ class TasksConfig:
     test_fraction: share held out for test, per class, where the data bring no test split.
     split_seed: of the two cuts above; never tied to the run's seed.
     evaluate_on: what fills the accuracy matrix; "val" is for choosing hyper-parameters: the test
-      images are then never read.
+      images are then never read. The rank selector looks at the validation images too.
     broken_files: refuse the whole folder, or skip the file with a warning.
     max_pixels: larger images are refused before they are decoded (decompression bombs).
   """
@@ -157,13 +166,17 @@ class BasesConfig:
     orthonormalise: after task 1, "svd" makes both bases orthonormal with the most important
       columns first and leaves dW_1 as it was (ours); "none" leaves them as trained.
     targets: the projections that are adapted.
+    lr_scale: factor on the learning rate in task 1, where the bases train too and the same rate
+      moves the features further than the cores alone do later (ours).
   """
 
   max_rank: int = 32
   orthonormalise: Literal["svd", "none"] = "svd"
   targets: tuple[Projection, ...] = ("query", "value")
+  lr_scale: float = 1.0
 
   def __post_init__(self):
+    _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "> 0")
     _require(self.max_rank >= 1, "max_rank", self.max_rank, ">= 1")
     _require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
     _require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
@@ -175,24 +188,26 @@ class DrsConfig:
 
   Attributes:
     strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
-      of the best validation accuracy), or fixed (always `rank`; the rows of Table 3).
+      of the best validation accuracy), or fixed (`rank`; the rows of Table 3).
     candidate_ranks: R, ascending, at most bases.max_rank.
-    rank: for "fixed".
+    rank: for "fixed", from task 2 on; task 1 has bases.max_rank in each strategy.
     price: lambda, what the whole r_max costs in nats at complexity 1.
     tau: temperature of the Gumbel-Softmax, > 0.
     tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
     epochs: length of the preliminary training.
-    selector_learning_rate: Adam's, for the selector's logits.
+    selector_steps, selector_learning_rate: of gradient descent on the selector's logits, after each
+      epoch of the preliminary training.
   """
 
   strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"
   candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
   rank: int = 16
-  price: float = 0.1
+  price: float = 0.001
   tau: float = 1.0
   tolerance: float = 0.01
   epochs: int = 1
-  selector_learning_rate: float = 0.1
+  selector_steps: int = 300
+  selector_learning_rate: float = 1.0
 
   def __post_init__(self):
     ranks = self.candidate_ranks
@@ -203,7 +218,8 @@ class DrsConfig:
     _require(self.price >= 0, "price", self.price, ">= 0")
     _require(self.tau > 0, "tau", self.tau, "> 0")
     _require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
-    _require(self.epochs >= 1, "epochs", self.epochs, ">= 1")
+    for name in ("epochs", "selector_steps"):
+      _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     lr = self.selector_learning_rate
     _require(lr > 0, "selector_learning_rate", lr, "> 0")
 
@@ -230,11 +246,21 @@ class HeadConfig:
   """The classifier; linear is the paper's, the other two are ours.
 
   Attributes:
-    kind: linear, cosine (normalised features and rows, learned scale per head), or class_mean
+    kind: linear, cosine (normalised features and rows, learned scale per task), or class_mean
       (nearest mean of the adapted features; trained as linear, means stored at each task end).
+    start: of new rows. zero, or class_mean: the nearest-mean classifier of the task's training
+      images, so that what tells its classes from other tasks' is there before local cross-entropy
+      trains what tells them from each other. Costs one feature pass per task.
   """
 
   kind: Literal["linear", "cosine", "class_mean"] = "linear"
+  start: Literal["zero", "class_mean"] = "zero"
+
+  def __post_init__(self):
+    if self.start == "class_mean":
+      _require(
+        self.kind != "cosine", "kind", self.kind, "linear or class_mean where start is class_mean"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

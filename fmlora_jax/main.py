@@ -3,12 +3,14 @@
 python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]
 """
 
+import logging
 import os
 import pathlib
 import re
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
@@ -27,6 +29,11 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(
       "--config is missing: name a file in configs/, as in --config=configs/digits.py"
     )
+  if "://" in (_WORKDIR.value or ""):
+    raise app.UsageError(
+      f"--workdir is {_WORKDIR.value!r}: must be a local or mounted folder, buckets are not "
+      "supported yet"
+    )
   import jax  # after the flags: --help and a typo answer at once
   from rich.console import Console
 
@@ -40,7 +47,7 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   config = config_lib.build(config_lib.Config, _CONFIG.value.to_dict())
   name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", name))
+  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", name)).expanduser()
   result = run(config, workdir)
   report.show([result], Console())
 
@@ -88,15 +95,47 @@ def _fail(message: str):
 
 
 def guarded_main(argv: list[str]) -> None:
-  """Runs `main`; what a user can mend is one last line and exit code 2."""
+  """Runs `main`; what a user can mend is one last line and exit code 2, a stop exit code 130."""
   try:
     main(argv)
-  except (app.UsageError, ValueError, OSError) as error:
-    if _DEBUG.value:
+  except KeyboardInterrupt:
+    sys.stderr.write("stopped; the same command resumes\n")
+    sys.exit(130)
+  except Exception as error:
+    reason = _reason(error)
+    if _DEBUG.value or not reason:
       raise
-    _fail(" ".join(str(error).split()))
+    _fail(reason)
+
+
+def _reason(error: Exception) -> str | None:
+  """Returns in one line what a user may be able to mend; None where only we can."""
+  from fmlora_jax.config import ConfigError
+  from fmlora_jax.types import NonFiniteError
+
+  message = " ".join(str(error).split())
+  if isinstance(error, (app.UsageError, ConfigError, NonFiniteError)):
+    return message
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+    detail = str(error).partition("\n")[0]
+    return (
+      f"config.batch_size is {_CONFIG.value.batch_size}: out of memory; lower it, "
+      f"config.eval_batch_size or config.input.source_size ({detail})"
+    )
+  if isinstance(error, (ValueError, OSError)):
+    return f"{message} (--debug shows where)"
+  return None
+
+
+def show_log() -> None:
+  """Shows what the package logs as plain lines on the standard output."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  log = logging.getLogger("fmlora_jax")
+  log.setLevel(logging.INFO)
+  log.addHandler(logging.StreamHandler(sys.stdout))
+  log.propagate = False
 
 
 if __name__ == "__main__":
-  logging.set_verbosity(logging.WARNING)
+  show_log()
   app.run(guarded_main, flags_parser=parse_flags)

@@ -2,7 +2,7 @@
 
 Row t of a matrix is "after task t", column i is "on the test images of task i"; what lies above
 the diagonal does not exist (NaN). The matrix holds fractions; every summary is in percent.
-Definitions: protocol E of the README. `summarise` is the one entry that a run needs.
+Each function names its definition's source. `summarise` is the one entry that a run needs.
 """
 
 from collections.abc import Sequence
@@ -148,7 +148,6 @@ def summarise(
   correct: Int[np.ndarray, "T T"],
   n_test: Counts,
   *,
-  learned: int | None = None,
   before: Sequence[float | None] | None = None,
   baseline: Sequence[float | None] | None = None,
 ) -> dict[str, Any]:
@@ -157,32 +156,25 @@ def summarise(
   Args:
     correct: see `accuracy_matrix`.
     n_test: see `accuracy_matrix`.
-    learned: tasks learned so far, in [1, T]; the summary is that of a run of so many tasks, only
-      `accuracy` and `n_test` keep all T.
     before: see `fwt`.
     baseline: see `fwt`.
 
   Raises:
-    ValueError: see `accuracy_matrix`; and where no task is learned yet.
+    ValueError: see `accuracy_matrix`.
   """
-  learned = len(n_test) if learned is None else learned
-  if learned < 1:
-    raise ValueError(f"learned is {learned}: must be in [1, {len(n_test)}]")
-  before, baseline = (None if x is None else x[:learned] for x in (before, baseline))
-  full = accuracy_matrix(correct, n_test, learned)
-  part, n_part = full[:learned, :learned], np.asarray(n_test)[:learned]
+  accuracy = accuracy_matrix(correct, n_test)
   return {
     "n_test": [int(n) for n in n_test],
-    "accuracy": [[None if np.isnan(a) else float(a) for a in row] for row in full],
-    "acc": acc(part, n_part),
-    "aaa": aaa(part, n_part),
-    "acc_task_mean": acc_task_mean(part),
-    "aaa_task_mean": aaa_task_mean(part),
-    "forgetting": forgetting(part),
-    "forgetting_clipped": forgetting_clipped(part),
-    "bwt": bwt(part),
+    "accuracy": [[None if np.isnan(a) else float(a) for a in row] for row in accuracy],
+    "acc": acc(accuracy, n_test),
+    "aaa": aaa(accuracy, n_test),
+    "acc_task_mean": acc_task_mean(accuracy),
+    "aaa_task_mean": aaa_task_mean(accuracy),
+    "forgetting": forgetting(accuracy),
+    "forgetting_clipped": forgetting_clipped(accuracy),
+    "bwt": bwt(accuracy),
     "fwt": fwt(before, baseline),
-    "learning_accuracy": learning_accuracy(part),
+    "learning_accuracy": learning_accuracy(accuracy),
   }
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmlora_jax import plots
+from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.writer import METRICS, RESULT, duration, read_result
 
 Result = Mapping[str, Any]
@@ -29,12 +30,10 @@ Group = list[Result]
 Numbers = Sequence[int | float | None]
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
-# Where things lie and how often they are saved changes no number.
-PLACES = ("seed", "workdir", "tasks.data_dir", "weights.path", "checkpoint.every_steps")
 SCORES = {"Acc": "acc", "AAA": "aaa", "forgetting": "forgetting", "learning": "learning_accuracy"}
 HEADER = ("run", "seeds", *SCORES, "stored", "trained", "rank", "wall time")
 LEGEND = (
-  "Acc, AAA: % of the test images of all tasks so far, at the end and averaged over tasks.\n"
+  "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
   "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
   "stored, trained: numbers of parameters. rank: of each task, the most frequent over seeds."
 )
@@ -188,8 +187,9 @@ def mean_std(values: Numbers) -> str:
 
 
 def _heading(run: Result) -> str:
-  tasks = len(run["n_test"])
-  return f"{run['benchmark']} ({run['scenario']}), {tasks} task{'s' if tasks > 1 else ''}"
+  tasks, measured = len(run["n_test"]), _settings(run).get("tasks.evaluate_on", "test")
+  images = ", validation images" if measured == "val" else ""
+  return f"{run['benchmark']} ({run['scenario']}), {tasks} task{'s' if tasks > 1 else ''}{images}"
 
 
 def _fingerprint(run: Result) -> str:
@@ -198,7 +198,7 @@ def _fingerprint(run: Result) -> str:
 
 
 def _settings(run: Result) -> dict[str, Any]:
-  """Returns the config as {"group.field": value}, without the seed and PLACES."""
+  """Returns the config as {"group.field": value}, without the seed and what changes no number."""
 
   def flatten(tree, path):
     for name, value in tree.items():
@@ -207,7 +207,8 @@ def _settings(run: Result) -> dict[str, Any]:
       else:
         yield f"{path}{name}", value
 
-  return {name: value for name, value in flatten(run["config"], "") if name not in PLACES}
+  flat = dict(flatten(run["config"], ""))
+  return {name: value for name, value in flat.items() if name not in ("seed", *FREE_FIELDS)}
 
 
 def _labels(groups: Sequence[Group]) -> list[str]:

@@ -1,12 +1,15 @@
 """The experiment: tasks learned in order, every task seen so far measured after each one."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +32,7 @@ COMPILE_EVENTS = (
   "/jax/core/compile/jaxpr_to_mlir_module_duration",
   "/jax/core/compile/backend_compile_duration",
 )
+IMAGES_SHARE = 0.5  # of the memory, for images; the rest is the model's
 
 
 @dataclasses.dataclass
@@ -68,6 +72,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   sequence = tasks.make(
     config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
   )
+  resident.check_memory(sequence, config.tasks.evaluate_on, **_image_memory())
   normalisation = config.input.normalisation or info.normalisation
   augment.check(config.input.augmentation, normalisation)
   backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
@@ -101,8 +106,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       experiment = Experiment(config, trainer, store, log)
       experiment.learn()
     result = experiment.result(info, normalisation, identity["config"])
-    writer.write_result(workdir, result)
     plots.write_plots(result, workdir)
+    writer.write_result(workdir, result)  # last: it says that the run is finished
   return result
 
 
@@ -122,18 +127,17 @@ class Experiment:
 
   def learn(self) -> None:
     """Learns all tasks that are left."""
-    listener = _count_compilation(self.progress)
-    state = self._restore()
-    self.log.truncate(
-      self.progress.task, self._steps_before(self.progress.task) + self._step(state)
-    )
-    self._clock = self.progress.seconds["total"] - time.monotonic()
-    for index in range(self.progress.task, len(self.sequence.tasks)):
-      self.progress.task = index
-      self._learn_task(index, state)
-      state = None
-      self._save(self._steps_before(index + 1), keep=True)
-    jax.monitoring.unregister_event_duration_listener(listener)
+    with _count_compilation(self.progress):
+      state = self._restore()
+      self.log.truncate(
+        self.progress.task, self._steps_before(self.progress.task) + self._step(state)
+      )
+      self._clock = self.progress.seconds["total"] - time.monotonic()
+      for index in range(self.progress.task, len(self.sequence.tasks)):
+        self.progress.task = index
+        self._learn_task(index, state)
+        state = None
+        self._save(self._steps_before(index + 1), keep=True)
 
   def _learn_task(self, index, state):
     task, config = self.sequence.tasks[index], self.config
@@ -348,8 +352,9 @@ class _Timer:
     self._seconds[self._kind] += time.monotonic() - self._began - compiled
 
 
-def _count_compilation(progress: Progress):
-  """Adds the time that jax lowers and compiles to `progress.seconds`; returns the listener."""
+@contextlib.contextmanager
+def _count_compilation(progress: Progress) -> Iterator[None]:
+  """Adds the time that jax lowers and compiles in a block to `progress.seconds`."""
 
   def listener(event: str, seconds: float, **kwargs):
     del kwargs
@@ -357,7 +362,17 @@ def _count_compilation(progress: Progress):
       progress.seconds["compile"] += seconds
 
   jax.monitoring.register_event_duration_secs_listener(listener)
-  return listener
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def _image_memory() -> dict[str, int]:
+  """Returns the bytes that images may take on the device and on the host."""
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
+  return {"device": int(IMAGES_SHARE * device), "host": int(IMAGES_SHARE * host)}
 
 
 def params_sha256(tree: Any) -> str:
@@ -371,13 +386,8 @@ def params_sha256(tree: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "fmlora_jax")
-  found = {}
-  for name in names:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-      found[name] = "not installed"
+  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  found = {name: importlib.metadata.version(name) for name in names}
   return found | {"python": platform.python_version()}
 
 

@@ -21,6 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 Params = dict[str, Any]  # nested dict of arrays
 
 
+class NonFiniteError(ValueError):
+  """Training gave NaN or infinity; the run stops and keeps its last checkpoint."""
+
+
 @flax.struct.dataclass
 class LowRank:
   """A change of one projection in every layer: y += ((x·A)·core)·Bᵀ.
@@ -158,12 +162,14 @@ class SequenceSpec:
     num_tasks: T.
     num_classes: C.
     class_ranges: for each task (lo, hi): its labels are lo..hi-1.
+    has_val: whether every task has validation images.
   """
 
   scenario: str
   num_tasks: int
   num_classes: int
   class_ranges: tuple[tuple[int, int], ...]
+  has_val: bool = True
 
   @property
   def max_task_classes(self) -> int:

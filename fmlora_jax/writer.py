@@ -55,22 +55,14 @@ class TaskPlan:
 
 
 @contextlib.contextmanager
-def open_run(
-  workdir: str | os.PathLike, *, active: bool = True, console: Console | None = None
-) -> Iterator["RunLog"]:
+def open_run(workdir: str | os.PathLike, *, console: Console | None = None) -> Iterator["RunLog"]:
   """Yields the log of the run in `workdir`, made if need be; closes bar and events on any exit.
 
   Args:
     workdir: a local or mounted folder.
-    active: False on all processes but one; their log shows and writes nothing.
     console: where to show; None takes the standard output.
-
-  Raises:
-    ValueError: if `workdir` is an address such as gs://bucket/run.
   """
-  if "://" in str(workdir):
-    raise ValueError(f"workdir is {str(workdir)!r}: must be a local folder; mount the bucket first")
-  log = RunLog(Path(workdir) if active else None, console or Console())
+  log = RunLog(Path(workdir), console or Console())
   try:
     yield log
   finally:
@@ -80,14 +72,13 @@ def open_run(
 class RunLog:
   """See `open_run`. Steps count over the whole run; `step` is the number of steps done before."""
 
-  def __init__(self, workdir: Path | None, console: Console):
-    self.console = console if workdir else Console(quiet=True)
+  def __init__(self, workdir: Path, console: Console):
+    self.console = console
     self._workdir = workdir
     self._events = self._plan = self._bar = None
     self._began = self._last_time = 0.0
     self._last_done = 0
-    if workdir:
-      workdir.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
 
   def truncate(self, task: int, step: int) -> None:
     """Drops what was logged at or after (task, step); call it once, before the first `scalars`.
@@ -95,21 +86,17 @@ class RunLog:
     A resumed run then logs nothing twice; a fresh run calls it with (0, 0). A last line that was
     cut off by a crash goes too.
     """
-    if not self._workdir:
-      return
     path = self._workdir / METRICS
     if path.exists():
       with open(path, encoding="utf-8", errors="replace") as lines:
         kept = [line for line in lines if _is_before(line, task, step)]
-      _replace(path, "".join(kept))
+      replace(path, "".join(kept))
     if self._events:
       self._events.close()
     self._events = self._open_events(step)
 
   def scalars(self, task: int, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line per value to metrics.jsonl (null for NaN), and TensorBoard events."""
-    if not self._workdir:
-      return
     self._events = self._events or self._open_events()
     place = {"task": int(task), "step": int(step)}
     lines = []
@@ -133,7 +120,7 @@ class RunLog:
       f"\n{_title(plan)}: {plan.num_classes} classes, {plan.num_train:,} training images, "
       f"{plan.epochs} epochs of {plan.steps_per_epoch} steps"
     )
-    if self.console.is_terminal and not self.console.quiet:
+    if self.console.is_terminal:
       columns = TextColumn("{task.description}", markup=False), BarColumn(24)
       detail = TextColumn("{task.fields[detail]}", style="dim", markup=False)
       self._bar = Progress(*columns, detail, console=self.console, transient=True)
@@ -153,7 +140,7 @@ class RunLog:
     Args:
       done: training steps of this task so far.
       loss: of the last step or steps.
-      images_per_second: over the last steps, without compilation.
+      images_per_second: over the last steps.
     """
     plan = self._plan
     epoch = max(done - 1, 0) // plan.steps_per_epoch + 1
@@ -256,7 +243,7 @@ def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> Path:
   """
   path = Path(workdir) / RESULT
   fields = [f"  {json.dumps(k)}: {json.dumps(plain(v, k))}" for k, v in result.items()]
-  _replace(path, "{\n" + ",\n".join(fields) + "\n}\n")
+  replace(path, "{\n" + ",\n".join(fields) + "\n}\n")
   return path
 
 
@@ -268,6 +255,7 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
   """
   path = Path(path)
   file = path / RESULT if path.is_dir() else path
+  mend = "delete the file, and the command of the run makes it again"
   try:
     result = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
@@ -275,11 +263,11 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
       raise ValueError(f"{path}: no such file or folder") from None
     raise ValueError(f"{path}: no {RESULT}; a run writes it at its very end") from None
   except (OSError, ValueError) as error:  # json and unicode errors are ValueErrors
-    raise ValueError(f"{file}: can't be read as a result ({error})") from None
+    raise ValueError(f"{file}: can't be read as a result ({error}); {mend}") from None
   if not isinstance(result, dict) or not result.get("finished"):
-    raise ValueError(f"{file}: not the result of a finished run; run the same command again")
+    raise ValueError(f"{file}: not the result of a finished run; {mend}")
   if missing := [name for name in FIELDS if name not in result]:
-    raise ValueError(f"{file}: lacks {', '.join(missing)}; made by another version? run it again")
+    raise ValueError(f"{file}: lacks {', '.join(missing)}, of another version?; {mend}")
   return result
 
 
@@ -310,6 +298,16 @@ def duration(seconds: float) -> str:
   return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
+def replace(path: Path, text: str) -> None:
+  """Writes `path` so that a crash leaves the old or the new text, never a mixture."""
+  draft = path.with_name(f".{path.name}.{os.getpid()}")
+  with open(draft, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(draft, path)
+
+
 def _title(plan: TaskPlan) -> str:
   return f"task {plan.index + 1}/{plan.num_tasks} {plan.name}"
 
@@ -325,13 +323,3 @@ def _is_before(line: str, task: int, step: int) -> bool:
     return line.endswith("\n") and (record["task"], record["step"]) < (task, step)
   except (ValueError, KeyError, TypeError):
     return False
-
-
-def _replace(path: Path, text: str) -> None:
-  """Writes `path` so that a crash leaves the old or the new text, never a mixture."""
-  draft = path.with_name(f".{path.name}.{os.getpid()}")
-  with open(draft, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(draft, path)

@@ -1,12 +1,26 @@
-# Sourced by the other scripts: makes .venv on first use, or again when pyproject.toml has changed.
+# Sourced by the other scripts: makes .venv on first use, or again when it is broken or
+# pyproject.toml has changed. The folder of the caller stays, so that relative paths are theirs.
 # Usage: source launch/environment.sh EXTRAS   (a comma-separated list, may be empty)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+venv=$root/.venv
 extras=$1
-stamp=.venv/installed-${extras:-core}
-if ! cmp -s pyproject.toml "$stamp"; then
-  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-  echo "installing into .venv (once) ..." >&2
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}" >&2
-  cp pyproject.toml "$stamp"
+stamp=$venv/installed-${extras:-core}
+
+is_new_enough() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+if ! is_new_enough "$venv/bin/python" || ! cmp -s "$root/pyproject.toml" "$stamp"; then
+  if ! is_new_enough "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if ! is_new_enough "${PYTHON:-python3}"; then
+      echo "error: PYTHON is '${PYTHON:-python3}': must be Python 3.11 or newer, as in" \
+        "PYTHON=python3.12 $0" >&2
+      exit 2
+    fi
+    "${PYTHON:-python3}" -m venv --clear "$venv"
+  fi
+  echo "installing into $venv (once) ..." >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    -e "$root${extras:+[$extras]}" >&2
+  cp "$root/pyproject.toml" "$stamp"
 fi

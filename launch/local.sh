@@ -4,4 +4,4 @@
 # On a CUDA machine: EXTRAS=cuda launch/local.sh ...; on a TPU host: EXTRAS=tpu.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "${EXTRAS:-}"
-exec .venv/bin/python -m fmlora_jax.main "$@"
+exec "$venv/bin/python" -m fmlora_jax.main "$@"

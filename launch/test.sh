@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Passes the tests on this machine; arguments go to pytest:
+# Passes the tests on this machine; arguments go to pytest, paths are below the repository:
 #   launch/test.sh tests/models -k golden
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
+cd "$root"
 export JAX_PLATFORMS=cpu
-exec .venv/bin/python -m pytest -n 2 "$@"
+exec "$venv/bin/python" -m pytest -n 2 "$@"

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmlora_jax import checkpoint
+from fmlora_jax import checkpoint, writer
 from fmlora_jax.checkpoint import Snapshot, Store
 from fmlora_jax.config import ConfigError
 from fmlora_jax.train import mesh
@@ -79,6 +80,20 @@ def test_task_ends_are_kept_and_within_a_task_only_the_newest(tmp_path):
   assert steps(tmp_path) == [8, 16]
 
 
+def test_a_checkpoint_that_a_kill_left_behind_goes_with_the_next_start(tmp_path, monkeypatch):
+  with store(tmp_path) as opened:
+    opened.save(3, snapshot(3), keep=True)
+    opened.save(5, snapshot(5), keep=False)
+    monkeypatch.setattr(opened._checkpointer, "delete", lambda step: None)  # killed before it
+    opened.save(7, snapshot(7), keep=False)
+  assert steps(tmp_path) == [3, 5, 7]
+  half_gone = next(path for path in (tmp_path / "checkpoints" / "5").iterdir() if path.is_dir())
+  shutil.rmtree(half_gone)
+  with store(tmp_path) as opened:
+    assert float(opened.latest().arrays["shared/x"][0]) == 7
+    assert steps(tmp_path) == [3, 7]
+
+
 def test_a_step_that_is_saved_again_is_overwritten(tmp_path):
   with store(tmp_path) as opened:
     opened.save(3, snapshot(1.0), keep=False)
@@ -149,20 +164,35 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
 
 
 def test_free_fields_may_differ_and_others_may_not(tmp_path):
-  def identity(eval_batch_size, every_steps, dispatch, batch_size):
+  def identity(free, batch_size):
     return {
       "config": {
         "batch_size": batch_size,
-        "eval_batch_size": eval_batch_size,
-        "checkpoint": {"every_steps": every_steps},
-        "input": {"steps_per_dispatch": dispatch},
+        "eval_batch_size": free,
+        "checkpoint": {"every_steps": free},
+        "input": {"steps_per_dispatch": free},
+        "tasks": {"data_dir": f"/{free}"},
+        "weights": {"path": f"/{free}"},
       }
     }
 
-  checkpoint.claim(tmp_path / "run", identity(1, 2, 3, 4))
-  checkpoint.claim(tmp_path / "run", identity(10, 20, 30, 4))
+  checkpoint.claim(tmp_path / "run", identity(1, 4))
+  checkpoint.claim(tmp_path / "run", identity(10, 4))
   with pytest.raises(ConfigError, match=r"\(config\.batch_size: 4 there, 40 now\)"):
-    checkpoint.claim(tmp_path / "run", identity(10, 20, 30, 40))
+    checkpoint.claim(tmp_path / "run", identity(10, 40))
+
+
+def test_a_kill_while_a_folder_is_claimed_does_no_harm(tmp_path, monkeypatch):
+  def kill(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(writer.os, "replace", kill)
+    checkpoint.claim(tmp_path / "run", IDENTITY)
+  assert [path.name for path in (tmp_path / "run").iterdir()] != ["config.json"]
+  monkeypatch.setattr(writer.os, "getpid", lambda: 1)  # of another process
+  checkpoint.claim(tmp_path / "run", IDENTITY)
+  assert json.loads((tmp_path / "run" / "config.json").read_text()) == IDENTITY
 
 
 def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):

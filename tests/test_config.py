@@ -112,6 +112,10 @@ def test_every_config_file_fits_its_vit(path):
     ({"bases": {"targets": ("qkv",)}}, "config.bases.targets[0] is 'qkv': must be one of query,"),
     ({"prompt": {"num_tokens": -1}}, "config.prompt.num_tokens is -1: must be >= 0"),
     ({"head": {"kind": "tree"}}, "config.head.kind is 'tree': must be one of linear, cosine, cl"),
+    (
+      {"head": {"kind": "cosine", "start": "class_mean"}},
+      "config.head.kind is 'cosine': must be linear or class_mean where start is class_mean",
+    ),
     ({"weights": {"depth": 0}}, "config.weights.depth is 0: must be >= 1"),
     ({"input": {"image_size": 0}}, "config.input.image_size is 0: must be >= 1"),
     ({"checkpoint": {"every_steps": -1}}, "config.checkpoint.every_steps is -1: must be >= 0"),

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from fmlora_jax import config, writer
+from fmlora_jax import config, main, writer
 from fmlora_jax.run import run
+from fmlora_jax.types import NonFiniteError
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -91,6 +95,10 @@ REFUSED = {
     ["--config=configs/digits.py:tasks=x"],
     "flag --config=configs/digits.py:tasks=x: invalid literal for int()",
   ),
+  "a bucket for a workdir": (
+    ["--config=configs/digits.py", "--workdir=gs://bucket/run"],
+    "--workdir is 'gs://bucket/run': must be a local or mounted folder, buckets are not supported",
+  ),
   "tasks that classes can't be cut into": (
     ["--config=configs/digits.py", "--config.tasks.num_tasks=3"],
     "config.tasks.num_tasks is 3: must divide the 10 classes of digits",
@@ -128,6 +136,65 @@ def test_what_can_not_be_run_is_refused_in_one_line(answers, case):
   assert errors.startswith("error: ")
   assert REFUSED[case][1] in errors
   assert not shown
+  assert not (ROOT / "gs:").exists()
+
+
+@pytest.mark.parametrize(
+  ("error", "shown"),
+  [
+    (config.ConfigError("config.epochs is 0:\n must be >= 1"), "config.epochs is 0: must be >= 1"),
+    (NonFiniteError("loss is nan"), "loss is nan"),
+    (ValueError("shapes differ"), "shapes differ (--debug shows where)"),
+    (FileNotFoundError("no such file"), "no such file (--debug shows where)"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nlong table"),
+      "config.batch_size is 512: out of memory; lower it, config.eval_batch_size or "
+      "config.input.source_size (RESOURCE_EXHAUSTED: no 9 GiB)",
+    ),
+    (MemoryError(), "config.batch_size is 512: out of memory; lower it"),
+  ],
+)
+def test_what_stops_a_run_is_one_line_and_a_possible_bug_can_be_traced(
+  guarded, capsys, error, shown
+):
+  with pytest.raises(SystemExit) as stopped:
+    guarded(error)
+  assert stopped.value.code == 2
+  line = capsys.readouterr().err
+  assert line.startswith(f"error: {shown}") and line.count("\n") == 1
+  assert ("--debug" in line) == ("--debug" in shown)
+  with pytest.raises(type(error)):
+    guarded(error, debug=True)
+
+
+def test_a_bug_shows_its_trace(guarded):
+  for error in (KeyError("x"), RuntimeError("INTERNAL: x")):
+    with pytest.raises(type(error)):
+      guarded(error)
+
+
+def test_ctrl_c_says_how_to_go_on(guarded, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    guarded(KeyboardInterrupt())
+  assert stopped.value.code == 130
+  assert capsys.readouterr().err == "stopped; the same command resumes\n"
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+  """Returns a function that calls `guarded_main` of a run that raises its argument."""
+
+  def call(error, debug=False):
+    def fail(argv):
+      raise error
+
+    monkeypatch.setattr(main, "main", fail)
+    values = types.SimpleNamespace(batch_size=512)
+    monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=values))
+    monkeypatch.setattr(main, "_DEBUG", types.SimpleNamespace(value=debug))
+    main.guarded_main([])
+
+  return call
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +263,35 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   result = json.loads((workdir / "result.json").read_text())
   assert set(writer.FIELDS) <= set(result)
   assert f"{result['acc']:.2f}" in done.stdout
+
+
+def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):
+  for split in ("Train", "Test"):
+    for i, label in enumerate(("ant", "bee")):
+      (tmp_path / "data" / split / label).mkdir(parents=True)
+      for j in range(3):
+        shade = Image.new("RGB", (16, 16), (100 * i, 20 * j, 0))
+        shade.save(tmp_path / "data" / split / label / f"{j}.png")
+  small = SMALL | {"tasks": {"num_tasks": 1, "data_dir": tmp_path / "data"}, "batch_size": 2}
+  arguments = command(
+    *settings(small), "--workdir=~/run", config="configs/image_folder.py:method=linear_probe"
+  )
+  done = call(arguments, HOME=str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  first, second, third, *_ = done.stdout.splitlines()
+  assert first == (
+    f"checking 12 files of {tmp_path / 'data'}: layout split/class/*, splits Test (6), Train (6), "
+    "2 classes"
+  )
+  assert second.endswith(
+    "0 validation and 6 test images are copies of training images: remove them on one side, or "
+    "the accuracies are too good"
+  ), second
+  assert third.startswith("devices")
+  assert (tmp_path / "run" / "result.json").exists()  # ~ is the home
+  (tmp_path / "data").rename(tmp_path / "moved")
+  again = call([x.replace("/data", "/moved") for x in arguments], HOME=str(tmp_path))
+  assert "finished before" in again.stdout, again.stderr
 
 
 def test_eight_devices_give_the_accuracies_of_one(uninterrupted, tmp_path):

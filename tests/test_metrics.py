@@ -68,9 +68,6 @@ def test_an_unfinished_run_is_measured_over_the_tasks_it_has_learned():
   assert np.isnan(accuracy[2]).all()
   np.testing.assert_allclose(metrics.pooled(accuracy, N_TEST), [80, 90, np.nan])
   np.testing.assert_allclose(metrics.task_mean(accuracy), [80, 90, np.nan])
-  summary = metrics.summarise(CORRECT, N_TEST, learned=2)
-  assert summary["acc"] == pytest.approx(90)
-  assert summary["accuracy"][2] == [None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -86,11 +83,6 @@ def test_an_unfinished_run_is_measured_over_the_tasks_it_has_learned():
 def test_impossible_counts_are_refused(correct, n_test, learned, message):
   with pytest.raises(ValueError, match=message):
     metrics.accuracy_matrix(correct, n_test, learned)
-
-
-def test_a_summary_of_no_task_is_refused():
-  with pytest.raises(ValueError, match=r"learned is 0: must be in \[1, 3\]"):
-    metrics.summarise(CORRECT, N_TEST, learned=0)
 
 
 @given(counts())
@@ -148,16 +140,6 @@ def test_forgetting_is_bounded_by_its_relatives(run):
   assert -100 - 1e-9 <= -metrics.bwt(accuracy) <= forgetting + 1e-9
   assert forgetting <= clipped + 1e-9
   assert 0 <= clipped <= 100 + 1e-9
-
-
-@given(counts(), st.data())
-def test_a_summary_so_far_is_that_of_a_shorter_run(run, data):
-  correct, n_test = run
-  learned = data.draw(st.integers(1, len(n_test)))
-  so_far = metrics.summarise(correct, n_test, learned=learned)
-  shorter = metrics.summarise(correct[:learned, :learned], n_test[:learned])
-  differ = {name for name in so_far if so_far[name] != shorter[name]}
-  assert differ <= {"accuracy", "n_test"}
 
 
 @given(counts())

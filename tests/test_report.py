@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from fmlora_jax import metrics, plots, report, writer
+from fmlora_jax.config import FREE_FIELDS
 
 
 def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 4), **changes):
@@ -29,7 +30,7 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
   }
   for path, value in changes.pop("config", {}).items():
     group, name = path.split(".")
-    config[group] = config[group] | {name: value}
+    config[group] = config.get(group, {}) | {name: value}
   made = dict.fromkeys(writer.FIELDS) | metrics.summarise(np.tril(correct), n_test)
   return made | {
     "method": method,
@@ -75,6 +76,20 @@ def test_runs_that_differ_in_the_seed_only_are_one_row():
     "fm_lora prompt.num_tokens=10": 2,
     "fm_lora prompt.num_tokens=0": 1,
   }
+
+
+def test_settings_that_change_no_number_do_not_split_a_row():
+  free = {name: 1 for name in FREE_FIELDS if "." in name}
+  runs = [result(), result(seed=1994, config=free), result(seed=1995)]
+  runs[2]["config"]["eval_batch_size"] = 8
+  (groups,) = report.group(runs).values()
+  assert {label: len(group) for label, group in groups.items()} == {"fm_lora": 3}
+
+
+def test_accuracies_on_validation_images_have_their_own_table():
+  val = {"tasks.evaluate_on": "val"}
+  headings = list(report.group([result(), result(config=val)]))
+  assert headings == ["domainnet (cil), 5 tasks", "domainnet (cil), 5 tasks, validation images"]
 
 
 def test_another_method_needs_no_settings_in_its_label():

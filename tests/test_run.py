@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from fmlora_jax import checkpoint, config, tasks, writer
+from fmlora_jax import run as run_lib
 from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.methods import names
 from fmlora_jax.models import pretrained
@@ -98,6 +100,41 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   stop(settings, workdir, checkpoint.Store, "save", saves)
   assert not (workdir / "result.json").exists()
   assert_same_run(finished, workdir, run(settings, workdir))
+
+
+@pytest.mark.parametrize("call", ["write_plots", "write_result"])
+def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
+  finished, tmp_path, monkeypatch, call
+):
+  settings, workdir = finished[0], tmp_path / "run"
+
+  def kill(*_):
+    raise Killed
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(run_lib.plots if call == "write_plots" else writer, call, kill)
+    run(settings, workdir)
+  assert not (workdir / "result.json").exists()
+  assert_same_run(finished, workdir, run(settings, workdir))
+  assert (workdir / "plots" / "accuracy_matrix.png").exists()
+
+
+def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+  little = {"device": 1000, "host": 1000}
+  monkeypatch.setattr(run_lib, "_image_memory", lambda: little)
+  with pytest.raises(config.ConfigError, match=r"digits: .* the device has 0\.00 GiB for them"):
+    run(small(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_stops_counting_compilation(tmp_path):
+  progress = run_lib.Progress()
+  with pytest.raises(Killed), run_lib._count_compilation(progress):
+    jax.jit(lambda x: x + 1)(1)
+    raise Killed
+  counted = progress.seconds["compile"]
+  jax.jit(lambda x: x + 2)(1)
+  assert progress.seconds["compile"] == counted > 0
 
 
 def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_path):

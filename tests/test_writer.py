@@ -101,28 +101,6 @@ def test_a_fresh_run_drops_the_log_of_another(tmp_path):
   assert lines_of(tmp_path) == []
 
 
-def test_an_inactive_log_writes_and_shows_nothing(tmp_path):
-  console = terminal()
-  with writer.open_run(tmp_path / "run", active=False, console=console) as log:
-    log.truncate(0, 0)
-    log.note("hello")
-    log.task_started(PLAN)
-    log.phase("testing")
-    log.progress(3, loss=1.0, images_per_second=10.0)
-    log.scalars(0, 0, {"loss": 1})
-    log.task_ended(*matrix(2))
-  assert not (tmp_path / "run").exists()
-  assert console.file.getvalue() == ""
-
-
-def test_a_bucket_is_refused_as_workdir():
-  with (
-    pytest.raises(ValueError, match=r"workdir is 'gs://b/run': must be a local folder"),
-    writer.open_run("gs://b/run"),
-  ):
-    pass
-
-
 def test_a_log_file_gets_few_plain_lines(tmp_path, monkeypatch):
   clock = types.SimpleNamespace(now=0.0)
   clock.monotonic = lambda: clock.now
@@ -238,6 +216,7 @@ def test_a_crash_while_writing_leaves_the_old_result(tmp_path, monkeypatch):
     ("[1]", "not the result of a finished run"),
     ('{"acc": 1}', "not the result of a finished run"),
     ('{"finished": true}', "lacks method, benchmark"),
+    ('{"finished": true}', "delete the file, and the command of the run makes it again"),
   ],
 )
 def test_a_missing_or_damaged_result_gives_one_clear_line(tmp_path, text, message):

@@ -1,8 +1,9 @@
 """The dynamic rank selector's preliminary epoch: how difficult is this task, what rank does it get?
 
-Fresh cores and a fresh head train on the task under nested rank masks, so that one set of cores
-serves every truncation; validation images of the same task choose among the candidates. Everything
-but the answer is thrown away. Source: FM-LoRA (arXiv:2504.08823) Sec. 3.3, Eq. (11-12), Sec. 4.1.
+Fresh cores and the head that the task starts with (in dil it is carried on) train on the task under
+nested rank masks, so that one set of cores serves every truncation; validation images of the same
+task choose among the candidates. Everything but the answer is thrown away. Source: FM-LoRA
+(arXiv:2504.08823) Sec. 3.3, Eq. (11-12), Sec. 4.1.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.models import heads, rank_selector
-from fmlora_jax.types import Examples, Params, TaskArrays, TaskView
+from fmlora_jax.types import Examples, NonFiniteError, Params, TaskArrays, TaskView
 
 
 @flax.struct.dataclass
@@ -50,15 +51,26 @@ class RankSelector:
     self.config, self.drs, self._logits = config, config.drs, logits
     self.masks = rank_selector.rank_masks(self.drs.candidate_ranks, config.bases.max_rank)
     optim = config.optim
-    self.optimizer = optax.multi_transform(
+    grouped = optax.multi_transform(
       {
         "core": optax.adamw(optim.learning_rate, weight_decay=optim.weight_decay),
         "head": optax.adamw(optim.head_learning_rate, weight_decay=optim.head_weight_decay),
       },
       {"core": "core", "head": "head"},
     )
-    self.alpha_optimizer = optax.adam(self.drs.selector_learning_rate)
-    self._gumbel_step = jax.jit(self._gumbel, static_argnames=("augment", "center"))
+    clip = (
+      optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
+    )
+    self.optimizer = optax.chain(clip, grouped)
+    self._train_drawn = jax.jit(self._train_a_draw, static_argnames="augment")
+    self._learn_alpha = jax.jit(
+      functools.partial(
+        rank_selector.learn_alpha,
+        tau=self.drs.tau,
+        steps=self.drs.selector_steps,
+        learning_rate=self.drs.selector_learning_rate,
+      )
+    )
     self._train_all = jax.jit(self._train_each, static_argnames="augment")
     self._validate_all = jax.jit(self._validate_each, static_argnames="center")
 
@@ -72,6 +84,7 @@ class RankSelector:
 
     Raises:
       ConfigError: if the task has no validation images.
+      NonFiniteError: if the preliminary training gives NaN or infinity.
     """
     if view.val is None:
       raise ConfigError(
@@ -81,6 +94,11 @@ class RankSelector:
     data = Data(fixed=fixed, task=view.arrays, train=view.train, val=view.val)
     find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
     index, val_loss, scores = find(params, data, view)
+    if not np.isfinite([val_loss, *scores]).all():
+      raise NonFiniteError(
+        f"validation loss is {val_loss} in the rank selection of task {view.index + 1}: must be "
+        "finite; lower config.optim.learning_rate or set config.optim.clip_norm"
+      )
     hardness = rank_selector.complexity(val_loss, view.num_classes)
     return {
       "rank": self.drs.candidate_ranks[index],
@@ -88,47 +106,38 @@ class RankSelector:
       "rank_scores": [float(score) for score in scores],
     }
 
-  def _steps(self, view: TaskView):
-    """Yields (training rows, validation rows, key) for each step of the preliminary training."""
-    val_rows = np.concatenate([view.val_rows(epoch) for epoch in range(self.drs.epochs)])
-    step = 0
-    for epoch in range(self.drs.epochs):
-      for rows in view.train_rows(epoch):
-        key = jax.random.fold_in(view.key("drs"), step)
-        yield rows, val_rows[step % len(val_rows)], key
-        step += 1
-
   def _by_gumbel(self, params, data, view):
     probe = Probe(params, self.optimizer.init(params))
-    alpha = jnp.zeros(len(self.drs.candidate_ranks))
-    alpha_state = self.alpha_optimizer.init(alpha)
-    for rows, val_rows, key in self._steps(view):
-      probe, alpha, alpha_state = self._gumbel_step(
-        probe,
-        alpha,
-        alpha_state,
-        data,
-        rows,
-        val_rows,
-        key,
-        augment=view.augment,
-        center=view.center,
+    alpha = jnp.zeros(len(self.masks))
+    for epoch in range(self.drs.epochs):
+      for rows, key in _steps(view, epoch):
+        probe = self._train_drawn(probe, alpha, data, rows, key, augment=view.augment)
+      losses, _ = self._validate(self._stacked(probe.params), data, view)
+      costs = rank_selector.selection_costs(
+        losses,
+        candidates=self.drs.candidate_ranks,
+        max_rank=self.config.bases.max_rank,
+        price=self.drs.price,
+        num_classes=view.num_classes,
       )
+      alpha = self._learn_alpha(alpha, costs, jax.random.fold_in(view.key("drs alpha"), epoch))
     index = int(jnp.argmax(alpha))  # without noise: Eq. (12)
-    stacked = jax.tree.map(lambda leaf: leaf[None], probe.params)
-    loss, _ = self._validate(stacked, self.masks[index][None], data, view)
-    return index, loss[0], jax.nn.softmax(alpha)
+    return index, losses[index], jax.nn.softmax(alpha)
 
   def _by_validation(self, params, data, view):
-    count = len(self.drs.candidate_ranks)
-    stacked = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), params)
+    stacked = self._stacked(params)
     probes = Probe(stacked, jax.vmap(self.optimizer.init)(stacked))
-    for rows, _, key in self._steps(view):
-      probes = self._train_all(probes, self.masks, data, rows, key, augment=view.augment)
-    losses, accuracies = self._validate(probes.params, self.masks, data, view)
+    for epoch in range(self.drs.epochs):
+      for rows, key in _steps(view, epoch):
+        probes = self._train_all(probes, self.masks, data, rows, key, augment=view.augment)
+    losses, accuracies = self._validate(probes.params, data, view)
     good = np.asarray(accuracies) >= float(accuracies.max()) - self.drs.tolerance
     index = int(np.argmax(good))  # the smallest rank that is good enough
     return index, losses[index], accuracies
+
+  def _stacked(self, params):
+    """Returns the parameters once for each candidate."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.masks), axis=0), params)
 
   def _loss(self, params, mask, data, batch):
     logits = self._logits(params, data.fixed, mask, batch.images)
@@ -140,26 +149,11 @@ class RankSelector:
     updates, opt_state = self.optimizer.update(grads, probe.opt_state, probe.params)
     return Probe(optax.apply_updates(probe.params, updates), opt_state)
 
-  def _gumbel(self, probe, alpha, alpha_state, data, rows, val_rows, key, *, augment, center):
-    """One step: cores and head on a training batch, then alpha alone on a validation batch."""
-    draw_train, draw_crop, draw_val = jax.random.split(key, 3)
-    sample = functools.partial(rank_selector.gumbel_one_hot, tau=self.drs.tau)
-    mask = sample(alpha, draw_train) @ self.masks
-    probe = self._update(probe, mask, data, augment(data.train, rows, draw_crop))
-    val_batch = center(data.val, val_rows)
-
-    def selection(alpha):
-      val_loss = self._loss(probe.params, sample(alpha, draw_val) @ self.masks, data, val_batch)
-      return rank_selector.selection_loss(
-        alpha,
-        val_loss,
-        self.drs.candidate_ranks,
-        price=self.drs.price,
-        num_classes=data.task.hi - data.task.lo,
-      )
-
-    updates, alpha_state = self.alpha_optimizer.update(jax.grad(selection)(alpha), alpha_state)
-    return probe, optax.apply_updates(alpha, updates), alpha_state
+  def _train_a_draw(self, probe, alpha, data, rows, key, *, augment):
+    """One training step at a rank drawn with P = softmax(alpha): Eq. (11)."""
+    draw_rank, draw_crop = jax.random.split(key)
+    mask = rank_selector.gumbel_one_hot(alpha, draw_rank, self.drs.tau) @ self.masks
+    return self._update(probe, mask, data, augment(data.train, rows, draw_crop))
 
   def _train_each(self, probes, masks, data, rows, key, *, augment):
     """One training step of every candidate, on the same batch."""
@@ -178,10 +172,18 @@ class RankSelector:
 
     return jax.vmap(sums)(params, masks), jnp.sum(batch.valid)
 
-  def _validate(self, params, masks, data, view) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+  def _validate(self, params, data, view) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     """Returns the mean loss and the accuracy of each candidate over the whole validation set."""
     parts = [
-      self._validate_all(params, masks, data, rows, center=view.center) for rows in view.val_rows(0)
+      self._validate_all(params, self.masks, data, rows, center=view.center)
+      for rows in view.val_rows(0)
     ]
     totals = sum(sums for sums, _ in parts) / sum(count for _, count in parts)
     return totals[:, 0], totals[:, 1]
+
+
+def _steps(view: TaskView, epoch: int):
+  """Yields (training rows, key) for each step of one epoch of the preliminary training."""
+  key = jax.random.fold_in(view.key("drs"), epoch)
+  for step, rows in enumerate(view.train_rows(epoch)):
+    yield rows, jax.random.fold_in(key, step)

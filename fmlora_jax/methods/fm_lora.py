@@ -131,9 +131,10 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     return jnp.mean(jnp.stack(cosines), axis=0).tolist()
 
   def rules(task):
-    table = [("shared/bases/.*", "adapter" if task == 0 else "frozen"), ("cur/core/.*", "adapter")]
+    bases, core, prompt = ("frozen", "adapter", "prompt") if task else ("bases",) * 3
+    table = [("shared/bases/.*", bases), ("cur/core/.*", core)]
     if config.prompt.num_tokens:
-      table.append(("shared/prompt", "adapter" if task == 0 else "prompt"))
+      table.append(("shared/prompt", prompt))
     return tuple(table)
 
   def stored(facts):
@@ -157,6 +158,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   )
 
 
+@jax.default_matmul_precision("highest")
 def _product(core):
   """M·Nᵀ."""
   return core["m"] @ jnp.swapaxes(core["n"], -1, -2)
@@ -169,10 +171,10 @@ def _check(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) ->
     chosen, field = config.drs.rank, "rank"
   else:
     chosen, field = config.drs.candidate_ranks[-1], "candidate_ranks"
-    if spec.num_tasks > 1 and config.tasks.val_fraction == 0:
+    if spec.num_tasks > 1 and not spec.has_val:
       raise ConfigError(
-        f"config.drs.strategy is {config.drs.strategy!r} and config.tasks.val_fraction is 0: rank "
-        "selection needs validation images; set val_fraction > 0 or drs.strategy=fixed"
+        f"config.drs.strategy is {config.drs.strategy!r} and a task has no validation images: set "
+        "config.tasks.val_fraction > 0 or drs.strategy=fixed"
       )
   if chosen > max_rank:
     value = getattr(config.drs, field)

@@ -4,6 +4,7 @@ Most methods differ only in the `Adapters` they give the ViT and in what they do
 `with_head` makes a whole `Method` from that.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -49,6 +50,7 @@ def with_head(
       and no adapters.
   """
   head = heads.make(config.head.kind, spec.num_classes, backbone.sizes.width)
+  class_sums = make_class_sums(backbone, spec.num_classes)
   dtype = jnp.dtype(config.compute_dtype)
 
   def trunk(variables):
@@ -65,6 +67,8 @@ def with_head(
     rows = heads.start(
       head, variables.mem["head"], spec, view.index, _head_key(view.key("init"), 1)
     )
+    if config.head.start == "class_mean" and not (spec.shares_classes and view.index):
+      rows = heads.imprint(rows, *class_sums(fold(view.weights, variables), view), view.arrays)
     variables = variables.replace(cur=variables.cur | {"head": rows})
     return begin_task(variables, view)
 
@@ -84,10 +88,7 @@ def with_head(
     }
     variables, facts = end_task(variables.replace(mem=mem), view)
     if head.needs_means:
-      model = fold(view.weights, variables)
-      sums, counts = class_sums(
-        lambda images: backbone.apply(model["backbone"], images, model["adapters"]), view, spec
-      )
+      sums, counts = class_sums(fold(view.weights, variables), view)
       mem = variables.mem | {"head": heads.add_means(variables.mem["head"], sums, counts)}
       variables = variables.replace(mem=mem)
     return variables, facts
@@ -131,17 +132,25 @@ def cast_kernels(backbone: Params, dtype: jnp.dtype) -> Params:
   return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, backbone)
 
 
-def class_sums(features: Callable, view: TaskView, spec: SequenceSpec):
-  """Returns the sum of features [C, D] and the number of images [C] of each class in training."""
+def make_class_sums(backbone: Backbone, num_classes: int) -> Callable:
+  """Returns the function (folded model, view) -> sums of features [C, D], numbers of images [C].
 
-  @jax.jit
-  def batch_sums(examples, rows):
-    batch = view.center(examples, rows)
-    one_hot = jax.nn.one_hot(batch.labels, spec.num_classes) * batch.valid[:, None]
-    return one_hot.T @ features(batch.images), one_hot.sum(0)
+  They are of each class in the view's training images, as at test time.
+  """
 
-  totals = [batch_sums(view.train, rows) for rows in view.train_rows(0)]
-  return jax.tree.map(lambda *parts: sum(parts), *totals)
+  @functools.partial(jax.jit, static_argnames="center")
+  def batch_sums(model, examples, rows, *, center):
+    batch = center(examples, rows)
+    features = backbone.apply(model["backbone"], batch.images, model["adapters"])
+    one_hot = jax.nn.one_hot(batch.labels, num_classes) * batch.valid[:, None]
+    return jnp.matmul(one_hot.T, features, precision="highest"), one_hot.sum(0)
+
+  def class_sums(model, view: TaskView):
+    rows = view.train_rows(0)
+    totals = [batch_sums(model, view.train, batch, center=view.center) for batch in rows]
+    return jax.tree.map(lambda *parts: sum(parts), *totals)
+
+  return class_sums
 
 
 def random_factor(key, depth: int, width: int, rank: int):

@@ -57,21 +57,24 @@ def make(kind: str, num_classes: int, width: int) -> Head:
   return Head(init=with_means, logits=linear, predict=nearest_mean, needs_means=True)
 
 
+@jax.default_matmul_precision("highest")
 def linear(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
   """Returns features·kernelᵀ + bias. Source: FM-LoRA Eq. (14)."""
   return features @ rows["kernel"].T + rows["bias"]
 
 
+@jax.default_matmul_precision("highest")
 def cosine_similarity(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
   """Returns the cosine between features and rows; without the scales, which differ by task."""
   return _unit(features) @ _unit(rows["kernel"]).T
 
 
 def cosine(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
-  """Returns the cosine times a learned positive scale per row."""
-  return cosine_similarity(rows, features) * jnp.exp(rows["log_scale"])
+  """Returns the cosine times a positive scale, learned and the same for all rows of the task."""
+  return cosine_similarity(rows, features) * jnp.exp(rows["log_scale"].mean())
 
 
+@jax.default_matmul_precision("highest")
 def nearest_mean(mem: Params, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
   """Returns minus half the squared distance to each class mean, up to a term without a class."""
   return features @ mem["mean"].T - 0.5 * jnp.sum(mem["mean"] ** 2, axis=-1)
@@ -112,6 +115,21 @@ def start(head: Head, mem: Params, spec: SequenceSpec, task: int, key) -> Params
     for name, leaf in source.items()
     if name not in ("mean", "count")
   }
+
+
+def imprint(rows: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"], task: TaskArrays):
+  """Returns `rows` as the nearest-mean classifier of the task's classes, from sums of features.
+
+  Row c is s·mean_c with bias -s·|mean_c|²/2, whose argmax is the nearest mean; s = 10 / D gives the
+  logits of normalised features the scale of a new cosine head. Source: weight imprinting
+  (arXiv:1712.07136), here with a bias.
+  """
+  num_rows, width = rows["kernel"].shape
+  classes = task.lo + jnp.arange(num_rows)
+  own = (classes < task.hi)[:, None]  # the rest is padding
+  means = jnp.where(own, sums[classes] / jnp.maximum(counts[classes], 1)[:, None], 0)
+  scale = 10 / width
+  return {"kernel": scale * means, "bias": -0.5 * scale * jnp.sum(means**2, axis=-1)}
 
 
 def commit(mem: Params, cur: Params, spec: SequenceSpec, task: int) -> Params:

@@ -3,10 +3,14 @@
 A stacked delta holds one (A, core, B) per layer: dW_l = A_l · core_l · B_lᵀ, d_in x d_out, for row
 vectors y = x·W. Source: LoRA (arXiv:2106.09685); the core between shared bases is F-LoRA's,
 FM-LoRA (arXiv:2504.08823) Eq. (1-2).
+
+What is computed once per task multiplies in full float32 precision; a GPU's default is TF32, a
+TPU's bfloat16.
 """
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,6 +29,7 @@ def apply(x: Float[Array, "*B D_in"], delta: LowRank) -> Float[Array, "*B D_out"
   return y @ delta.b.T.astype(x.dtype)
 
 
+@jax.default_matmul_precision("highest")
 def dense(delta: LowRank) -> Float[Array, "L D_in D_out"]:
   """Returns dW = A·core·Bᵀ of every layer in the dtype of the factors."""
   a = delta.a if delta.core is None else delta.a @ delta.core
@@ -46,6 +51,7 @@ def fold(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
   return folded
 
 
+@jax.default_matmul_precision("highest")
 def orthonormalise(delta: LowRank) -> LowRank:
   """Returns the same dW with AᵀA = BᵀB = I and a diagonal core, its entries descending.
 
@@ -66,6 +72,7 @@ def pad_core(core: Float[Array, "*L r r"], rank: int) -> Float[Array, "*L R R"]:
   return jnp.pad(core, [(0, 0)] * (core.ndim - 2) + [(0, extra), (0, extra)])
 
 
+@jax.default_matmul_precision("highest")
 def interference(
   cores: Float[Array, "T L R R"], a: Float[Array, "L D_in R"], b: Float[Array, "L D_out R"]
 ) -> Float[Array, "T T"]:

@@ -1,4 +1,4 @@
-"""The dynamic rank selector's algebra: nested rank masks, drawn by Gumbel-Softmax.
+"""The dynamic rank selector's algebra: nested rank masks, drawn and chosen by Gumbel-Softmax.
 
 Source: FM-LoRA (arXiv:2504.08823) Sec. 3.3, Eq. (11-12); Gumbel-Softmax arXiv:1611.01144.
 """
@@ -42,20 +42,40 @@ def complexity(loss: Float[Array, ""], num_classes: Int[Array, ""] | int) -> Flo
   return loss / jnp.log(jnp.maximum(num_classes, 2))
 
 
-def selection_loss(
-  alpha: Float[Array, " k"],
-  val_loss: Float[Array, ""],
-  candidates: Sequence[int],
+def selection_costs(
+  losses: Float[Array, " k"],
   *,
+  candidates: Sequence[int],
+  max_rank: int,
   price: float,
   num_classes: Int[Array, ""] | int,
-) -> Float[Array, ""]:
-  """Returns CE_val + (price / H_t)·E_p[r] / r_max, to be minimised over alpha.
+) -> Float[Array, " k"]:
+  """Returns CE_val + (price / H_t)·r / r_max of each candidate r.
 
-  A harder task pays less for rank: H_t enters as a constant. Source: FM-LoRA Eq. (11), with the
-  price ours.
+  H_t is the mean complexity at the candidates: a harder task pays less for rank. Source: FM-LoRA
+  Sec. 3.3, with the price ours.
   """
-  difficulty = jax.lax.stop_gradient(complexity(val_loss, num_classes))
-  ranks = jnp.asarray(candidates, jnp.float32)
-  expected = jnp.sum(jax.nn.softmax(alpha) * ranks) / ranks[-1]
-  return val_loss + price / jnp.maximum(difficulty, 1e-3) * expected
+  difficulty = jnp.maximum(complexity(losses.mean(), num_classes), 1e-3)
+  return losses + price / difficulty * jnp.asarray(candidates, jnp.float32) / max_rank
+
+
+def learn_alpha(
+  alpha: Float[Array, " k"],
+  costs: Float[Array, " k"],
+  key: PRNGKeyArray,
+  *,
+  tau: float,
+  steps: int,
+  learning_rate: float,
+) -> Float[Array, " k"]:
+  """Returns alpha after gradient descent on the cost of a candidate drawn at each step.
+
+  The cost is linear in the draw, so that the straight-through gradient compares all candidates,
+  those beyond the drawn one too. Source: FM-LoRA Eq. (11).
+  """
+
+  def step(i, alpha):
+    draw = jax.random.fold_in(key, i)
+    return alpha - learning_rate * jax.grad(lambda a: gumbel_one_hot(a, draw, tau) @ costs)(alpha)
+
+  return jax.lax.fori_loop(0, steps, step, alpha)

@@ -1,7 +1,7 @@
 """Random resized crops, flips, centre crops and normalisation on the device.
 
 torchvision's geometry with Pillow's antialiased resampling, as two small matrices per image that
-are built from traced boxes; protocol C.
+are built from traced boxes.
 """
 
 import dataclasses

@@ -19,36 +19,48 @@ def capacity(sequence: TaskSequence, split: str) -> int:
 
 
 def num_bytes(sequence: TaskSequence, capacity: int) -> int:
-  """Returns the memory that `load` needs."""
+  """Returns the memory that what `load` returns takes."""
   height, width = sequence.source.canvas
   return capacity * (height * width * 3 + 2 * 4 + 4 + 1)
 
 
-def load(
-  sequence: TaskSequence, indices: Int[np.ndarray, " k"], capacity: int, budget: int | None = None
-) -> Examples:
+def check_memory(sequence: TaskSequence, measured: str, *, device: int, host: int) -> None:
+  """Refuses tasks whose images don't fit: a task on the device, all tests and a task on the host.
+
+  Args:
+    sequence: the tasks.
+    measured: "test" or "val", the images that fill the accuracy matrix.
+    device: bytes that images may take there.
+    host: bytes that images may take there.
+
+  Raises:
+    ConfigError: with what is needed, what there is, and the mend.
+  """
+  largest = capacity(sequence, "train") + capacity(sequence, "val")
+  tests = sum(len(getattr(task, measured)) for task in sequence.tasks)
+  height, width = sequence.source.canvas
+  for place, images, budget in (("device", largest, device), ("host", largest + tests, host)):
+    needed = num_bytes(sequence, images)
+    if needed > budget:
+      raise ConfigError(
+        f"{sequence.source.name}: {images} images of {height} x {width} pixels take "
+        f"{needed / 2**30:.2f} GiB, the {place} has {budget / 2**30:.2f} GiB for them: lower "
+        "config.input.source_size, or cut the data into more tasks with config.tasks.num_tasks"
+      )
+
+
+def load(sequence: TaskSequence, indices: Int[np.ndarray, " k"], capacity: int) -> Examples:
   """Returns the records `indices` as numpy arrays of `capacity` rows; the rest is padding.
 
   Args:
     sequence: where the records are from.
     indices: at most `capacity` of them.
     capacity: rows of the result. Padding rows are black, of label 0, and not valid.
-    budget: bytes that the result may take; None takes what it needs.
-
-  Raises:
-    ConfigError: if the result would take more than `budget`.
   """
   if len(indices) > capacity:
     raise ValueError(f"capacity is {capacity}: must be at least {len(indices)}, the images to load")
   source = sequence.source
   height, width = source.canvas
-  needed = num_bytes(sequence, capacity)
-  if budget is not None and needed > budget:
-    raise ConfigError(
-      f"{source.name}: {capacity} images of {height} x {width} pixels take {needed / 2**30:.2f} "
-      f"GiB, the budget is {budget / 2**30:.2f} GiB: lower config.input.source_size, or cut the "
-      "data into more tasks with config.tasks.num_tasks"
-    )
   images = np.zeros((capacity, height, width, 3), np.uint8)
   sizes = np.full((capacity, 2), source.canvas, np.int32)
   labels = np.zeros(capacity, np.int32)

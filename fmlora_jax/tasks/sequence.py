@@ -92,14 +92,12 @@ class TaskSequence:
       num_tasks=len(self.tasks),
       num_classes=self.num_classes,
       class_ranges=tuple((task.lo, task.hi) for task in self.tasks),
+      has_val=all(len(task.val) for task in self.tasks),
     )
 
 
 def order_of(count: int, order: str, seed: int) -> list[int]:
-  """Returns 0..count-1, "natural" or "shuffled" by numpy's frozen legacy stream, as SD-LoRA does.
-
-  Source: protocol A.3.
-  """
+  """Returns 0..count-1, "natural" or "shuffled" by numpy's frozen legacy stream, as SD-LoRA."""
   if order == "natural":
     return list(range(count))
   return np.random.RandomState(seed).permutation(count).tolist()

@@ -13,11 +13,15 @@ from fmlora_jax.tasks import TaskSequence, augment, resident
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.step import Fixed, Stepper, TrainState, make_chunk
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Examples, Method, Params, TaskArrays, TaskView, Variables
-
-
-class NonFiniteError(ValueError):
-  """Training gave NaN or infinity; the run stops and keeps its last checkpoint."""
+from fmlora_jax.types import (
+  Examples,
+  Method,
+  NonFiniteError,
+  Params,
+  TaskArrays,
+  TaskView,
+  Variables,
+)
 
 
 class Trainer:

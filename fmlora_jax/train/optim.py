@@ -10,7 +10,7 @@ import optax
 from fmlora_jax.config import Config
 from fmlora_jax.types import Params
 
-GROUPS = ("adapter", "prompt", "head", "frozen")
+GROUPS = ("adapter", "bases", "prompt", "head", "frozen")
 
 
 def make(config: Config, labels: Params) -> optax.GradientTransformationExtraArgs:
@@ -23,6 +23,7 @@ def make(config: Config, labels: Params) -> optax.GradientTransformationExtraArg
   adapter, head = optim.learning_rate, optim.head_learning_rate
   groups = {
     "adapter": _adamw(adapter, optim.weight_decay),
+    "bases": _adamw(adapter * config.bases.lr_scale, optim.weight_decay),
     "prompt": _adamw(adapter * config.prompt.lr_scale, optim.weight_decay),
     "head": _adamw(head, optim.head_weight_decay),
     "frozen": optax.set_to_zero(),

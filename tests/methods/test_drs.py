@@ -18,6 +18,7 @@ from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
+from fmlora_jax.types import NonFiniteError
 
 RANKS = (1, 2, 4)
 
@@ -88,6 +89,15 @@ def test_validation_takes_the_smallest_rank_within_the_tolerance(select):
 
 def test_selection_is_the_same_each_time(select):
   assert select(2, strategy="gumbel") == select(2, strategy="gumbel")
+
+
+@pytest.mark.parametrize("strategy", ["gumbel", "validation"])
+def test_a_preliminary_training_that_diverges_is_refused(make_lab, strategy):
+  made = make_lab(drs={"strategy": strategy}, optim={"learning_rate": 1e30})
+  with pytest.raises(
+    NonFiniteError, match="validation loss is nan in the rank selection of task 2"
+  ):
+    made.method.begin_task(made.variables, made.trainer.view(1))
 
 
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
@@ -174,9 +184,9 @@ def real_digits(second_domain: str) -> TaskSequence:
 def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(seed):
   """On real digits and a pre-trained ViT: seen digits again, or rotated, or inverted ones.
 
-  At the default price of 0.1 all three get the smallest candidate: a micro ViT finds all of them
-  easy. Measured at 0.001, of ranks 1, 2, 4, 8, for seeds 0 to 3: again 1, 1, 1, 1; inverted
-  2, 8, 2, 8; rotated 4, 8, 2, 8; complexities 0.05-0.09, 0.17-0.20, 0.20-0.24.
+  Measured at the default price, of ranks 1, 2, 4, 8, for seeds 0 to 3: again 1, 2, 1, 2; inverted
+  8, 8, 1, 8; rotated 8, 8, 8, 4; complexities 0.05-0.08, 0.17-0.21, 0.20-0.24. A price ten times
+  as high buys the smallest rank in all but one case: one epoch shows gains of 0.01 nats.
   """
   config = config_lib.build(
     config_lib.Config,
@@ -190,7 +200,7 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(s
       "weights": {"tag": "micro_letters", "depth": 3},
       "optim": {"learning_rate": 5e-3},
       "bases": {"max_rank": 8},
-      "drs": {"candidate_ranks": (1, 2, 4, 8), "price": 0.001},
+      "drs": {"candidate_ranks": (1, 2, 4, 8)},
       "prompt": {"num_tokens": 4},
     },
   )

@@ -4,11 +4,14 @@
 are in test_drs.py and tests/models/test_rank_selector.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.rules import label_leaves
 from fmlora_jax.models import low_rank
@@ -246,24 +249,15 @@ def test_bases_are_trained_in_task_1_only_and_the_prompt_in_every_task(fm_lora, 
     variables = fm_lora.stages[task].begun
     params = {"shared": variables.shared, "cur": variables.cur}
     labels = label_leaves(params, fm_lora.method.rules(task))
-    assert labels["shared"]["prompt"] == ("prompt" if task else "adapter")
-    assert labels["shared"]["bases"]["value"] == dict.fromkeys(
-      "ab", "frozen" if task else "adapter"
-    )
+    assert labels["shared"]["prompt"] == ("prompt" if task else "bases")
+    assert labels["shared"]["bases"]["value"] == dict.fromkeys("ab", "frozen" if task else "bases")
+    assert set(labels["cur"]["core"]["value"].values()) == {"adapter" if task else "bases"}
   assert "prompt" not in raw.variables.shared
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (
-      {"drs": {"strategy": "gumbel"}, "tasks": {"val_fraction": 0.0}},
-      r"config\.drs\.strategy is 'gumbel' and config\.tasks\.val_fraction is 0",
-    ),
-    (
-      {"drs": {"strategy": "validation"}, "tasks": {"val_fraction": 0.0}},
-      r"config\.drs\.strategy is 'validation' and config\.tasks\.val_fraction is 0",
-    ),
     (
       {"drs": {"strategy": "gumbel", "candidate_ranks": (2, 8)}},
       r"config\.drs\.candidate_ranks is \(2, 8\): must be at most config\.bases\.max_rank = 4",
@@ -283,5 +277,13 @@ def test_settings_that_do_not_fit_are_refused_by_field(make_lab, changes, messag
     make_lab(**changes)
 
 
-def test_a_fixed_rank_needs_no_validation_images(make_lab):
-  make_lab(tasks={"val_fraction": 0.0})
+@pytest.mark.parametrize("strategy", ["gumbel", "validation"])
+def test_rank_selection_needs_validation_images_and_a_fixed_rank_does_not(lab, strategy):
+  made = lab()
+  spec = dataclasses.replace(made.spec, has_val=False)
+  methods.make(made.config, made.backbone, spec)
+  selecting = dataclasses.replace(made.config.drs, strategy=strategy)
+  with pytest.raises(
+    ConfigError, match=f"config.drs.strategy is '{strategy}' and a task has no val"
+  ):
+    methods.make(dataclasses.replace(made.config, drs=selecting), made.backbone, spec)

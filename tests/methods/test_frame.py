@@ -21,6 +21,39 @@ def images_of(made, task):
   return batch.images, np.asarray(batch.labels)
 
 
+@pytest.mark.parametrize("method", ["fm_lora", "finetune"])
+def test_rows_start_as_the_nearest_mean_classifier_of_the_features_so_far(make_lab, method):
+  made = make_lab(method={"name": method}, head={"start": "class_mean"})
+  for task, stage in enumerate(made.learn()):
+    images, labels = images_of(made, task)
+    before = made.stages[task - 1].ended if task else stage.begun  # of task 1: nothing has moved
+    features = features_of(made, before, images)
+    lo = made.sequence.tasks[task].lo
+    means = np.stack([features[labels == label].mean(0) for label in np.unique(labels)])
+    rows = jax.tree.map(np.asarray, stage.begun.cur["head"])
+    scale = 10 / features.shape[1]
+    np.testing.assert_allclose(rows["kernel"][: len(means)], scale * means, rtol=1e-4, atol=1e-5)
+    logits = features @ rows["kernel"].T + rows["bias"]
+    nearest = ((features[:, None] - means) ** 2).sum(-1).argmin(1)
+    np.testing.assert_array_equal(logits[:, : len(means)].argmax(1), nearest)
+    assert (nearest + lo == labels).mean() > 0.8
+    assert not rows["kernel"][len(means) :].any() and not rows["bias"][len(means) :].any()
+
+
+def test_a_head_that_domains_share_is_carried_on_and_not_imprinted_again(make_lab):
+  made = make_lab(
+    "dil",
+    ((0, 3),) * 2,
+    method={"name": "linear_probe"},
+    head={"start": "class_mean"},
+    epochs=1,
+  )
+  first, second = made.learn()
+  assert np.asarray(first.begun.cur["head"]["kernel"]).any()
+  for name, leaf in second.begun.cur["head"].items():
+    np.testing.assert_array_equal(leaf, first.ended.mem["head"][name])
+
+
 @pytest.fixture(scope="module")
 def class_mean(lab):
   return lab(head={"kind": "class_mean"})

@@ -1,10 +1,10 @@
-import logging as std_logging
+import logging
 import pathlib
 import re
+import time
 
 import numpy as np
 import pytest
-from absl import logging
 from PIL import Image
 
 from fmlora_jax import tasks
@@ -69,6 +69,72 @@ def test_split_folders_are_the_splits(tmp_path):
   assert made.split_id == "image_folder/valown-testown"
 
 
+@pytest.mark.parametrize(
+  "names", [("Train", "Val", "Test"), ("training", "dev", "testing"), ("TRAIN", "Valid", "test")]
+)
+def test_names_of_splits_may_be_in_any_case(tmp_path, caplog, names):
+  for name, count in zip(names, (4, 2, 3), strict=True):
+    fill(tmp_path, name, count=count)
+  with caplog.at_level(logging.INFO):
+    made = make(tmp_path)
+  assert [(len(t.train), len(t.val), len(t.test)) for t in made.tasks] == [(4, 2, 3)] * 3
+  assert made.source.domains is None
+  for name, count in zip(names, (12, 6, 9), strict=True):
+    assert f"{name} ({count})" in caplog.text
+  assert "checking 27 files" in caplog.text and "layout split/class/*, splits" in caplog.text
+
+
+@pytest.mark.parametrize("twice", [("Train", "training"), ("val", "validation"), ("test", "TEST")])
+def test_two_folders_of_one_split_are_refused(tmp_path, twice):
+  message = refusal(fill(tmp_path, "train", "test", *twice))
+  assert "mean the same split: must be one folder; merge or rename them" in message
+  assert all(repr(name) in message for name in twice)
+
+
+def test_copies_of_an_image_are_never_in_two_splits(tmp_path, caplog):
+  fill(tmp_path, count=8)
+  for name in COLORS:
+    for i in range(4):
+      content = (tmp_path / name / f"{i}.png").read_bytes()
+      (tmp_path / name / f"copy of {i}.png").write_bytes(content)
+  made = make(tmp_path, val_fraction=0.3)
+  group = made.source.group
+  assert len(set(group.tolist())) == 24
+  for task in made.tasks:
+    parts = [set(group[rows].tolist()) for rows in (task.train, task.val, task.test)]
+    assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 8
+  assert "copies" not in caplog.text
+
+
+def test_copies_between_split_folders_are_counted(tmp_path, caplog):
+  fill(tmp_path, "train", "val", "test")
+  made = make(tmp_path)
+  assert "copies" not in caplog.text
+  for split, count in (("val", 2), ("test", 3)):
+    for i in range(count):
+      content = (tmp_path / "train" / "bee" / f"{i}.png").read_bytes()
+      (tmp_path / split / "bee" / f"{i}.png").write_bytes(content)
+  assert make(tmp_path).tasks[0].test.tolist() == made.tasks[0].test.tolist()
+  assert "2 validation and 3 test images are copies of training images" in caplog.text
+
+
+def test_a_long_check_says_how_far_it_is(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(image_folder, "LINE_EVERY_S", 0.0)
+  with caplog.at_level(logging.INFO):
+    make(fill(tmp_path))
+  lines = [record.getMessage() for record in caplog.records]
+  assert lines[0].startswith("checking 15 files") and lines[-1] == "  15 of 15 files checked"
+
+
+def test_an_interrupt_drops_the_files_that_wait():
+  done = []
+  with pytest.raises(KeyboardInterrupt), image_folder._threads() as pool:
+    for i in range(10_000):
+      pool.submit(lambda i: (time.sleep(0.01), done.append(i)), i)
+    raise KeyboardInterrupt
+  assert len(done) < 100
+
+
 def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
   made = make(fill(tmp_path, "train", "test"))
   assert [(len(t.train), len(t.val), len(t.test)) for t in made.tasks] == [(4, 1, 5)] * 3
@@ -97,7 +163,7 @@ def test_domains_may_have_splits(tmp_path, form):
 def test_a_class_may_be_called_train(tmp_path):
   fill(tmp_path)
   for i in range(5):
-    save(tmp_path / "train" / f"{i}.png")
+    save(tmp_path / "train" / f"{i}.png", noise=i)
   assert make(tmp_path, num_tasks=4, order="natural").class_names == ("ant", "bee", "cat", "train")
 
 
@@ -150,10 +216,10 @@ def test_other_files_are_ignored_and_counted(tmp_path, caplog):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("x")
   (tmp_path / ".git" / "objects").mkdir(parents=True)
-  with caplog.at_level(std_logging.INFO, logger=logging.get_absl_logger().name):
+  with caplog.at_level(logging.INFO):
     assert len(make(tmp_path).source.labels) == 15
   assert "ignored 5 files that are no images: .eps, .mpg, .txt, README" in caplog.text
-  assert "15 images, 3 classes, layout class/*" in caplog.text
+  assert f"checking 15 files of {tmp_path}: layout class/*, 3 classes" in caplog.text
 
 
 def test_broken_files_are_refused_all_at_once(tmp_path):
@@ -181,7 +247,7 @@ def test_large_images_are_refused(tmp_path):
 def test_broken_files_may_be_skipped(tmp_path, caplog):
   digest = make(fill(tmp_path)).source.digest
   (tmp_path / "bee" / "x.png").touch()
-  with caplog.at_level(std_logging.WARNING, logger=logging.get_absl_logger().name):
+  with caplog.at_level(logging.WARNING):
     made = make(tmp_path, broken_files="skip")
   assert "1 of 16 images can't be used, skipped:\n  'bee/x.png': the file is empty" in caplog.text
   assert made.source.digest == digest
@@ -236,7 +302,7 @@ def test_splits_without_class_folders_are_refused(tmp_path):
 def test_splits_beside_domains_are_refused(tmp_path):
   message = refusal(fill(tmp_path, "train", "real"))
   assert "found folders 'real', 'train' / 'ant', 'bee', 'cat'; must be laid out as" in message
-  assert "split is one of train, val, valid, validation, test" in message
+  assert "split is one of train, training, val, " in message
 
 
 def test_different_depths_are_refused(tmp_path):
@@ -273,7 +339,7 @@ def test_dil_without_domains_is_refused(tmp_path):
 def test_odd_names_are_taken(tmp_path):
   for name in ("a b", "été", "x'y", "-rf"):
     for i in range(3):
-      save(tmp_path / name / f"{i} ü.PNG")
+      save(tmp_path / name / f"{i} ü.PNG", noise=i)
   assert make(tmp_path, num_tasks=1, order="natural").class_names == ("-rf", "a b", "x'y", "été")
 
 

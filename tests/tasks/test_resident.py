@@ -33,11 +33,20 @@ def test_tasks_have_arrays_of_one_shape(made):
 
 def test_memory_is_stated_and_a_budget_kept(made):
   rows = made.tasks[0].val
-  loaded = resident.load(made, rows, len(rows), budget=resident.num_bytes(made, len(rows)))
+  loaded = resident.load(made, rows, len(rows))
   parts = (loaded.images, loaded.sizes, loaded.labels, loaded.valid)
   assert sum(part.nbytes for part in parts) == resident.num_bytes(made, len(rows))
-  with pytest.raises(ConfigError, match=r"digits: .* images of 8 x 8 .*config.input.source_size"):
-    resident.load(made, rows, len(rows), budget=1000)
+  largest = resident.capacity(made, "train") + resident.capacity(made, "val")
+  device = resident.num_bytes(made, largest)
+  host = resident.num_bytes(made, largest + sum(len(task.test) for task in made.tasks))
+  resident.check_memory(made, "test", device=device, host=host)
+  for place, budget in (
+    ("device", {"device": device - 1, "host": host}),
+    ("host", {"device": device, "host": host - 1}),
+  ):
+    message = rf"digits: \d+ images of 8 x 8 .*, the {place} has .* lower config.input.source_size"
+    with pytest.raises(ConfigError, match=message):
+      resident.check_memory(made, "test", **budget)
 
 
 def test_more_images_than_capacity_are_refused(made):

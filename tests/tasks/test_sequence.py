@@ -10,7 +10,7 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import sequence
 from fmlora_jax.tasks.benchmarks import digits
 
-FIRST_IDS = {  # protocol A.3
+FIRST_IDS = {  # (classes, seed): the first classes of the order that SD-LoRA draws
   (200, 1993): [168, 136, 51, 9, 183, 101],
   (200, 1994): [85, 41, 23, 28, 70, 87],
   (200, 1995): [146, 198, 169, 126, 142, 183],

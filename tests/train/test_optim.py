@@ -12,13 +12,15 @@ OPTIM = {
   "head_learning_rate": 2e-2,
   "head_weight_decay": 0.0,
 }
-LABELS = {"core": "adapter", "prompt": "prompt", "head": "head", "bases": "frozen"}
+LABELS = {"core": "adapter", "first": "bases", "prompt": "prompt", "head": "head", "old": "frozen"}
+TRAINED = ("core", "first", "prompt", "head")
 STEPS = 7
 
 
 def make_config(**optim_changes):
   return config_lib.build(
-    config_lib.Config, {"optim": OPTIM | optim_changes, "prompt": {"lr_scale": 0.5}}
+    config_lib.Config,
+    {"optim": OPTIM | optim_changes, "prompt": {"lr_scale": 0.5}, "bases": {"lr_scale": 0.2}},
   )
 
 
@@ -26,7 +28,7 @@ def draw(seed, *shape):
   return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
-PARAMS = {"core": draw(0, 3, 2), "prompt": draw(1, 4), "head": draw(2, 5), "bases": draw(3, 6)}
+PARAMS = {name: draw(i, 2 + i, 2) for i, name in enumerate(LABELS)}
 
 
 def gradients(step):
@@ -58,11 +60,16 @@ def adamw(w, grads, learning_rate, weight_decay):
 
 def test_each_group_is_adamw_with_cosine_annealing_at_its_own_rate():
   got, _ = optimise(make_config())
-  rates = {"core": (3e-3, 0.1), "prompt": (1.5e-3, 0.1), "head": (2e-2, 0.0)}
+  rates = {
+    "core": (3e-3, 0.1),
+    "first": (6e-4, 0.1),
+    "prompt": (1.5e-3, 0.1),
+    "head": (2e-2, 0.0),
+  }
   for name, (rate, decay) in rates.items():
     grads = [gradients(step)[name] for step in range(STEPS)]
     expected = adamw(PARAMS[name], grads, rate, decay)
-    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected - PARAMS[name]).max() > rate
 
 
@@ -84,9 +91,9 @@ def test_frozen_leaves_never_move_and_have_no_state():
   """Through optax.multi_transform with set_to_zero; with gradients, decay and clipping."""
   for changes in ({}, {"clip_norm": 0.1}):
     got, state = optimise(make_config(weight_decay=10.0, **changes))
-    assert np.asarray(got["bases"]).tobytes() == PARAMS["bases"].tobytes()
+    assert np.asarray(got["old"]).tobytes() == PARAMS["old"].tobytes()
     shapes = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
-    assert sorted(shapes) == sorted([(3, 2), (4,), (5,)] * 2)  # two moments, not of the bases
+    assert sorted(shapes) == sorted([PARAMS[name].shape for name in TRAINED] * 2)  # two moments
 
 
 def test_clipping_is_by_the_norm_over_all_trained_leaves():
@@ -96,17 +103,17 @@ def test_clipping_is_by_the_norm_over_all_trained_leaves():
     return {name: leaf * 10.0**step for name, leaf in gradients(step).items()}
 
   def clipped(step):
-    grads = growing(step) | {"bases": np.zeros_like(PARAMS["bases"])}
+    grads = growing(step) | {"old": np.zeros_like(PARAMS["old"])}
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in grads.values()))
     return {name: leaf * min(1, 2.0 / norm) for name, leaf in grads.items()}
 
-  def without_bases(step):
-    return growing(step) | {"bases": np.zeros_like(PARAMS["bases"])}
+  def without_old(step):
+    return growing(step) | {"old": np.zeros_like(PARAMS["old"])}
 
-  got, _ = optimise(make_config(clip_norm=2.0), grads=without_bases)
+  got, _ = optimise(make_config(clip_norm=2.0), grads=without_old)
   expected, _ = optimise(make_config(), grads=clipped)
   unclipped, _ = optimise(make_config(), grads=growing)
-  for name in ("core", "prompt", "head"):
+  for name in TRAINED:
     np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-7)
     assert np.abs(got[name] - unclipped[name]).max() > 1e-4
 

@@ -2,22 +2,28 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
 import pathlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from absl import logging
 from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, Source
 
-SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+SPLITS = {  # in any case of letters; "eval" is none: it stands for val and for test
+  **dict.fromkeys(("train", "training"), TRAIN),
+  **dict.fromkeys(("val", "valid", "validation", "dev"), VAL),
+  **dict.fromkeys(("test", "testing"), TEST),
+}
 LAYOUTS = (  # what the folders above an image stand for, outermost first
   ("class",),
   ("split", "class"),
@@ -28,6 +34,9 @@ LAYOUTS = (  # what the folders above an image stand for, outermost first
 MAX_DEPTH = max(map(len, LAYOUTS))
 MAX_LISTED = 10  # names in one message
 CHUNK = 4096  # files in the queue of the threads: its entries take memory
+LINE_EVERY_S = 10.0  # while files are checked
+
+_log = logging.getLogger(__name__)
 
 Parts = tuple[str, ...]  # of a path below data_dir: its folders and, of a file, its name
 
@@ -35,7 +44,8 @@ Parts = tuple[str, ...]  # of a path below data_dir: its folders and, of a file,
 def make(config: TasksConfig, source_size: int) -> Source:
   """Returns the images of config.data_dir, each decoded once to see that it can be.
 
-  The layout is told by depth and by the names of splits: train, val (valid, validation), test.
+  The layout is told by depth and by the names of splits, those in `SPLITS`. Copies of one file are
+  never cut apart into train, val and test; where the folders do that, a warning says so.
 
   Raises:
     ConfigError: if there is no such folder, its layout is none of `LAYOUTS`, a class is missing
@@ -46,8 +56,7 @@ def make(config: TasksConfig, source_size: int) -> Source:
   layout = _layout(root, files)
   _refuse_gaps(root, files, empty)
   names = {role: sorted({parts[i] for parts in files}) for i, role in enumerate(layout)}
-  found = f"{len(files)} images, {len(names['class'])} classes, layout {'/'.join(layout)}/*"
-  logging.info("%s: %s; checking every file", root, found)
+  _log.info("checking %d files of %s: %s", len(files), root, _described(layout, files))
   reader = Reader(root=root, side=source_size, max_pixels=config.max_pixels)
   checked = _check(reader, files, skip=config.broken_files == "skip")
   files = list(checked)
@@ -56,8 +65,13 @@ def make(config: TasksConfig, source_size: int) -> Source:
     number = {name: i for i, name in enumerate(names[role])}
     return np.asarray([number[parts[layout.index(role)]] for parts in files], np.int32)
 
-  codes = np.asarray([SPLITS[name] for name in names.get("split", ())], np.int8)
+  codes = np.asarray([SPLITS[name.casefold()] for name in names.get("split", ())], np.int8)
+  split = codes[ids("split")] if "split" in layout else None
   sizes = np.asarray([size for size, _ in checked.values()], np.int32)
+  first: dict[str, int] = {}  # record of each content
+  group = np.asarray([first.setdefault(sha, i) for i, (_, sha) in enumerate(checked.values())])
+  if split is not None:
+    _warn_of_copies(root, split, group)
   return Source(
     name="image_folder",
     labels=ids("class"),
@@ -65,10 +79,36 @@ def make(config: TasksConfig, source_size: int) -> Source:
     canvas=tuple(sizes.max(axis=0).tolist()),
     decode=lambda rows: _decode(reader, [files[row] for row in rows], sizes, rows),
     digest=_digest(checked),
-    split=codes[ids("split")] if "split" in layout else None,
+    split=split,
     domains=ids("domain") if "domain" in layout else None,
     domain_names=tuple(names.get("domain", ())),
+    group=group,
   )
+
+
+def _described(layout: tuple[str, ...], files: Sequence[Parts]) -> str:
+  """Returns such as "layout split/class/*, splits test (40), train (160), 10 classes"."""
+  described = f"layout {'/'.join(layout)}/*"
+  for i, role in enumerate(layout):
+    counts = collections.Counter(parts[i] for parts in files)
+    if role == "class":
+      described += f", {len(counts)} classes"
+    else:
+      described += f", {role}s " + ", ".join(f"{name} ({counts[name]})" for name in sorted(counts))
+  return described
+
+
+def _warn_of_copies(root: pathlib.Path, split: np.ndarray, group: np.ndarray) -> None:
+  """Says how many images of the splits that are not for training are copies of training images."""
+  copies = np.isin(group, group[split == TRAIN])
+  counts = [int(np.sum(copies & (split == code))) for code in (VAL, TEST)]
+  if any(counts):
+    _log.warning(
+      "%s: %d validation and %d test images are copies of training images: remove them on one "
+      "side, or the accuracies are too good",
+      root,
+      *counts,
+    )
 
 
 def _refusal(root: pathlib.Path, what: str) -> ConfigError:
@@ -116,7 +156,7 @@ def _walk(root: pathlib.Path) -> tuple[list[Parts], list[Parts]]:
     pending += folders
   if ignored:
     count, kinds = sum(ignored.values()), ", ".join(sorted(ignored)[:MAX_LISTED])
-    logging.warning("%s: ignored %d files that are no images: %s", root, count, kinds)
+    _log.warning("%s: ignored %d files that are no images: %s", root, count, kinds)
   if not files:
     raise _refusal(root, "holds no image")
   return sorted(files), sorted(empty)
@@ -135,15 +175,16 @@ def _layout(root: pathlib.Path, files: Sequence[Parts]) -> tuple[str, ...]:
     )
   (depth,) = by_depth
   levels = [{parts[i] for parts in files} for i in range(depth)]
+  splits = [{name for name in names if name.casefold() in SPLITS} for names in levels]
 
   def fits(roles):
     if len(roles) != depth:
       return False
     if roles == ("class",):  # a class may be called "train", but not all of them
-      return not levels[0] <= SPLITS.keys()
+      return splits[0] != levels[0]
     return all(
-      role == "class" or (names <= SPLITS.keys() if role == "split" else not names & SPLITS.keys())
-      for role, names in zip(roles, levels, strict=True)
+      role == "class" or found == (names if role == "split" else set())
+      for role, names, found in zip(roles, levels, splits, strict=True)
     )
 
   fitting = [roles for roles in LAYOUTS if fits(roles)]
@@ -154,7 +195,21 @@ def _layout(root: pathlib.Path, files: Sequence[Parts]) -> tuple[str, ...]:
       f"found folders {found or 'none, but images such as ' + _listed(files[:1])}; {_wanted()}, "
       f"where split is one of {', '.join(SPLITS)}, and domain is none of these",
     )
-  return fitting[0]
+  (roles,) = fitting
+  if "split" in roles:
+    _refuse_twice(root, splits[roles.index("split")])
+  return roles
+
+
+def _refuse_twice(root: pathlib.Path, names: set[str]) -> None:
+  for code in {TRAIN, VAL, TEST}:
+    same = sorted(name for name in names if SPLITS[name.casefold()] == code)
+    if len(same) > 1:
+      raise _refusal(
+        root,
+        f"folders {_listed([(name,) for name in same])} mean the same split: must be one folder; "
+        "merge or rename them",
+      )
 
 
 def _refuse_gaps(root: pathlib.Path, files: Sequence[Parts], empty: Sequence[Parts]) -> None:
@@ -192,18 +247,29 @@ class Reader:
     return np.asarray(images.keep(image, self.side))
 
 
+@contextlib.contextmanager
+def _threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+  """Yields threads that may call `images.read`; on an error or Ctrl-C they drop what waits."""
+  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+    try:
+      yield pool
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
 def _check(
   reader: Reader, files: Sequence[Parts], *, skip: bool
 ) -> dict[Parts, tuple[tuple[int, int], str]]:
   """Returns the files that can be decoded, with what `Reader.check` says of them."""
-  good, bad = {}, {}
-  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+  good, bad, line_due = {}, {}, time.monotonic() + LINE_EVERY_S
+  with _threads() as pool:
     chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
     results = itertools.chain.from_iterable(pool.map(reader.check, chunk) for chunk in chunks)
     for parts, result in zip(files, results, strict=True):
       (bad if isinstance(result, images.BrokenImage) else good)[parts] = result
-      done = len(good) + len(bad)
-      logging.log_every_n_seconds(logging.INFO, "%d of %d files checked", 10, done, len(files))
+      if time.monotonic() >= line_due:
+        line_due += LINE_EVERY_S
+        _log.info("  %d of %d files checked", len(good) + len(bad), len(files))
   if bad:
     reasons = [f"  {_listed([parts])}: {error}" for parts, error in bad.items()]
     if len(reasons) > MAX_LISTED:
@@ -212,7 +278,7 @@ def _check(
     if not (skip and good):
       mend = "mend or remove them" + (", or set config.tasks.broken_files to skip" * (not skip))
       raise _refusal(reader.root, "\n".join([f"{what}; {mend}:", *reasons]))
-    logging.warning("%s: %s, skipped:\n%s", reader.root, what, "\n".join(reasons))
+    _log.warning("%s: %s, skipped:\n%s", reader.root, what, "\n".join(reasons))
   return good
 
 
@@ -238,6 +304,6 @@ def _decode(
       raise _refusal(reader.root, f"{_listed([files[index]])} has changed: {error}") from error
     canvases[index, :height, :width] = pixels
 
-  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+  with _threads() as pool:
     list(pool.map(put, range(len(rows))))
   return canvases, sizes[rows]

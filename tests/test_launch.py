@@ -1,0 +1,97 @@
+"""The launch scripts with stand-ins for Python: what makes .venv, repairs it, or is refused."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# a Python that is new enough and writes down what it was asked for
+STAND_IN = """#!/bin/sh
+case "$1 $2" in
+  -c*) exit 0 ;;
+  "-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+  "-m pip") test ! -e "$(dirname "$0")/../no_pip" || exit 1 ;;
+esac
+echo "$@" >> "$LOG"
+"""
+
+
+def stand_in(path, text=STAND_IN):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+@pytest.fixture
+def launch(tmp_path):
+  """Returns a function that runs local.sh of a copy in a folder with a space -> (code, asked)."""
+  root = tmp_path / "my copy"
+  shutil.copytree(ROOT / "launch", root / "launch")
+  shutil.copy(ROOT / "pyproject.toml", root)
+  stand_in(tmp_path / "python")
+
+  def run(*arguments, python=tmp_path / "python"):
+    log = tmp_path / "log"
+    log.write_text("")
+    env = os.environ | {"PYTHON": str(python), "LOG": str(log), "EXTRAS": ""}
+    done = subprocess.run(
+      [root / "launch" / "local.sh", *arguments],
+      cwd=tmp_path,
+      env=env,
+      capture_output=True,
+      text=True,
+    )
+    return done, log.read_text().splitlines()
+
+  run.venv = root / ".venv"
+  return run
+
+
+def kinds(asked):
+  return [line.split()[1] for line in asked]
+
+
+def test_the_environment_is_made_once_from_any_folder(launch):
+  done, asked = launch("--config=a b.py")
+  assert done.returncode == 0, done.stderr
+  assert kinds(asked) == ["venv", "pip", "fmlora_jax.main"]
+  assert asked[1].endswith(f"-e {launch.venv.parent}")
+  assert asked[2] == "-m fmlora_jax.main --config=a b.py"
+  assert kinds(launch()[1]) == ["fmlora_jax.main"]
+
+
+def test_a_changed_pyproject_installs_again_into_the_same_environment(launch):
+  launch()
+  with open(launch.venv.parent / "pyproject.toml", "a") as file:
+    file.write("\n")
+  assert kinds(launch()[1]) == ["pip", "pip", "fmlora_jax.main"]  # it is there, and installs
+
+
+@pytest.mark.parametrize("broken", ["half made", "too old", "dangling"])
+def test_a_broken_environment_is_made_again(launch, broken):
+  launch()
+  python = launch.venv / "bin" / "python"
+  if broken == "half made":
+    (launch.venv / "no_pip").touch()
+    (launch.venv / "installed-core").unlink()
+  elif broken == "too old":
+    stand_in(python, "#!/bin/sh\nexit 1\n")
+  else:
+    python.unlink()
+    python.symlink_to("/no/python")
+  done, asked = launch()
+  assert done.returncode == 0, done.stderr
+  assert asked[0] == f"-m venv --clear {launch.venv}"
+  assert kinds(asked)[1:] == ["pip", "fmlora_jax.main"]
+
+
+@pytest.mark.parametrize("python", ["/bin/false", "/no/python"])
+def test_an_old_python_is_refused_in_one_line(launch, python):
+  done, asked = launch(python=python)
+  assert (done.returncode, asked) == (2, [])
+  assert done.stderr.startswith(f"error: PYTHON is '{python}': must be Python 3.11 or newer")
+  assert len(done.stderr.splitlines()) == 1
+  assert not launch.venv.exists()
