@@ -1,6 +1,7 @@
 """Your own images: a folder of class folders, with or without train/val/test above or domains.
 
-python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 --config.tasks.data_dir=FOLDER
+python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 \\
+    --config.tasks.data_dir=FOLDER --config.weights.path=FILE
 """
 
 from fmlora_jax import config

@@ -66,7 +66,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Runs, resumes or re-reads the experiment in `workdir`; returns what result.json holds.
 
   Raises:
-    ConfigError, ValueError, FileNotFoundError: with one line for the user.
+    ConfigError: if a setting, a file or the workdir can't be used, in one line for the user.
+    NonFiniteError: if training diverges.
   """
   weights, sizes, info = pretrained.load(config.weights, config.input.image_size)
   sequence = tasks.make(

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from fmlora_jax.config import WeightsConfig
+from fmlora_jax.config import ConfigError, WeightsConfig
 from fmlora_jax.models import layouts, vit
 from fmlora_jax.types import Params, Sizes
 
@@ -59,6 +59,7 @@ WEIGHTS: Mapping[str, Source] = {
     where="it ships with fmlora_jax: install the package again",
     file="micro_letters.safetensors",
     shipped=True,
+    sha256="ab2e660863447f4836d6fb0c8fac4ae6028fca142fe995f6af1b6e17f5795d4d",
   ),
   "dinov2_small": Source(
     architecture="dinov2_s14",
@@ -116,8 +117,7 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
       the architecture's.
 
   Raises:
-    FileNotFoundError: if there is no file; says where to get it.
-    ValueError: if a field of the config or the file can't be used.
+    ConfigError: if there is no file, with where to get it; if a field or the file can't be used.
   """
   _check_fields(config)
   if config.tag == "random":
@@ -134,14 +134,14 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
     mend, own = f"is it a {source.architecture}? --config.weights.architecture=NAME", ""
   digest = sha256(path)
   if source.sha256 not in (None, digest):
-    raise ValueError(
+    raise ConfigError(
       f"{shown} has sha256 {digest}: tag {config.tag!r} is {source.sha256}; {source.where}{own}"
     )
   sizes = _sizes(config, source, image_size)
   try:
     params, ignored = layouts.convert(tensors, source.layout, sizes, cut=config.depth is not None)
   except ValueError as error:
-    raise ValueError(f"{shown}: {error}; {mend}{own}") from None
+    raise ConfigError(f"{shown}: {error}; {mend}{own}") from None
   logging.info("weights %s: %s, sha256 %s", config.tag or "file", path.name, digest)
   if ignored:
     logging.info("weights: %d tensors ignored: %s", len(ignored), ", ".join(ignored))
@@ -160,19 +160,19 @@ def _check_fields(config: WeightsConfig) -> None:
   if config.tag and config.tag not in WEIGHTS:
     near = difflib.get_close_matches(config.tag, WEIGHTS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"config.weights.tag is {config.tag!r}: must be one of {list(WEIGHTS)}{hint}")
+    raise ConfigError(f"config.weights.tag is {config.tag!r}: must be one of {list(WEIGHTS)}{hint}")
   if config.tag == "random" and config.path is not None:
-    raise ValueError(
+    raise ConfigError(
       f"config.weights.path is {config.path!r}: tag 'random' reads no file; name the file's tag or "
       "leave the path out"
     )
   if not config.tag and config.path is None:
-    raise ValueError(
+    raise ConfigError(
       "config.weights.tag is '': must be a tag, or config.weights.path must name a file"
     )
   fixed = config.tag and WEIGHTS[config.tag].architecture
   if fixed and config.architecture not in (None, fixed):
-    raise ValueError(
+    raise ConfigError(
       f"config.weights.architecture is {config.architecture!r}: tag {config.tag!r} is a {fixed}; "
       "leave it out, or take tag 'random'"
     )
@@ -190,18 +190,18 @@ def _sizes(config: WeightsConfig, source: Source, image_size: int | None) -> Siz
   """Returns the sizes of the architecture at this image size, cut to the config's depth."""
   name = source.architecture or config.architecture
   if name not in vit.ARCHITECTURES:
-    raise ValueError(
+    raise ConfigError(
       f"config.weights.architecture is {name!r}: must be one of {sorted(vit.ARCHITECTURES)}"
     )
   full = vit.architecture(name)
   depth = full.depth if config.depth is None else config.depth
   if not 1 <= depth <= full.depth:
-    raise ValueError(f"config.weights.depth is {depth}: must be in 1..{full.depth} for a {name}")
+    raise ConfigError(f"config.weights.depth is {depth}: must be in 1..{full.depth} for a {name}")
   image_size = full.image_size if image_size is None else image_size
   p = full.patch_size
   if image_size < p or image_size % p:
     near = max(p, round(image_size / p) * p)
-    raise ValueError(
+    raise ConfigError(
       f"config.input.image_size is {image_size}: must be a multiple of the patch size {p} of a "
       f"{name}, such as {near}"
     )
@@ -215,16 +215,16 @@ def _describe(
   layout = layouts.guess_layout(tensors)
   if layout is None:
     known = list(layouts.LAYOUTS)
-    raise ValueError(f"{shown}: no tensor has a name as in one of the layouts {known}")
+    raise ConfigError(f"{shown}: no tensor has a name as in one of the layouts {known}")
   architecture = config.architecture or metadata.get("architecture")
   if architecture is None:
-    raise ValueError(
+    raise ConfigError(
       f"config.weights.architecture is not set, and {shown} does not name its own: must be one of "
       f"{sorted(vit.ARCHITECTURES)}"
     )
   normalisation, gelu = metadata.get("normalisation"), metadata.get("gelu", "erf")
   if normalisation not in (None, "half", "zero_one", "imagenet") or gelu not in ("erf", "tanh"):
-    raise ValueError(
+    raise ConfigError(
       f"{shown}: its metadata say normalisation {normalisation!r}, gelu {gelu!r}: must be one of "
       "half, zero_one, imagenet and one of erf, tanh"
     )
@@ -239,12 +239,12 @@ def _locate(config: WeightsConfig) -> pathlib.Path:
   if config.path is not None:
     path = pathlib.Path(config.path).expanduser()
     if path.is_dir():
-      raise ValueError(
+      raise ConfigError(
         f"config.weights.path is {config.path!r}: a folder; name the file in it, such as "
         f"{path / 'model.safetensors'}"
       )
     if not path.is_file():
-      raise FileNotFoundError(
+      raise ConfigError(
         f"config.weights.path is {config.path!r}: no such file" + (f"; {where}" if where else "")
       )
     return path
@@ -253,8 +253,8 @@ def _locate(config: WeightsConfig) -> pathlib.Path:
   if source.shipped and path.is_file():
     return path
   if source.shipped:
-    raise FileNotFoundError(f"config.weights.tag is {config.tag!r}: {path.name} is gone; {where}")
-  raise FileNotFoundError(
+    raise ConfigError(f"config.weights.tag is {config.tag!r}: {path.name} is gone; {where}")
+  raise ConfigError(
     f"config.weights.tag is {config.tag!r}: its file is not part of fmlora_jax; {where} and say "
     "--config.weights.path=FILE"
   )
@@ -275,7 +275,7 @@ def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[st
   """Returns (name -> array, metadata) of a safetensors file; `shown` stands for it in errors.
 
   Raises:
-    ValueError: if it is not one, is cut off, or holds quantised or integer tensors.
+    ConfigError: if it is not one, is cut off, or holds quantised or integer tensors.
   """
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -283,13 +283,13 @@ def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[st
       for name in names:
         dtype = file.get_slice(name).get_dtype()
         if dtype not in _DTYPES:
-          raise ValueError(
+          raise ConfigError(
             f"{shown}: tensor {name} is {dtype}: must be one of {', '.join(_DTYPES)}; take the "
             "file that is not quantised"
           )
       return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
   except OSError as error:
-    raise ValueError(f"{shown} can't be read: {error.strerror or error}") from None
+    raise ConfigError(f"{shown} can't be read: {error.strerror or error}") from None
   except safetensors.SafetensorError as error:
     reason = f"damaged or cut off ({error}): get it again"
     with open(path, "rb") as file:
@@ -299,7 +299,7 @@ def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[st
     for start, mistake in _MISTAKES:
       if head.startswith(start) and b'{"' not in head[:10]:
         reason = mistake
-    raise ValueError(f"{shown} is not a whole safetensors file: it is {reason}") from None
+    raise ConfigError(f"{shown} is not a whole safetensors file: it is {reason}") from None
 
 
 def sha256(path: pathlib.Path) -> str:

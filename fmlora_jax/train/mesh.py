@@ -8,7 +8,7 @@ from fmlora_jax.config import ConfigError
 
 
 def make() -> Mesh:
-  """Returns the mesh of all devices of all hosts."""
+  """Returns the mesh of all devices of this host."""
   return Mesh(np.asarray(jax.devices()), ("data",))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fmlora_jax.config import WeightsConfig
+from fmlora_jax.config import ConfigError, WeightsConfig
 from fmlora_jax.models import layouts, pretrained, vit
 from fmlora_jax.types import Sizes
 
@@ -316,10 +316,10 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(image_size, n
 
 def test_a_file_that_is_not_there_says_where_to_get_it():
   message = r"path is 'no/such': no such file; ask Ada for it"
-  with pytest.raises(FileNotFoundError, match=message):
+  with pytest.raises(ConfigError, match=message):
     pretrained.load(WeightsConfig(tag="tiny_timm", path="no/such"))
   message = r"facebook/dinov2-small .*--config.weights.path=FILE"
-  with pytest.raises(FileNotFoundError, match=message):
+  with pytest.raises(ConfigError, match=message):
     pretrained.load(WeightsConfig(tag="dinov2_small"))
 
 
