@@ -247,7 +247,8 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):
 
   other = call([*arguments, "--config.optim.learning_rate=0.5"])
   assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
-  assert "config.optim.learning_rate: 0.005 there, 0.5 now" in other.stderr
+  rate = expected["config"]["optim"]["learning_rate"]
+  assert f"config.optim.learning_rate: {rate} there, 0.5 now" in other.stderr
 
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
