@@ -2,8 +2,8 @@
 
 from fmlora_jax import config
 
-# the best of three on validation images, for each method (--config.tasks.evaluate_on=val, seeds
-# 1993 and 1994; the README has the numbers); linear_probe has none
+# the best of three on validation images (--config.tasks.evaluate_on=val, seeds 1993 and 1994);
+# lora's is that of mode=sequential, and the better of two for incremental; linear_probe has none
 LEARNING_RATES = {"fm_lora": 1e-3, "lora": 3e-4, "finetune": 3e-5}
 
 

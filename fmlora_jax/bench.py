@@ -206,9 +206,7 @@ class Lab:
   def plain_forward(self, weights: Params) -> Program:
     """Returns the features of the frozen ViT without adapters, compiled."""
     params = frame.cast_kernels(weights, jnp.dtype(self.setting.dtype))
-    return Program(
-      lambda *args: self.backbone.apply(*args), self.setting.batch, params, self.images()
-    )
+    return Program(self.backbone.apply, self.setting.batch, params, self.images())
 
 
 def floor(setting: Setting) -> dict[str, float]:
@@ -310,7 +308,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> dict[str, Any]:
   """Returns what --json writes; peers_python: the interpreter for the peer, None leaves it out."""
   lab = Lab(setting)
-  weights = jax.jit(vit.make(setting.sizes).init)(jax.random.key(0))
+  weights = jax.jit(lab.backbone.init)(jax.random.key(0))
   programs = {"forward": lab.plain_forward(weights)}
   programs |= {f"task_{task}": lab.training_step(weights, task - 1) for task in TASKS}
   if peers_python is None:

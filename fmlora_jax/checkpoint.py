@@ -18,8 +18,6 @@ from orbax.checkpoint import v1 as ocp
 from fmlora_jax import writer
 from fmlora_jax.config import FREE_FIELDS, ConfigError
 
-CONFIG = "config.json"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Snapshot:
@@ -124,15 +122,13 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     ConfigError: if the workdir holds another run, with the fields that differ; or if it holds files
       that no run wrote.
   """
-  path = workdir / CONFIG
+  path = workdir / "config.json"
   if not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
-    found = sorted(p.name for p in workdir.iterdir())
-    found = [name for name in found if not name.startswith(f".{CONFIG}.")]  # drafts of a killed run
-    if found:
+    if found := sorted(p.name for p in workdir.iterdir() if not writer.is_draft(p, of=path)):
       raise ConfigError(
-        f"workdir {workdir} holds {', '.join(found[:3])} but no {CONFIG}: must be new, empty, or a "
-        "run's own; choose another with --workdir"
+        f"workdir {workdir} holds {', '.join(found[:3])} but no {path.name}: must be new, empty, or "
+        "a run's own; choose another with --workdir"
       )
     writer.replace(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
     return

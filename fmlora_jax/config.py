@@ -257,10 +257,8 @@ class HeadConfig:
   start: Literal["zero", "class_mean"] = "zero"
 
   def __post_init__(self):
-    if self.start == "class_mean":
-      _require(
-        self.kind != "cosine", "kind", self.kind, "linear or class_mean where start is class_mean"
-      )
+    fits = self.start == "zero" or self.kind != "cosine"
+    _require(fits, "kind", self.kind, "linear or class_mean where start is class_mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -300,12 +300,21 @@ def duration(seconds: float) -> str:
 
 def replace(path: Path, text: str) -> None:
   """Writes `path` so that a crash leaves the old or the new text, never a mixture."""
-  draft = path.with_name(f".{path.name}.{os.getpid()}")
+  draft = path.with_name(f"{_draft_start(path)}{os.getpid()}")
   with open(draft, "w", encoding="utf-8") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
   os.replace(draft, path)
+
+
+def is_draft(path: Path, of: Path) -> bool:
+  """Returns whether `path` is what `replace` left when it was killed while it wrote `of`."""
+  return path.name.startswith(_draft_start(of))
+
+
+def _draft_start(path: Path) -> str:
+  return f".{path.name}."
 
 
 def _title(plan: TaskPlan) -> str:

@@ -117,7 +117,9 @@ def start(head: Head, mem: Params, spec: SequenceSpec, task: int, key) -> Params
   }
 
 
-def imprint(rows: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"], task: TaskArrays):
+def imprint(
+  rows: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"], task: TaskArrays
+) -> Params:
   """Returns `rows` as the nearest-mean classifier of the task's classes, from sums of features.
 
   Row c is s·mean_c with bias -s·|mean_c|²/2, whose argmax is the nearest mean; s = 10 / D gives the
