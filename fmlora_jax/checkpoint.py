@@ -127,8 +127,8 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if found := sorted(p.name for p in workdir.iterdir() if not writer.is_draft(p, of=path)):
       raise ConfigError(
-        f"workdir {workdir} holds {', '.join(found[:3])} but no {path.name}: must be new, empty, or "
-        "a run's own; choose another with --workdir"
+        f"workdir {workdir} holds {', '.join(found[:3])} but no {path.name}: must be new, empty, "
+        "or a run's own; choose another with --workdir"
       )
     writer.replace(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
     return
