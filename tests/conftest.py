@@ -32,7 +32,7 @@ SETTINGS = {  # what differs from config.Config's defaults
   "eval_batch_size": 8,
   "compute_dtype": "float32",
   "input": {"augmentation": "mild", "steps_per_dispatch": 4},
-  "optim": {"learning_rate": 0.02, "weight_decay": 0.5},
+  "optim": {"learning_rate": 0.02, "weight_decay": 0.5, "head_learning_rate": 1e-2},
   "bases": {"max_rank": 4},
   "drs": {"strategy": "fixed", "candidate_ranks": (1, 2, 4), "rank": 2},
   "prompt": {"num_tokens": 3},

@@ -22,6 +22,7 @@ SMALL = {
   "tasks": {"num_tasks": 2},
   "weights": {"tag": "random"},
   "input": {"augmentation": "mild", "steps_per_dispatch": 3},
+  "optim": {"head_learning_rate": 1e-2},
   "bases": {"max_rank": 4},
   "drs": {"strategy": "fixed", "rank": 2},
   "prompt": {"num_tokens": 2},

@@ -198,7 +198,7 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(s
       "compute_dtype": "float32",
       "input": {"augmentation": "mild"},
       "weights": {"tag": "micro_letters", "depth": 3},
-      "optim": {"learning_rate": 5e-3},
+      "optim": {"learning_rate": 5e-3, "head_learning_rate": 1e-2},
       "bases": {"max_rank": 8},
       "drs": {"candidate_ranks": (1, 2, 4, 8)},
       "prompt": {"num_tokens": 4},

@@ -1,0 +1,48 @@
+"""Writes Fashion-MNIST's IDX files as a folder of images for configs/fashion_mnist.py.
+
+launch/fashion_mnist.py FOLDER_OF_IDX_GZ OUT [TRAIN_PER_CLASS] [TEST_PER_CLASS]
+"""
+
+import gzip
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image
+
+NAMES = (
+  "tshirt",
+  "trouser",
+  "pullover",
+  "dress",
+  "coat",
+  "sandal",
+  "shirt",
+  "sneaker",
+  "bag",
+  "ankle_boot",
+)
+HEADERS = {"images": 16, "labels": 8}  # bytes
+
+
+def read(path: pathlib.Path) -> np.ndarray:
+  """Returns the bytes of a gzipped IDX file without its header, uint8."""
+  kind = path.name.split("-")[1]
+  return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8)[HEADERS[kind] :]
+
+
+def main(source: str, out: str, num_train: int = 2000, num_test: int = 1000):
+  for split, prefix, count in (("train", "train", num_train), ("test", "t10k", num_test)):
+    images = read(pathlib.Path(source, f"{prefix}-images-idx3-ubyte.gz")).reshape(-1, 28, 28)
+    labels = read(pathlib.Path(source, f"{prefix}-labels-idx1-ubyte.gz"))
+    for label, name in enumerate(NAMES):
+      folder = pathlib.Path(out, split, name)
+      folder.mkdir(parents=True)
+      for record in np.flatnonzero(labels == label)[:count]:
+        Image.fromarray(images[record]).save(folder / f"{record:05d}.png")
+
+
+if __name__ == "__main__":
+  if len(sys.argv) not in (3, 4, 5):
+    sys.exit(__doc__)
+  main(*sys.argv[1:3], *map(int, sys.argv[3:]))
