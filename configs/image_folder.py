@@ -18,4 +18,5 @@ def get_config(variant: str | None = None):
       "num_tasks": int(chosen.get("tasks", 5)),
     },
     input={"source_size": 256},
+    head={"start": "class_mean"},
   )

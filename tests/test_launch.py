@@ -1,11 +1,15 @@
 """The launch scripts with stand-ins for Python: what makes .venv, repairs it, or is refused."""
 
+import gzip
 import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 # a Python that is new enough and writes down what it was asked for
@@ -95,3 +99,21 @@ def test_an_old_python_is_refused_in_one_line(launch, python):
   assert done.stderr.startswith(f"error: PYTHON is '{python}': must be Python 3.11 or newer")
   assert len(done.stderr.splitlines()) == 1
   assert not launch.venv.exists()
+
+
+def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
+  rng = np.random.RandomState(0)
+  images = {
+    name: rng.randint(256, size=(30, 28, 28)).astype(np.uint8) for name in ("train", "t10k")
+  }
+  labels = np.arange(30, dtype=np.uint8) % 10
+  for name, pixels in images.items():
+    for kind, header, values in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+      path = tmp_path / f"{name}-{kind}-ubyte.gz"
+      path.write_bytes(gzip.compress(bytes(header) + values.tobytes()))
+  script = [sys.executable, ROOT / "launch" / "fashion_mnist.py"]
+  subprocess.run([*script, tmp_path, tmp_path / "out", "2", "1"], check=True)
+  found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*/*"))
+  assert len(found) == 30 and {"train/bag/00008.png", "train/bag/00018.png"} < set(found)
+  bag = np.asarray(Image.open(tmp_path / "out" / "test" / "bag" / "00008.png"))
+  np.testing.assert_array_equal(bag, images["t10k"][8])
