@@ -4,8 +4,7 @@ from fmlora_jax import config
 
 ALL = ("query", "key", "value", "out", "fc1", "fc2")  # better than query and value, for lora too
 
-# the best of three on validation images (--config.tasks.evaluate_on=val), one or two seeds; lora's
-# is that of mode=incremental
+# the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds
 LEARNING_RATES = {"fm_lora": 1e-3, "lora": 3e-4, "finetune": 1e-4}
 
 
