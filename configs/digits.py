@@ -1,6 +1,7 @@
 """scikit-learn's digits in 5 tasks of 2 classes: real images, nothing to download."""
 
 from fmlora_jax import config
+from fmlora_jax.models import vit
 
 # the best of three on validation images (--config.tasks.evaluate_on=val, seeds 1993 and 1994);
 # lora's is that of mode=sequential, and the better of two for incremental; linear_probe has none
@@ -19,7 +20,7 @@ def get_config(variant: str | None = None):
     input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},
     optim={"learning_rate": LEARNING_RATES.get(method, 1e-3), "head_learning_rate": 1e-2},
-    bases={"targets": ("query", "key", "value", "out", "fc1", "fc2"), "lr_scale": 0.1},
+    bases={"targets": vit.PROJECTIONS, "lr_scale": 0.1},
     prompt={"lr_scale": 0.05},  # one prompt for all tasks: it must hardly move once it has learned
     head={"start": "class_mean"},
   )

@@ -1,6 +1,6 @@
 """Fashion-MNIST as a folder of images, 5 tasks of 2 classes, on 11 blocks of a DINOv2 ViT-S/14.
 
-launch/fashion_mnist.py FOLDER_OF_IDX_GZ FOLDER
+python launch/fashion_mnist.py FOLDER_OF_IDX_GZ FOLDER
 python -m fmlora_jax.main --config=configs/fashion_mnist.py \\
     --config.tasks.data_dir=FOLDER --config.weights.path=FILE
 """

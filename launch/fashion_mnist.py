@@ -1,6 +1,6 @@
 """Writes Fashion-MNIST's IDX files as a folder of images for configs/fashion_mnist.py.
 
-launch/fashion_mnist.py FOLDER_OF_IDX_GZ OUT [TRAIN_PER_CLASS] [TEST_PER_CLASS]
+python launch/fashion_mnist.py FOLDER_OF_IDX_GZ OUT [TRAIN_PER_CLASS] [TEST_PER_CLASS]
 """
 
 import gzip
@@ -22,19 +22,17 @@ NAMES = (
   "bag",
   "ankle_boot",
 )
-HEADERS = {"images": 16, "labels": 8}  # bytes
 
 
-def read(path: pathlib.Path) -> np.ndarray:
-  """Returns the bytes of a gzipped IDX file without its header, uint8."""
-  kind = path.name.split("-")[1]
-  return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8)[HEADERS[kind] :]
+def read(path: pathlib.Path, header: int) -> np.ndarray:
+  """Returns the bytes of a gzipped IDX file after its header of so many, uint8."""
+  return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
 def main(source: str, out: str, num_train: int = 2000, num_test: int = 1000):
   for split, prefix, count in (("train", "train", num_train), ("test", "t10k", num_test)):
-    images = read(pathlib.Path(source, f"{prefix}-images-idx3-ubyte.gz")).reshape(-1, 28, 28)
-    labels = read(pathlib.Path(source, f"{prefix}-labels-idx1-ubyte.gz"))
+    images = read(pathlib.Path(source, f"{prefix}-images-idx3-ubyte.gz"), 16).reshape(-1, 28, 28)
+    labels = read(pathlib.Path(source, f"{prefix}-labels-idx1-ubyte.gz"), 8)
     for label, name in enumerate(NAMES):
       folder = pathlib.Path(out, split, name)
       folder.mkdir(parents=True)
