@@ -41,13 +41,17 @@ class TasksConfig:
   """Which data, cut into which tasks.
 
   Attributes:
-    benchmark: a file in fmlora_jax/tasks/benchmarks.
+    benchmark: a file in fmlora_jax/tasks/benchmarks, or tfds:NAME for any classification set that
+      TFDS knows.
     scenario: cil (new classes per task), dil (new domain per task, shared classes), til (cil with
       the task's identity given at test time).
     num_tasks: T; in a dil benchmark at most the number of its domains.
     order_seed: seed of the class order (cil, til) or domain order (dil); None takes the run's seed.
     order: shuffled by order_seed, or the data's own.
-    data_dir: where the images lie; benchmarks that ship their data need none.
+    data_dir: where the images lie; benchmarks that ship their data need none. For TFDS's, None is
+      the folder array_record where TFDS keeps its data.
+    split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
+    domains: of benchmarks with domains: only these; () takes all.
     val_fraction: share of the training images held out for validation, per class; where the data
       bring a validation split, that one is taken.
     test_fraction: share held out for test, per class, where the data bring no test split.
@@ -64,6 +68,8 @@ class TasksConfig:
   order_seed: int | None = None
   order: Literal["shuffled", "natural"] = "shuffled"
   data_dir: str | None = None
+  split: str | None = None
+  domains: tuple[str, ...] = ()
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
   split_seed: int = 0
@@ -76,6 +82,7 @@ class TasksConfig:
     _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
     _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
     _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
+    _require(len(set(self.domains)) == len(self.domains), "domains", self.domains, "distinct")
     if self.evaluate_on == "val":
       _require(self.val_fraction > 0, "val_fraction", self.val_fraction, "> 0 to evaluate_on val")
 

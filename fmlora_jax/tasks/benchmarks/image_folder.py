@@ -1,8 +1,6 @@
 """A folder of images: one folder per class, within splits or domains where the data have them."""
 
 import collections
-import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -10,7 +8,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -247,22 +245,12 @@ class Reader:
     return np.asarray(images.keep(image, self.side))
 
 
-@contextlib.contextmanager
-def _threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-  """Yields threads that may call `images.read`; on an error or Ctrl-C they drop what waits."""
-  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
-    try:
-      yield pool
-    finally:
-      pool.shutdown(cancel_futures=True)
-
-
 def _check(
   reader: Reader, files: Sequence[Parts], *, skip: bool
 ) -> dict[Parts, tuple[tuple[int, int], str]]:
   """Returns the files that can be decoded, with what `Reader.check` says of them."""
   good, bad, line_due = {}, {}, time.monotonic() + LINE_EVERY_S
-  with _threads() as pool:
+  with images.threads() as pool:
     chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
     results = itertools.chain.from_iterable(pool.map(reader.check, chunk) for chunk in chunks)
     for parts, result in zip(files, results, strict=True):
@@ -304,6 +292,6 @@ def _decode(
       raise _refusal(reader.root, f"{_listed([files[index]])} has changed: {error}") from error
     canvases[index, :height, :width] = pixels
 
-  with _threads() as pool:
+  with images.threads() as pool:
     list(pool.map(put, range(len(rows))))
   return canvases, sizes[rows]
