@@ -23,6 +23,7 @@ FREE_FIELDS = (
   "eval_batch_size",
   "input.steps_per_dispatch",
   "tasks.data_dir",
+  "tasks.stream",
   "weights.path",
 )
 
@@ -52,6 +53,8 @@ class TasksConfig:
       the folder array_record where TFDS keeps its data.
     split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
     domains: of benchmarks with domains: only these; () takes all.
+    stream: the stream.json of a run, to see the same images in the same tasks; then order,
+      order_seed, split and the fractions below decide nothing.
     val_fraction: share of the training images held out for validation, per class; where the data
       bring a validation split, that one is taken.
     test_fraction: share held out for test, per class, where the data bring no test split.
@@ -70,6 +73,7 @@ class TasksConfig:
   data_dir: str | None = None
   split: str | None = None
   domains: tuple[str, ...] = ()
+  stream: str | None = None
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
   split_seed: int = 0

@@ -21,7 +21,7 @@ from fmlora_jax.config import Config
 from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import pretrained, vit
-from fmlora_jax.tasks import augment, resident
+from fmlora_jax.tasks import augment, replay, resident
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
@@ -88,12 +88,15 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     image_size=sizes.image_size,
     mesh=mesh,
   )
+  stream = replay.dump(sequence)
   identity = {
     "config": dataclasses.asdict(config),
     "weights_sha256": info.sha256,
     "manifest_sha256": sequence.manifest_sha256,
+    "stream_sha256": hashlib.sha256(stream.encode()).hexdigest(),
   }
   checkpoint.claim(workdir, identity)
+  writer.replace(workdir / replay.FILE, stream)
   with writer.open_run(workdir) as log:
     log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {sizes.depth} blocks")

@@ -103,6 +103,15 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   assert_same_run(finished, workdir, run(settings, workdir))
 
 
+def test_a_run_replays_the_stream_of_another(finished, tmp_path):
+  _, workdir, expected = finished
+  settings = small("linear_probe", seed=7, tasks={"stream": str(workdir / "stream.json")})
+  result = run(settings, tmp_path / "run")
+  assert (tmp_path / "run" / "stream.json").read_text() == (workdir / "stream.json").read_text()
+  for name in ("class_order", "n_test", "manifest_sha256", "split_id"):
+    assert result[name] == expected[name], name
+
+
 @pytest.mark.parametrize("call", ["write_plots", "write_result"])
 def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
   finished, tmp_path, monkeypatch, call

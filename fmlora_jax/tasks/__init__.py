@@ -7,6 +7,7 @@ import types
 from collections.abc import Sequence
 
 from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.tasks import replay
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence, cut
 
 __all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "make"]
@@ -25,7 +26,8 @@ def make(config: TasksConfig, *, seed: int, source_size: int) -> TaskSequence:
     config: names the benchmark, which is a file of that name in benchmarks/ with a function
       `make(config, source_size) -> Source` and, where they apply, tables of the names that
       config.split (CUTS) and config.domains (DOMAINS) may have.
-    seed: the run's; orders classes or domains where config.order_seed is None.
+    seed: the run's; orders classes or domains where config.order_seed is None, unless
+      config.stream names a file that says all.
     source_size: shorter side in pixels that images are kept at.
 
   Raises:
@@ -34,7 +36,10 @@ def make(config: TasksConfig, *, seed: int, source_size: int) -> TaskSequence:
   benchmark = find(config.benchmark)
   _check_names(config, "split", [config.split] * (config.split is not None), "CUTS")
   _check_names(config, "domains", config.domains, "DOMAINS")
-  return cut(benchmark.make(config, source_size), config, seed=seed)
+  source = benchmark.make(config, source_size)
+  if config.stream is not None:
+    return replay.read(config.stream, source, config)
+  return cut(source, config, seed=seed)
 
 
 def find(name: str) -> types.ModuleType:

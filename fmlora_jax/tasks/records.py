@@ -46,15 +46,14 @@ def data_root(data_dir: str | None) -> pathlib.Path:
   return pathlib.Path(tfds.core.constants.DATA_DIR).expanduser() / "array_record"
 
 
-def open_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.DatasetBuilder:
-  """Returns the builder of prepared data, whose `info` says what they hold.
+def get_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.DatasetBuilder:
+  """Returns the builder `name`, whose `info.splits` are empty if its data are not prepared.
 
   Raises:
-    ConfigError: if TFDS knows no such name, or its data are not prepared below `root`.
+    ConfigError: if TFDS knows no such name, or the data below `root` are TFRecord.
   """
-  prepare = f"python -m fmlora_jax.prepare {benchmark} --data_dir={root}"
   try:
-    builder = tfds.builder(name, data_dir=root, file_format="array_record")
+    return tfds.builder(name, data_dir=root, file_format="array_record")
   except tfds.core.DatasetNotFoundError:
     near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -65,15 +64,29 @@ def open_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.Dat
     if "File format is already set" in str(error):
       raise ConfigError(
         f"config.tasks.data_dir is {str(root)!r}: it holds {name} as TFRecord, which needs "
-        f"TensorFlow to be read; prepare it in another folder: {prepare}_array_record"
+        "TensorFlow to be read; prepare it in another folder: "
+        f"{_command(benchmark, root / 'array_record')}"
       ) from None
     raise ConfigError(f"TFDS can't open {name!r}: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _command(benchmark: str, root: pathlib.Path) -> str:
+  return f"python -m fmlora_jax.prepare {benchmark} --data_dir={root}"
+
+
+def open_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.DatasetBuilder:
+  """Returns the builder of prepared data.
+
+  Raises:
+    ConfigError: as `get_builder`, or if the data are not prepared below `root`.
+  """
+  builder = get_builder(name, root, benchmark)
   if not builder.info.splits:
     others = sorted(p.name for p in pathlib.Path(builder.data_path).parent.glob("*.*.*"))
     found = f" (found version {', '.join(others)}, needed {builder.version})" if others else ""
     raise ConfigError(
       f"config.tasks.data_dir is {str(root)!r}: {name} is not prepared there{found}; do so once "
-      f"with: {prepare}"
+      f"with: {_command(benchmark, root)}"
     )
   return builder
 
