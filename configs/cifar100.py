@@ -8,7 +8,7 @@ from fmlora_jax import config
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=N, split=official|paper."""
+  """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper."""
   chosen = config.parse_variant(variant, "method", "tasks", "split")
   return config.defaults(
     method={"name": chosen.get("method", "fm_lora")},

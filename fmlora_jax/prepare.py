@@ -50,17 +50,17 @@ class File:
   info: UrlInfo
   local: pathlib.Path | None
 
-  def found(self) -> UrlInfo:
-    """Returns the facts that TFDS shall check the file by.
+  def found(self, *, unverified: bool) -> UrlInfo:
+    """Returns the facts that TFDS shall check the file by: the published, or what a file has.
 
     Raises:
-      ConfigError: if a local file is not the published one and --unverified does not allow it.
+      ConfigError: if a local file is not the published one, unless it may be `unverified`.
     """
     if self.local is None:
       return self.info
     print(f"  checking {self.local}", flush=True)
     found = tfds.download.checksums.compute_url_info(self.local)
-    if found != self.info and not _UNVERIFIED.value:
+    if found != self.info and not unverified:
       raise ConfigError(
         f"--archives: {self.local} has {int(found.size)} bytes and sha256 {found.checksum}, "
         f"published are {int(self.info.size)} and {self.info.checksum}: get it again from "
@@ -124,15 +124,14 @@ def describe(name: str, files: Sequence[File]) -> None:
 
 
 def build(
-  builder: tfds.core.DatasetBuilder, files: Sequence[File], archives: pathlib.Path | None
+  builder: tfds.core.DatasetBuilder, infos: dict[str, UrlInfo], archives: pathlib.Path | None
 ) -> None:
   """Downloads, checks and builds; leaves nothing half-built under the final name.
 
   Raises:
     ConfigError: if a download fails, or its sha256 is not the published one.
   """
-  found = {file.url: file.found() for file in files}
-  type(builder).url_infos = url_infos(builder) | found  # domainnet's are not in the wheel of TFDS
+  type(builder).url_infos = url_infos(builder) | infos  # domainnet's are not in TFDS's wheel
   config = tfds.download.DownloadConfig(manual_dir=archives)
   try:
     builder.download_and_prepare(download_config=config)
@@ -149,6 +148,7 @@ def prepare(
   data_dir: str | None,
   archives: pathlib.Path | None,
   domains: Sequence[str] = (),
+  unverified: bool = False,
   dry_run: bool = False,
 ) -> None:
   """Builds what is not built yet, then looks at all records once, which writes the manifests."""
@@ -172,7 +172,7 @@ def prepare(
       f"{sys.executable} -m pip install {' '.join(packages)}; then the same command again"
     )
   for builder, files in open_ones.values():
-    build(builder, files, archives)
+    build(builder, {file.url: file.found(unverified=unverified) for file in files}, archives)
   config = TasksConfig(benchmark=benchmark, data_dir=str(root), num_tasks=1, domains=tuple(domains))
   made = tasks.make(config, seed=0, source_size=1)
   counts = ", ".join(
@@ -219,6 +219,7 @@ def main(argv: Sequence[str]) -> None:
     data_dir=_DATA_DIR.value,
     archives=archives,
     domains=_DOMAINS.value,
+    unverified=_UNVERIFIED.value,
     dry_run=_DRY_RUN.value,
   )
 
@@ -233,5 +234,8 @@ def guarded_main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+  log = logging.getLogger("fmlora_jax")
+  log.setLevel(logging.INFO)
+  log.addHandler(logging.StreamHandler(sys.stdout))
+  log.propagate = False
   app.run(guarded_main)

@@ -52,6 +52,11 @@ def stratified(pool: Pool) -> Codes:
   return _codes(val=rank >= size - test - val, test=rank >= size - test)
 
 
+def published(pool: Pool) -> Codes:
+  """Returns the published cut; without val if that has none."""
+  return pool.official
+
+
 def official(one_in: int) -> Cut:
   """Returns the published cut, with val the last 1/one_in of each class's training images."""
 

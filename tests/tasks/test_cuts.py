@@ -35,9 +35,19 @@ CIFAR = pool([50_000, 10_000], [TRAIN, TEST], np.arange(60_000) % 100)
     (imagenet_r.CUTS["slice80"], pool([30_000], [TEST], np.zeros(30_000, int)), [24000, 0, 6000]),
     (cifar100.CUTS["official"], CIFAR, [45000, 5000, 10000]),
     (cifar100.CUTS["paper"], CIFAR, [42000, 6000, 12000]),
+    (cifar100.CUTS["full"], CIFAR, [50000, 0, 10000]),
+    (cub200.CUTS["full"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [9430, 0, 2358]),
     (cub200.CUTS["paper"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [8252, 1178, 2358]),
   ],
-  ids=["imagenet_r/slice", "imagenet_r/slice80", "cifar100", "cifar100/paper", "cub200/paper"],
+  ids=[
+    "imagenet_r/slice",
+    "imagenet_r/slice80",
+    "cifar100/official",
+    "cifar100/paper",
+    "cifar100/full",
+    "cub200/full",
+    "cub200/paper",
+  ],
 )
 def test_counts_of_the_published_data(cut, records, expected):
   codes = cut(records)
