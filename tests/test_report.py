@@ -291,3 +291,14 @@ def test_the_drawn_curve_is_the_pooled_accuracy():
   assert curves.shape == (2, 5)
   np.testing.assert_allclose(curves[:, -1], [run["acc"] for run in runs])
   np.testing.assert_allclose(curves.mean(axis=1), [run["aaa"] for run in runs])
+
+
+def test_dollars_in_names_are_no_formulas_in_pictures():
+  names = [r"\$5 or $\broken{$"] * 5
+  costly = result(task_names=names, benchmark=names[0], complexity=[None, 0.1, 0.2, 0.3, 0.4])
+  for draw in (plots.plot_accuracy_matrix, plots.plot_ranks):
+    draw(costly, picture := io.BytesIO())
+    assert imread(io.BytesIO(picture.getvalue())).size
+  groups = {names[0]: [costly], "other": [costly]}
+  plots.plot_accuracy_over_tasks({names[0]: groups}, picture := io.BytesIO())
+  assert imread(io.BytesIO(picture.getvalue())).size
