@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fmlora_jax import metrics
+from fmlora_jax.writer import printable
 
 Result = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Result]]  # label -> runs that differ in the seed only
@@ -172,7 +173,7 @@ def _name_tasks(axes: Axes, result: Result, xlabel: str, ylabel: str) -> None:
 
 def _ticks(set_ticks: Any, result: Result, **style: Any) -> None:
   """Names the ticks after the tasks; many or long names give way to numbers."""
-  names = result["task_names"]
+  names = [printable(name) for name in result["task_names"]]
   if len(names) <= NAMES_UP_TO and max(map(len, names)) <= 16:
     set_ticks(range(len(names)), names, fontsize=8, **style)
   else:
@@ -197,5 +198,5 @@ def _save(figure: Figure, axes: Axes, heading: str, path: Target) -> None:
 
 def _write(figure: Figure, path: Target) -> None:
   for text in figure.findobj(Text):
-    text.set_parse_math(False)  # "$" in a name is no formula
+    text.set(text=printable(text.get_text()), parse_math=False)  # "$" in a name is no formula
   FigureCanvasAgg(figure).print_png(path)

@@ -1,9 +1,11 @@
 """Compares finished runs side by side, as mean ± std over seeds.
 
 python -m fmlora_jax.report RUN... [--markdown] [--plot=FILE.png]
+python -m fmlora_jax.report --paper RUN... [--html=FILE.html] [--plot=FILE.png]
 
 RUN is a run's folder, its result.json, or a folder that holds runs at any depth. Runs that differ
 in the seed only are one row; runs of another benchmark or number of tasks get their own table.
+With --paper they stand beside the numbers of the FM-LoRA paper, as Markdown and as one HTML page.
 """
 
 import collections
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fmlora_jax import plots
+from fmlora_jax import paper, paper_html, plots
 from fmlora_jax.runs import Group, Result, group, load, mean, mean_std, repeated_seeds, weights
 from fmlora_jax.writer import duration
 
@@ -165,21 +167,32 @@ def _line(console: Console, text: str, style: str = "") -> None:
   console.print(Text(text, style=style), soft_wrap=True)
 
 
+def _report_on_paper(results: Iterable[Result], notes: Iterable[str], html: str | None) -> None:
+  comparison = paper.compare(results)
+  if html:
+    paper_html.write(comparison, notes, html)
+  _line(Console(), paper.markdown(comparison, notes))
+
+
 def main(argv: Sequence[str]) -> None:
   """Reports on the runs in argv[1:]; ends with code 2 and one line where they can't be read."""
   try:
     if len(argv) < 2:
       raise ValueError("no RUN given; python -m fmlora_jax.report RUN... (--help says more)")
-    picture = flags.FLAGS.plot
-    if picture and not picture.endswith(".png"):
-      raise ValueError(f"--plot is {picture!r}: must end in .png")
+    options = flags.FLAGS
+    if options.plot and not options.plot.endswith(".png"):
+      raise ValueError(f"--plot is {options.plot!r}: must end in .png")
+    if options.html and not options.paper:
+      raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
     results, notes = load(argv[1:])
-    if flags.FLAGS.markdown:
+    if options.paper:
+      _report_on_paper(results, notes, options.html)
+    elif options.markdown:
       _line(Console(), markdown(results, notes))
     else:
       show(results, Console(), notes)
-    if picture:
-      plots.plot_accuracy_over_tasks(group(results), picture)
+    if options.plot:
+      plots.plot_accuracy_over_tasks(group(results), options.plot)
   except (ValueError, OSError) as error:
     _line(Console(stderr=True), f"report: {error}")
     sys.exit(2)
@@ -188,4 +201,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_bool("markdown", False, "Print Markdown instead of a table.")
   flags.DEFINE_string("plot", None, "PNG file for the accuracy over tasks of all groups.")
+  flags.DEFINE_bool("paper", False, "Print the paper's tables with these runs, as Markdown.")
+  flags.DEFINE_string("html", None, "With --paper: HTML file for the tables with pictures.")
   app.run(main)
