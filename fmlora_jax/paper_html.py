@@ -5,6 +5,7 @@ become text of an element or value of an attribute, never markup.
 """
 
 import base64
+import functools
 import io
 import os
 import xml.etree.ElementTree as ET
@@ -143,7 +144,7 @@ def _add_pictures(frame: ET.Element, section: Section) -> None:
   )
   _add_picture(
     frame,
-    lambda file: plots.plot_accuracy_over_tasks(curves, file),
+    functools.partial(plots.plot_accuracy_over_tasks, curves),
     alt=f"Accuracy on all tasks so far, after each task. At the end {ends}.",
     caption="Accuracy on all tasks so far; band: ± one standard deviation over seeds.",
   )
@@ -152,7 +153,7 @@ def _add_pictures(frame: ET.Element, section: Section) -> None:
     own = [100 * row[i] for i, row in enumerate(run["accuracy"])]
     _add_picture(
       frame,
-      lambda file, run=run: plots.plot_accuracy_matrix(run, file),
+      functools.partial(plots.plot_accuracy_matrix, run),
       alt=f"Accuracy on each task (column) after each task (row) of {line.name}, seed "
       f"{run['seed']}: {min(own):.1f} to {max(own):.1f} % right after learning a task, "
       f"{run['acc']:.1f} % over all at the end.",

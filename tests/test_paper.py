@@ -124,6 +124,18 @@ def test_cells_hold_the_numbers_of_the_paper(table, method, column, expected):
   assert numbers(table, method, column) == expected
 
 
+def test_no_number_of_the_paper_was_lost_on_the_way():
+  sums = []  # of protocol.md's tables, section F: Acc, its std, AAA, its std
+  for table in paper.tables()["tables"]:
+    cells = [cell for row in table["cells"].values() for cell in row if cell]
+    sums.append(np.round(np.sum(cells, axis=0), 2).tolist())
+  assert sums == [
+    [2164.69, 14.34, 2325.80, 13.10],
+    [2235.20, 16.23, 2449.43, 16.53],
+    [374.33, 2.95, 400.73, 2.39],
+  ]
+
+
 def test_what_the_flags_say_of_the_paper_follows_from_its_numbers():
   copied = numbers("Table 2", "HiDe-Prompt", "cub200_n10")
   assert copied == numbers("Table 1", "HiDe-Prompt", "imagenet_r_n5")
@@ -234,6 +246,8 @@ def test_no_run_is_compared_with_a_rank_that_is_not_known():
   for line in lines[:4]:
     assert (cell(line, "Acc ours"), cell(line, "Acc diff"), line.flags) == ("-", "-", ("rank",))
   assert cell(lines[5], "Acc ours") == f"{fixed['acc']:.2f} ± -"
+  assert lines[5].settings == "drs.rank=4 prompt.num_tokens=10"
+  assert paper.compare([fixed]).summary.startswith("Of the paper's 65 cells 0 have")
   assert (cell(lines[5], "Acc paper"), cell(lines[5], "Acc diff")) == ("-", "-")
 
 
