@@ -1,26 +1,22 @@
 """Pre-trained weights: which there are, and how a file on disk becomes the parameters of our ViT.
 
 A tag names one published checkpoint: "ViT-B/16" alone has stood for three networks in timm's time.
-Files are read with safetensors, never with pickle. A new checkpoint is one entry of `WEIGHTS`, a
-new kind of file one entry of `layouts.LAYOUTS`.
+Pickles are never opened. A new checkpoint is one entry of `WEIGHTS`, a new kind of file one entry
+of `layouts.LAYOUTS`.
 """
 
 import dataclasses
 import difflib
-import hashlib
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import logging
 
 from fmlora_jax.config import ConfigError, WeightsConfig
-from fmlora_jax.models import layouts, vit
+from fmlora_jax.models import layouts, vit, weight_files
 from fmlora_jax.types import Params, Sizes
 
 
@@ -124,7 +120,7 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
     return _draw(config, image_size)
   path = _locate(config)
   shown = config.path or path.name
-  tensors, metadata = read(path, shown)
+  tensors, metadata = weight_files.read(path, shown)
   if config.tag:
     source = WEIGHTS[config.tag]
     mend = f"is it the file of {config.tag!r}? {source.where}"
@@ -132,7 +128,7 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
   else:
     source = _describe(config, tensors, metadata, shown)
     mend, own = f"is it a {source.architecture}? --config.weights.architecture=NAME", ""
-  digest = sha256(path)
+  digest = weight_files.sha256(path)
   if source.sha256 not in (None, digest):
     raise ConfigError(
       f"{shown} has sha256 {digest}: tag {config.tag!r} is {source.sha256}; {source.where}{own}"
@@ -258,66 +254,3 @@ def _locate(config: WeightsConfig) -> pathlib.Path:
     f"config.weights.tag is {config.tag!r}: its file is not part of fmlora_jax; {where} and say "
     "--config.weights.path=FILE"
   )
-
-
-_DTYPES = ("F16", "BF16", "F32", "F64")
-
-# what people take for a safetensors file, by its first bytes
-_MISTAKES = (
-  (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
-  (b"<", "a web page: download the file itself"),
-  (b"\x80", "a Python pickle, which is never opened: take the model.safetensors of that model"),
-  (b"PK", "a zip (PyTorch or .npz): take the model.safetensors of that model"),
-)
-
-
-def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns (name -> array, metadata) of a safetensors file; `shown` stands for it in errors.
-
-  Raises:
-    ConfigError: if it is not one, is cut off, or holds quantised or integer tensors.
-  """
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      names = file.keys()
-      for name in names:
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-          raise ConfigError(
-            f"{shown}: tensor {name} is {dtype}: must be one of {', '.join(_DTYPES)}; take the "
-            "file that is not quantised"
-          )
-      return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-  except OSError as error:
-    raise ConfigError(f"{shown} can't be read: {error.strerror or error}") from None
-  except safetensors.SafetensorError as error:
-    reason = f"damaged or cut off ({error}): get it again"
-    with open(path, "rb") as file:
-      head = file.read(64)
-    if not head:
-      reason = "empty: get it again"
-    for start, mistake in _MISTAKES:
-      if head.startswith(start) and b'{"' not in head[:10]:
-        reason = mistake
-    raise ConfigError(f"{shown} is not a whole safetensors file: it is {reason}") from None
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Returns the file's hex digest; reads it in pieces."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save(params: Params, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-  """Writes params in layout "ours", each leaf in its own dtype; whole or not at all.
-
-  Args:
-    metadata: architecture, normalisation and, if not "erf", gelu: then the file loads without a
-      tag. Other entries are kept for people.
-  """
-  path = pathlib.Path(path)
-  # safetensors writes the memory of an array as it lies, also of a transposed one
-  leaves = {name: np.ascontiguousarray(leaf) for name, leaf in layouts.flatten(params).items()}
-  part = path.with_name(path.name + ".part")
-  safetensors.numpy.save_file(leaves, part, metadata=dict(metadata))
-  os.replace(part, path)
