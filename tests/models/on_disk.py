@@ -19,16 +19,24 @@ def write(path: pathlib.Path, tensors: dict) -> str:
   return str(path)
 
 
+def write_npz(path: pathlib.Path, tensors: dict) -> str:
+  with open(path, "wb") as file:  # a name would get the ending .npz
+    np.savez(file, **tensors)
+  return str(path)
+
+
 def assert_equal(ours: dict, reference: dict) -> None:
   assert jax.tree.structure(ours) == jax.tree.structure(reference)
   jax.tree.map(np.testing.assert_array_equal, ours, reference)
   assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype(np.float32)}
 
 
-def random_params(sizes: Sizes) -> dict:
+def random_params(sizes: Sizes, scale: float = 1.0) -> dict:
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(vit.make(sizes).init, jax.random.key(0))
-  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  return jax.tree.map(
+    lambda leaf: np.float32(scale) * rng.standard_normal(leaf.shape, np.float32), shapes
+  )
 
 
 def _dense(disk: dict, name: str, layer: dict) -> None:

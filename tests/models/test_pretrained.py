@@ -1,5 +1,6 @@
 """Files on disk -> parameters of our ViT; every wrong file or field gives one clear line."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -11,7 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from on_disk import TINY, TINY_SCALED, assert_equal, random_params, to_timm, write
+from on_disk import (
+  TINY,
+  TINY_SCALED,
+  assert_equal,
+  random_params,
+  to_big_vision,
+  to_dinov2,
+  to_google,
+  to_timm,
+  write,
+  write_npz,
+)
 
 from fmlora_jax.config import ConfigError, WeightsConfig
 from fmlora_jax.models import layouts, pretrained, vit, weight_files
@@ -27,9 +39,8 @@ def tiny_checkpoints(monkeypatch):
     ("tiny_timm", "tiny", "timm"),
     ("tiny_dinov2", "tiny_scaled", "dinov2"),
   ):
-    source = pretrained.Source(
-      architecture=architecture, layout=layout, normalisation="imagenet", where="ask Ada for it"
-    )
+    file = pretrained.File(layout=layout, repository=f"ada/{layout}")
+    source = pretrained.Source(files=(file,), architecture=architecture, normalisation="imagenet")
     monkeypatch.setitem(pretrained.WEIGHTS, tag, source)
 
 
@@ -45,8 +56,15 @@ def timm_file(tmp_path):
 def test_every_tag_names_a_known_architecture_and_layout(tag):
   source = pretrained.WEIGHTS[tag]
   assert source.architecture in (*vit.ARCHITECTURES, None)
-  assert source.layout in layouts.LAYOUTS
-  assert (source.file is None) == (tag == "random")
+  assert {file.layout for file in source.files} <= layouts.LAYOUTS.keys()
+  assert len({file.layout for file in source.files}) == len(source.files)
+  assert bool(source.files) == (tag != "random")
+  for file in source.files:
+    assert re.fullmatch("[0-9a-f]{64}", file.sha256 or "0" * 64)
+    assert re.fullmatch("[0-9a-f]{40}", file.revision or "0" * 40)
+    assert file.revision is None or file.sha256  # the commit is named for the sake of the hash
+  if tag not in ("micro_letters", "random"):
+    assert source.files[0].repository
 
 
 def test_a_timm_file_becomes_the_params_it_was_made_from(timm_file):
@@ -69,6 +87,60 @@ def test_other_float_types_become_float32(tmp_path, dtype):
   path = write(tmp_path / "half.safetensors", to_timm(params, TINY))
   ours, _, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=path))
   assert_equal(ours, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("vit_b16", marks=pytest.mark.slow)])
+def test_every_file_of_a_checkpoint_gives_the_same_features(tmp_path, monkeypatch, size):
+  sizes = vit.ARCHITECTURES[size]
+  source = pretrained.Source(
+    files=tuple(pretrained.File(layout=layout) for layout in ("timm", "google")),
+    architecture=size,
+    normalisation="half",
+  )
+  monkeypatch.setitem(pretrained.WEIGHTS, "any", source)
+  params = random_params(sizes, scale=0.02)
+  image = np.random.default_rng(1).normal(size=(1, sizes.image_size, sizes.image_size, 3))
+  apply = jax.jit(vit.make(sizes).apply)
+  reference = apply(params, image.astype(np.float32))
+  assert np.ptp(reference) > 0.01
+
+  path = tmp_path / "file"
+  for disk in (
+    lambda: write(path, to_timm(params, sizes)),
+    lambda: write_npz(path, to_google(params, sizes)),
+    lambda: write_npz(path, to_big_vision(params, sizes, scan=True)),
+  ):
+    disk()
+    ours, ours_sizes, info = pretrained.load(WeightsConfig(tag="any", path=str(path)))
+    assert ours_sizes == sizes
+    features = apply(ours, image.astype(np.float32))
+    np.testing.assert_allclose(features, reference, rtol=0, atol=1e-5)
+    assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("to_disk", [to_timm, to_dinov2])
+def test_timm_and_hugging_face_files_of_dinov2_are_the_same_network(tmp_path, to_disk):
+  params = random_params(TINY_SCALED)
+  path = write(tmp_path / "x", to_disk(params, TINY_SCALED))
+  ours, sizes, _ = pretrained.load(WeightsConfig(tag="", path=path, architecture="tiny_scaled"))
+  assert_equal(ours, params)
+  assert sizes == TINY_SCALED
+
+
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+def test_the_config_may_name_the_gelu(timm_file, gelu):
+  _, sizes, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file, gelu=gelu))
+  assert sizes == dataclasses.replace(TINY, gelu=gelu)
+
+
+def test_an_mae_file_of_timm_loads_without_a_tag(tmp_path):
+  """It has no head; its mask token and decoder stayed with its authors."""
+  disk = to_timm(random_params(TINY), TINY)
+  del disk["head.weight"]
+  path = write(tmp_path / "x", disk)
+  ours, _, info = pretrained.load(WeightsConfig(tag="", path=path, architecture="tiny"))
+  assert_equal(ours, random_params(TINY))
+  assert (info.tag, info.normalisation, info.ignored) == ("file", None, ())
 
 
 def test_saved_params_come_back_without_a_tag(tmp_path):
@@ -189,12 +261,9 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(image_size, n
 
 
 def test_a_file_that_is_not_there_says_where_to_get_it():
-  message = r"path is 'no/such': no such file; ask Ada for it"
+  message = r"path is 'no/such': no such file; get it with `hf download ada/timm model.safetensors`"
   with pytest.raises(ConfigError, match=message):
     pretrained.load(WeightsConfig(tag="tiny_timm", path="no/such"))
-  message = r"facebook/dinov2-small .*--config.weights.path=FILE"
-  with pytest.raises(ConfigError, match=message):
-    pretrained.load(WeightsConfig(tag="dinov2_small"))
 
 
 # Wrong files.
@@ -266,7 +335,7 @@ def test_missing_unknown_and_misshapen_tensors_are_reported_together(tmp_path):
   assert (
     "blocks.2.mlp.fc1.weight -> block_2/fc1/dense/kernel (12, 24) instead of (12, 48)" in message
   )
-  assert "is it the file of 'tiny_timm'? ask Ada for it" in message
+  assert "is it a file of 'tiny_timm'? get it with `hf download ada/timm" in message
 
 
 def test_more_blocks_than_the_architecture_has_are_unknown(tmp_path):
@@ -296,10 +365,10 @@ def test_metadata_that_mean_nothing_are_refused(tmp_path, metadata):
 
 
 def test_another_file_than_the_tag_promises_is_refused(timm_file, monkeypatch):
-  source = pretrained.Source(
-    architecture="tiny", layout="timm", normalisation="half", where="ask Ada", sha256="0" * 64
-  )
+  file = pretrained.File(layout="timm", repository="ada/timm", revision="abc", sha256="0" * 64)
+  source = pretrained.Source(files=(file,), architecture="tiny", normalisation="half")
   monkeypatch.setitem(pretrained.WEIGHTS, "pinned", source)
   message = refusal("pinned", timm_file)
   assert f"tag 'pinned' is {'0' * 64}" in message
+  assert "`hf download ada/timm model.safetensors --revision abc`" in message
   assert "config.weights.tag=''" in message

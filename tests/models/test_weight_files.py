@@ -8,7 +8,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from on_disk import TINY, random_params, to_google
+from on_disk import TINY, random_params, to_google, write_npz
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import weight_files
@@ -17,7 +17,7 @@ from fmlora_jax.models import weight_files
 @pytest.fixture
 def google_file(tmp_path):
   path = tmp_path / "B_16.npz"
-  np.savez(path, **to_google(random_params(TINY), TINY))
+  write_npz(path, to_google(random_params(TINY), TINY))
   return path
 
 
