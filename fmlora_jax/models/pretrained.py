@@ -219,14 +219,17 @@ def _convert(
   layout, digest = layouts.guess_layout(tensors), weight_files.sha256(path)
   if config.tag:
     source = WEIGHTS[config.tag]
-    mend = f"is it a file of {config.tag!r}? {source.where}; for another file of your own set "
-    mend += "config.weights.tag='' and config.weights.architecture"
+    mend = (
+      f"is it a file of {config.tag!r}? {source.where}; a file of your own takes "
+      f"--config.weights.tag='' --config.weights.architecture={source.architecture} "
+      f"--config.input.normalisation={source.normalisation}"
+    )
   else:
     source = _describe(config, layout, metadata, shown)
     mend = f"is it a {source.architecture}? --config.weights.architecture=NAME"
   file = next((file for file in source.files if file.layout == layout), source.files[0])
   if file.sha256 not in (None, digest):
-    raise ConfigError(f"{shown} has sha256 {digest}: tag {config.tag!r} is {file.sha256}; {mend}")
+    raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {mend}")
   sizes = _sizes(config, source, image_size)
   try:
     params, ignored = layouts.convert(tensors, file.layout, sizes, cut=config.depth is not None)

@@ -369,6 +369,11 @@ def test_another_file_than_the_tag_promises_is_refused(timm_file, monkeypatch):
   source = pretrained.Source(files=(file,), architecture="tiny", normalisation="half")
   monkeypatch.setitem(pretrained.WEIGHTS, "pinned", source)
   message = refusal("pinned", timm_file)
-  assert f"tag 'pinned' is {'0' * 64}" in message
+  digest = hashlib.sha256(pathlib.Path(timm_file).read_bytes()).hexdigest()
+  assert f"has sha256 {digest}: must be {'0' * 64}; is it a file of 'pinned'?" in message
   assert "`hf download ada/timm model.safetensors --revision abc`" in message
-  assert "config.weights.tag=''" in message
+  fields = {"tag": "", "path": timm_file, "architecture": "tiny"}  # as the message says
+  assert "--config.weights.tag='' --config.weights.architecture=tiny " in message
+  params, _, info = pretrained.load(WeightsConfig(**fields))
+  assert_equal(params, random_params(TINY))
+  assert info.sha256 == digest
