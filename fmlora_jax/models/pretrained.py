@@ -267,7 +267,7 @@ def _check_fields(config: WeightsConfig) -> None:
   if fixed and config.architecture not in (None, fixed):
     raise ConfigError(
       f"config.weights.architecture is {config.architecture!r}: tag {config.tag!r} is a {fixed}; "
-      "leave it out, or take tag 'random'"
+      "leave it out, or take tag '' for a file of your own, tag 'random' for none"
     )
 
 

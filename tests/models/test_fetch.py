@@ -78,9 +78,11 @@ def lay_into_cache(folder, params):
   os.symlink(blob, link / "model.safetensors")
 
 
-def test_a_file_in_the_cache_of_the_hub_is_taken(hub_cache):
+def test_a_file_in_the_cache_of_the_hub_is_taken(hub_cache, caplog):
   lay_into_cache(hub_cache, random_params(TINY))
-  params, _, info = pretrained.load(WeightsConfig(tag="tiny"))
+  with caplog.at_level("INFO", logger="fmlora_jax"):
+    params, _, info = pretrained.load(WeightsConfig(tag="tiny"))
+  assert not [record for record in caplog.records if "downloading" in record.getMessage()]
   assert_equal(params, random_params(TINY))
   assert (info.tag, info.file) == ("tiny", "model.safetensors")
 

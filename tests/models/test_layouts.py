@@ -178,12 +178,33 @@ def test_a_tensor_under_two_names_is_refused():
     layouts.convert(disk, "dinov2", TINY_SCALED)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (35, 12), (36, 12, 1, 1), (0, 3, 4, 4)])
 @pytest.mark.parametrize(
-  "name",
-  ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.bias"],
+  "shape", [(), (0,), (1,), (35, 12), (36, 12, 1, 1), (0, 3, 4, 4), (4, 4, 3, 0), (2, 6, 0)]
 )
-def test_no_shape_ends_in_a_stack_trace(name, shape):
-  disk = to_timm(random_params(TINY), TINY) | {name: np.zeros(shape, np.float32)}
+@pytest.mark.parametrize(
+  ("to_disk", "name"),
+  [
+    (to_timm, "cls_token"),
+    (to_timm, "pos_embed"),
+    (to_timm, "patch_embed.proj.weight"),
+    (to_timm, "blocks.0.attn.qkv.weight"),
+    (to_timm, "norm.bias"),
+    (to_google, "cls"),
+    (to_google, "Transformer/posembed_input/pos_embedding"),
+    (to_google, "embedding/kernel"),
+    (to_google, "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/out/kernel"),
+    (to_google, "Transformer/encoder_norm/bias"),
+  ],
+)
+def test_no_shape_ends_in_a_stack_trace(to_disk, name, shape):
+  disk = to_disk(random_params(TINY), TINY) | {name: np.zeros(shape, np.float32)}
   with pytest.raises(ValueError, match=f"wrong shape .*{re.escape(name)} ->"):
-    layouts.convert(disk, "timm", TINY)
+    layouts.convert(disk, "timm" if to_disk is to_timm else "google", TINY)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 12), (4, 12), (3,)])
+def test_no_shape_of_stacked_blocks_ends_in_a_stack_trace(shape):
+  name = "params/Transformer/encoderblock/LayerNorm_0/scale"
+  disk = to_big_vision(random_params(TINY), TINY, scan=True)
+  with pytest.raises(ValueError, match="the tensors do not make a ViT of width 12, depth 3"):
+    layouts.convert(disk | {name: np.zeros(shape, np.float32)}, "google", TINY)
