@@ -123,16 +123,19 @@ class WeightsConfig:
   """Which pre-trained ViT.
 
   Attributes:
-    tag: a name in fmlora_jax/models/pretrained.py.
-    path: a local file in the tag's format; None takes the tag's own place.
+    tag: a name in fmlora_jax/models/pretrained.py; "" for a file of your own at `path`.
+    path: a file, local or gs://, in any format of the tag; None takes the tag's own, downloaded
+      from the Hugging Face Hub if huggingface_hub is installed.
     depth: use the first blocks only; None takes all.
-    architecture: for tag "random" only: the sizes to draw.
+    architecture: of tag "random" or of a file of your own: a name in fmlora_jax/models/vit.py.
+    gelu: None takes the tag's; Google's own code runs "tanh" where timm runs "erf".
   """
 
   tag: str = "augreg2_in21k_ft_in1k"
   path: str | None = None
   depth: int | None = None
   architecture: str | None = None
+  gelu: Literal["erf", "tanh"] | None = None
 
   def __post_init__(self):
     _require(self.depth is None or self.depth >= 1, "depth", self.depth, ">= 1")

@@ -6,6 +6,7 @@ import os
 
 # before jax is imported; sub-processes inherit it
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # where huggingface_hub is installed, no test downloads
 # programs are tiny: without the optimiser they compile in half the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
