@@ -21,7 +21,9 @@ from ml_collections import config_dict
 FREE_FIELDS = (
   "checkpoint.every_steps",
   "eval_batch_size",
+  "input.mode",
   "input.steps_per_dispatch",
+  "input.workers",
   "tasks.data_dir",
   "tasks.stream",
   "weights.path",
@@ -96,7 +98,12 @@ class InputConfig:
   """How images reach the model.
 
   Attributes:
-    mode: resident keeps the task's images on the device as uint8.
+    mode: resident keeps the task's images on the device as uint8, decoded once; stream decodes
+      each batch when its turn comes, ahead of the device; auto is resident where it fits the
+      memory. No number of the run depends on it.
+    workers: of stream: processes that decode, each a block of batches; 0 decodes in threads of this
+      process, which serves where one process can keep the device busy. Processes hand images over
+      in /dev/shm, which containers often make too small.
     image_size: side in pixels that the ViT sees; None takes the architecture's.
     source_size: shorter side in pixels that images are kept at; None takes image_size, which
       augmentations that crop should not (they would enlarge).
@@ -105,7 +112,8 @@ class InputConfig:
     steps_per_dispatch: training steps in one device program.
   """
 
-  mode: Literal["resident"] = "resident"
+  mode: Literal["auto", "resident", "stream"] = "auto"
+  workers: int = 0
   image_size: int | None = None
   source_size: int | None = None
   augmentation: str = "pilot"
@@ -116,6 +124,7 @@ class InputConfig:
     for name in ("image_size", "source_size", "steps_per_dispatch"):
       value = getattr(self, name)
       _require(value is None or value >= 1, name, value, ">= 1")
+    _require(self.workers >= 0, "workers", self.workers, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ class Source:
     class_names: by canonical class.
     canvas: (height, width) in pixels that every decoded image fits into.
     decode: record indices [k] -> pixels [k, h, w, 3] in the upper left corner of a zero canvas, and
-      (height, width) [k, 2] of each.
+      (height, width) [k, 2] of each. It can be pickled, for the processes of stream.py, and its
+      ConfigError names the record that can't be decoded.
     digest: sha256 hex of what the data are (labels, names, contents), not of how they are cut.
     split: what the data say: TRAIN, VAL, TEST, or -1 where they say nothing; None says nothing.
     cut: name of a `split` that is whole: nothing is drawn from it, even if it has no VAL.

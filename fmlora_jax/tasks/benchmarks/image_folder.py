@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -75,7 +76,7 @@ def make(config: TasksConfig, source_size: int) -> Source:
     labels=ids("class"),
     class_names=tuple(names["class"]),
     canvas=tuple(sizes.max(axis=0).tolist()),
-    decode=lambda rows: _decode(reader, [files[row] for row in rows], sizes, rows),
+    decode=functools.partial(_decode, reader, files, sizes),
     digest=_digest(checked),
     split=split,
     domains=ids("domain") if "domain" in layout else None,
@@ -279,17 +280,18 @@ def _digest(checked: dict[Parts, tuple[tuple[int, int], str]]) -> str:
 def _decode(
   reader: Reader, files: Sequence[Parts], sizes: Int[np.ndarray, "n 2"], rows: Int[np.ndarray, " k"]
 ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
-  """Returns `files`, the records `rows`, in the corner of a canvas that fits all sizes."""
+  """Returns the records `rows` of `files`, each in the corner of a canvas that fits all sizes."""
   canvases = np.zeros((len(rows), *sizes.max(axis=0), 3), np.uint8)
 
   def put(index):
+    file = files[rows[index]]
     height, width = size = tuple(sizes[rows[index]])
     try:
-      pixels = reader.pixels(files[index])
+      pixels = reader.pixels(file)
       if pixels.shape[:2] != size:
         raise images.BrokenImage("has another size than at the start of the run")
     except images.BrokenImage as error:
-      raise _refusal(reader.root, f"{_listed([files[index]])} has changed: {error}") from error
+      raise _refusal(reader.root, f"{_listed([file])} has changed: {error}") from error
     canvases[index, :height, :width] = pixels
 
   with images.threads() as pool:
