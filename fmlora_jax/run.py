@@ -46,7 +46,8 @@ class Progress:
     correct: rows of counts of right answers, [after task][test set].
     ahead: dil only: right answers on each task's test set just before it is learned.
     baseline: dil only: the same with the untrained head.
-    seconds: wall time by kind, over all sessions of the run.
+    seconds: wall time by kind, over all sessions of the run; "data" is what is decoded before a
+      task: the wait for streamed images counts where they are used.
     trained: trained parameters of the last task.
   """
 

@@ -138,7 +138,7 @@ class Batch:
 
 @flax.struct.dataclass
 class Examples:
-  """Images of one split of one task as they are kept in memory, padded to a fixed capacity n.
+  """Images of a task's split, or of some batches of it, padded to a fixed capacity n.
 
   Attributes:
     images: decoded pixels in the upper left corner of a canvas.

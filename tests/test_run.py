@@ -146,6 +146,7 @@ def streamed(settings, **changes):
   )
 
 
+@pytest.mark.parametrize("finished", ["lora"], indirect=True)
 def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monkeypatch, capsys):
   loaded, load = set(), resident.load
 

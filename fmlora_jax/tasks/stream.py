@@ -88,10 +88,8 @@ class Stream:
   def _items(self, blocks: Blocks) -> Iterator[tuple[Examples, Rows]]:
     """Yields what `read` does; to be run in a thread of its own."""
     data = grain.MapDataset.source(_Decoded(self.sequence, self.indices, blocks))
-    workers = min(self.workers, len(blocks))
-    with contextlib.closing(
-      _in_processes(data, workers) if workers else _in_a_thread(data)
-    ) as items:
+    made = _in_processes(data, self.workers) if self.workers else _in_a_thread(data)
+    with contextlib.closing(made) as items:
       for examples, rows in items:
         yield self.put(examples), rows
 
@@ -129,8 +127,9 @@ def _in_processes(data: grain.MapDataset, workers: int) -> Iterator:
   """
   if not flags.FLAGS.is_parsed():  # grain reads its own to start a process
     flags.FLAGS.mark_as_parsed()
+  processes = grain.MultiprocessingOptions(num_workers=min(workers, len(data)))
   data = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _end_with_parent)
+  data = data.mp_prefetch(processes, _end_with_parent)
   try:
     with contextlib.closing(iter(data)) as items:
       items.get_state()  # makes the iterators of all processes, so that all are closed
