@@ -3,6 +3,8 @@
 python launch/fashion_mnist.py FOLDER_OF_IDX_GZ FOLDER
 python -m fmlora_jax.main --config=configs/fashion_mnist.py \\
     --config.tasks.data_dir=FOLDER --config.weights.path=FILE
+
+FILE is any DINOv2 ViT-S/14; --config.weights.tag=dinov2_small instead takes the published one.
 """
 
 from fmlora_jax import config
@@ -21,8 +23,13 @@ def get_config(variant: str | None = None):
     compute_dtype="float32",
     method={"name": method},
     tasks={"benchmark": "image_folder", "num_tasks": 5},
-    input={"image_size": 56, "source_size": 56, "augmentation": "mild"},
-    weights={"tag": "dinov2_small", "depth": 11},
+    input={
+      "image_size": 56,
+      "source_size": 56,
+      "augmentation": "mild",
+      "normalisation": "imagenet",
+    },
+    weights={"tag": "", "architecture": "dinov2_s14", "depth": 11},
     optim={"learning_rate": LEARNING_RATES.get(method, 1e-3), "head_learning_rate": 1e-4},
     prompt={"num_tokens": 0},  # not searched here; it costs accuracy on the digits
     head={"kind": "class_mean", "start": "class_mean"},

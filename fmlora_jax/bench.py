@@ -160,7 +160,7 @@ class Lab:
 
   def _view(self, weights: Params, task: int) -> TaskView:
     """A task without images: with a fixed rank and a linear head FM-LoRA looks at none."""
-    absent = dict.fromkeys(("train", "val", "train_rows", "val_rows", "augment", "center"))
+    absent = dict.fromkeys(("train_batches", "val_batches", "train_chunks", "augment", "center"))
     return TaskView(
       index=task,
       num_classes=TASK_CLASSES,

@@ -21,8 +21,11 @@ from ml_collections import config_dict
 FREE_FIELDS = (
   "checkpoint.every_steps",
   "eval_batch_size",
+  "input.mode",
   "input.steps_per_dispatch",
+  "input.workers",
   "tasks.data_dir",
+  "tasks.stream",
   "weights.path",
 )
 
@@ -41,13 +44,19 @@ class TasksConfig:
   """Which data, cut into which tasks.
 
   Attributes:
-    benchmark: a file in fmlora_jax/tasks/benchmarks.
+    benchmark: a file in fmlora_jax/tasks/benchmarks, or tfds:NAME for any classification set that
+      TFDS knows.
     scenario: cil (new classes per task), dil (new domain per task, shared classes), til (cil with
       the task's identity given at test time).
     num_tasks: T; in a dil benchmark at most the number of its domains.
     order_seed: seed of the class order (cil, til) or domain order (dil); None takes the run's seed.
     order: shuffled by order_seed, or the data's own.
-    data_dir: where the images lie; benchmarks that ship their data need none.
+    data_dir: where the images lie; benchmarks that ship their data need none. For TFDS's, None is
+      the folder array_record where TFDS keeps its data.
+    split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
+    domains: of benchmarks with domains: only these; () takes all.
+    stream: the stream.json of a run, to see the same images in the same tasks; then order,
+      order_seed, split and the fractions below decide nothing.
     val_fraction: share of the training images held out for validation, per class; where the data
       bring a validation split, that one is taken.
     test_fraction: share held out for test, per class, where the data bring no test split.
@@ -64,6 +73,9 @@ class TasksConfig:
   order_seed: int | None = None
   order: Literal["shuffled", "natural"] = "shuffled"
   data_dir: str | None = None
+  split: str | None = None
+  domains: tuple[str, ...] = ()
+  stream: str | None = None
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
   split_seed: int = 0
@@ -76,6 +88,7 @@ class TasksConfig:
     _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
     _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
     _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
+    _require(len(set(self.domains)) == len(self.domains), "domains", self.domains, "distinct")
     if self.evaluate_on == "val":
       _require(self.val_fraction > 0, "val_fraction", self.val_fraction, "> 0 to evaluate_on val")
 
@@ -85,7 +98,12 @@ class InputConfig:
   """How images reach the model.
 
   Attributes:
-    mode: resident keeps the task's images on the device as uint8.
+    mode: resident keeps the task's images on the device as uint8, decoded once; stream decodes
+      each batch when its turn comes, ahead of the device; auto is resident where it fits the
+      memory. No number of the run depends on it.
+    workers: of stream: processes that decode, each a block of batches; 0 decodes in threads of this
+      process, which serves where one process can keep the device busy. Processes hand images over
+      in /dev/shm, which containers often make too small.
     image_size: side in pixels that the ViT sees; None takes the architecture's.
     source_size: shorter side in pixels that images are kept at; None takes image_size, which
       augmentations that crop should not (they would enlarge).
@@ -94,7 +112,8 @@ class InputConfig:
     steps_per_dispatch: training steps in one device program.
   """
 
-  mode: Literal["resident"] = "resident"
+  mode: Literal["auto", "resident", "stream"] = "auto"
+  workers: int = 0
   image_size: int | None = None
   source_size: int | None = None
   augmentation: str = "pilot"
@@ -105,6 +124,7 @@ class InputConfig:
     for name in ("image_size", "source_size", "steps_per_dispatch"):
       value = getattr(self, name)
       _require(value is None or value >= 1, name, value, ">= 1")
+    _require(self.workers >= 0, "workers", self.workers, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,16 +132,19 @@ class WeightsConfig:
   """Which pre-trained ViT.
 
   Attributes:
-    tag: a name in fmlora_jax/models/pretrained.py.
-    path: a local file in the tag's format; None takes the tag's own place.
+    tag: a name in fmlora_jax/models/pretrained.py; "" for a file of your own at `path`.
+    path: a file, local or gs://, in any format of the tag; None takes the tag's own, downloaded
+      from the Hugging Face Hub if huggingface_hub is installed.
     depth: use the first blocks only; None takes all.
-    architecture: for tag "random" only: the sizes to draw.
+    architecture: of tag "random" or of a file of your own: a name in fmlora_jax/models/vit.py.
+    gelu: None takes the tag's; Google's own code runs "tanh" where timm runs "erf".
   """
 
   tag: str = "augreg2_in21k_ft_in1k"
   path: str | None = None
   depth: int | None = None
   architecture: str | None = None
+  gelu: Literal["erf", "tanh"] | None = None
 
   def __post_init__(self):
     _require(self.depth is None or self.depth >= 1, "depth", self.depth, ">= 1")

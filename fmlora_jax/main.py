@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   config = config_lib.build(config_lib.Config, _CONFIG.value.to_dict())
   name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
+  name = re.sub(r"[:/]", "-", name)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", name)).expanduser()
   result = run(config, workdir)
   report.show([result], Console())

@@ -7,7 +7,7 @@ display. Colours are safe for the colour-blind: Okabe and Ito's, viridis, PuOr f
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,12 +15,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fmlora_jax import metrics
+from fmlora_jax.writer import printable
 
 Result = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Result]]  # label -> runs that differ in the seed only
+Target = str | os.PathLike | IO[bytes]  # where a PNG goes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -42,7 +45,7 @@ def write_plots(result: Result, workdir: str | os.PathLike) -> list[Path]:
   return list(paths.values())
 
 
-def plot_accuracy_matrix(result: Result, path: str | os.PathLike) -> None:
+def plot_accuracy_matrix(result: Result, path: Target) -> None:
   """Draws the accuracy on every task (column) after every task (row), in percent."""
   values = 100 * np.array(result["accuracy"], float)
   figure, axes = _square(len(values))
@@ -54,7 +57,7 @@ def plot_accuracy_matrix(result: Result, path: str | os.PathLike) -> None:
   _save(figure, axes, title(result), path)
 
 
-def plot_interference(result: Result, path: str | os.PathLike) -> None:
+def plot_interference(result: Result, path: Target) -> None:
   """Draws the cosines between the tasks' weight changes; 0 means that they don't interfere."""
   values = np.array(result["interference"], float)
   figure, axes = _square(len(values))
@@ -65,13 +68,13 @@ def plot_interference(result: Result, path: str | os.PathLike) -> None:
   _save(figure, axes, title(result), path)
 
 
-def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: str | os.PathLike) -> None:
+def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None:
   """Draws the accuracy on all tasks seen so far after each task; one panel per title.
 
   Args:
     panels: title -> {label: runs}. Several runs become their mean, with a band of one standard
       deviation (ddof 1). A single group without a label has no legend.
-    path: of the PNG file.
+    path: of the PNG file, or an open binary file.
   """
   figure = Figure(figsize=(6.4 * len(panels), 4.4), dpi=150, layout="constrained")
   for axes, (heading, groups) in zip(
@@ -82,7 +85,7 @@ def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: str | os.PathLi
   _write(figure, path)
 
 
-def plot_ranks(result: Result, path: str | os.PathLike) -> None:
+def plot_ranks(result: Result, path: Target) -> None:
   """Draws the rank of each task, and below it the task's complexity where it is known."""
   complexity = result.get("complexity")
   rows = 1 if complexity is None else 2
@@ -170,7 +173,7 @@ def _name_tasks(axes: Axes, result: Result, xlabel: str, ylabel: str) -> None:
 
 def _ticks(set_ticks: Any, result: Result, **style: Any) -> None:
   """Names the ticks after the tasks; many or long names give way to numbers."""
-  names = result["task_names"]
+  names = [printable(name) for name in result["task_names"]]
   if len(names) <= NAMES_UP_TO and max(map(len, names)) <= 16:
     set_ticks(range(len(names)), names, fontsize=8, **style)
   else:
@@ -188,10 +191,12 @@ def _clean(axes: Axes) -> None:
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, axes: Axes, heading: str, path: str | os.PathLike) -> None:
+def _save(figure: Figure, axes: Axes, heading: str, path: Target) -> None:
   axes.set_title(heading, loc="left", fontsize=11)
   _write(figure, path)
 
 
-def _write(figure: Figure, path: str | os.PathLike) -> None:
+def _write(figure: Figure, path: Target) -> None:
+  for text in figure.findobj(Text):
+    text.set(text=printable(text.get_text()), parse_math=False)  # "$" in a name is no formula
   FigureCanvasAgg(figure).print_png(path)

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from fmlora_jax import config as config_lib
 from fmlora_jax import letters
-from fmlora_jax.models import pretrained, vit
+from fmlora_jax.models import vit, weight_files
 from fmlora_jax.types import Backbone, Params
 
 REPORT_EVERY = 500  # steps
@@ -214,7 +214,7 @@ def save(params: Params, path: pathlib.Path, recipe: Recipe, accuracy: float) ->
     "val_accuracy": f"{accuracy:.4f}",
     "versions": json.dumps({name: importlib.metadata.version(name) for name in VERSIONS_OF}),
   }
-  pretrained.save(jax.device_get(params), path, metadata)
+  weight_files.save(jax.device_get(params), path, metadata)
 
 
 def main(argv: list[str]) -> None:

@@ -1,18 +1,16 @@
 """Compares finished runs side by side, as mean ± std over seeds.
 
 python -m fmlora_jax.report RUN... [--markdown] [--plot=FILE.png]
+python -m fmlora_jax.report --paper RUN... [--html=FILE.html] [--plot=FILE.png]
 
 RUN is a run's folder, its result.json, or a folder that holds runs at any depth. Runs that differ
 in the seed only are one row; runs of another benchmark or number of tasks get their own table.
+With --paper they stand beside the numbers of the FM-LoRA paper, as Markdown and as one HTML page.
 """
 
 import collections
-import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -21,13 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fmlora_jax import plots
-from fmlora_jax.config import FREE_FIELDS
-from fmlora_jax.writer import METRICS, RESULT, duration, read_result
+from fmlora_jax import paper, paper_html, plots
+from fmlora_jax.runs import Group, Result, group, load, mean, mean_std, repeated_seeds, weights
+from fmlora_jax.writer import duration
 
-Result = Mapping[str, Any]
-Group = list[Result]
-Numbers = Sequence[int | float | None]
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
 SCORES = {"Acc": "acc", "AAA": "aaa", "forgetting": "forgetting", "learning": "learning_accuracy"}
@@ -39,48 +34,10 @@ LEGEND = (
 )
 
 
-def load(paths: Iterable[str | os.PathLike]) -> tuple[list[Result], list[str]]:
-  """Returns the results found at `paths`, each once, and a line for every run left out.
-
-  Raises:
-    ValueError: if a path holds no result, or is itself one that can't be read.
-  """
-  results, notes, seen = [], [], set()
-  for path in map(Path, paths):
-    files = sorted(path.rglob(RESULT)) if path.is_dir() else [path]
-    if not files:
-      raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
-    for file in (f for f in files if f.resolve() not in seen):
-      seen.add(file.resolve())
-      try:
-        results.append(read_result(file))
-      except ValueError as error:
-        if len(files) == 1:
-          raise
-        notes.append(f"left out: {error}")
-    logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
-    open_runs = [log.parent for log in logs if not (log.parent / RESULT).exists()]
-    notes += [f"left out: {run} is not finished; the same command resumes it" for run in open_runs]
-  if not results:
-    raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
-  return results, notes
-
-
-def group(results: Iterable[Result]) -> dict[str, dict[str, Group]]:
-  """Returns {heading: {label: runs that differ in the seed only}}, in order of appearance."""
-  sections = collections.defaultdict(lambda: collections.defaultdict(list))
-  for result in results:
-    sections[_heading(result)][_fingerprint(result)].append(result)
-  return {
-    heading: dict(zip(_labels(list(groups.values())), groups.values(), strict=True))
-    for heading, groups in sections.items()
-  }
-
-
 def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
   """Returns the table's cells under HEADER; where there are rivals the best score is marked."""
   means = {
-    name: [_mean([run[field] for run in runs]) for runs in groups.values()]
+    name: [mean([run[field] for run in runs]) for runs in groups.values()]
     for name, field in SCORES.items()
   }
   best = {name: max(means[name]) for name in ("Acc", "AAA") if len(groups) > 1}
@@ -91,9 +48,9 @@ def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
       is_best = name in best and f"{means[name][i]:.2f}" == f"{best[name]:.2f}"
       cells.append((mean_std([run[field] for run in runs]), is_best))
     for name in ("stored_total", "trained"):
-      cells.append((_count(_mean([run["params"][name] for run in runs])), False))
+      cells.append((_count(mean([run["params"][name] for run in runs])), False))
     cells.append((_ranks([run["ranks"] for run in runs]), False))
-    cells.append((duration(_mean([run["wall_seconds"]["total"] for run in runs])), False))
+    cells.append((duration(mean([run["wall_seconds"]["total"] for run in runs])), False))
     table.append(cells)
   return table
 
@@ -101,7 +58,7 @@ def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
 def warnings(groups: Mapping[str, Group]) -> list[str]:
   """Returns what makes the rows of one table unfit to be compared, one line each."""
   looks = {
-    "weights": lambda run: " ".join(_weights(run)),
+    "weights": lambda run: " ".join(weights(run)),
     "split": lambda run: f"{run['split_id']} {str(run['manifest_sha256'])[:8]}",
     "epochs": lambda run: str(run["epochs"]),
     "normalisation": lambda run: str(run["normalisation"]),
@@ -117,12 +74,9 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
       values = "; ".join(f"{value} ({', '.join(who)})" for value, who in labels.items())
       lines.append(f"{name} differ: {values}")
   for label, runs in groups.items():
-    seeds = collections.Counter(run["seed"] for run in runs)
-    twice = [str(seed) for seed, count in seeds.items() if count > 1]
+    twice = ", ".join(map(str, repeated_seeds(runs)))
     if twice:
-      lines.append(
-        f"{label} has several runs of seed {', '.join(twice)}: ± is not over seeds alone"
-      )
+      lines.append(f"{label} has several runs of seed {twice}: ± is not over seeds alone")
   return lines
 
 
@@ -178,75 +132,6 @@ def markdown(results: Iterable[Result], notes: Iterable[str] = ()) -> str:
   return "\n\n".join([*parts, LEGEND, *(f"> {line}" for line in notes)])
 
 
-def mean_std(values: Numbers) -> str:
-  """Returns "77.88 ± 0.21" (ddof 1), "77.88 ±    -" for one value, "-" if one is missing."""
-  mean = _mean(values)
-  if np.isnan(mean):
-    return "-"
-  return f"{mean:.2f} ± " + (f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "   -")
-
-
-def _heading(run: Result) -> str:
-  tasks, measured = len(run["n_test"]), _settings(run).get("tasks.evaluate_on", "test")
-  images = ", validation images" if measured == "val" else ""
-  return f"{run['benchmark']} ({run['scenario']}), {tasks} task{'s' if tasks > 1 else ''}{images}"
-
-
-def _fingerprint(run: Result) -> str:
-  weights = [run["weights"]["tag"], run["weights"]["sha256"]]
-  return json.dumps([run["method"], run["split_id"], weights, _settings(run)], sort_keys=True)
-
-
-def _settings(run: Result) -> dict[str, Any]:
-  """Returns the config as {"group.field": value}, without the seed and what changes no number."""
-
-  def flatten(tree, path):
-    for name, value in tree.items():
-      if isinstance(value, Mapping):
-        yield from flatten(value, f"{path}{name}.")
-      else:
-        yield f"{path}{name}", value
-
-  flat = dict(flatten(run["config"], ""))
-  return {name: value for name, value in flat.items() if name not in ("seed", *FREE_FIELDS)}
-
-
-def _labels(groups: Sequence[Group]) -> list[str]:
-  """Returns the method of each group, with the settings in which groups of that method differ."""
-  runs = [group[0] for group in groups]
-  fields = [_settings(run) for run in runs]
-  labels = _label(runs, fields)
-  if len(set(labels)) < len(labels):  # the same settings, but another split or other weights
-    for run, own in zip(runs, fields, strict=True):
-      own |= {"split_id": run["split_id"], "weights": ":".join(_weights(run))}
-    labels = _label(runs, fields)
-  return labels
-
-
-def _label(runs: Sequence[Result], fields: Sequence[Mapping[str, Any]]) -> list[str]:
-  labels = []
-  for run, own in zip(runs, fields, strict=True):
-    rivals = [f for r, f in zip(runs, fields, strict=True) if r["method"] == run["method"]]
-    names = sorted({name for f in rivals for name in f})
-    differ = [name for name in names if any(f.get(name) != own.get(name) for f in rivals)]
-    labels.append(" ".join([run["method"], *(f"{n}={_value(own.get(n))}" for n in differ)]))
-  return labels
-
-
-def _weights(run: Result) -> tuple[str, str]:
-  return run["weights"]["tag"], str(run["weights"]["sha256"])[:8]
-
-
-def _value(value: Any) -> str:
-  if isinstance(value, (list, tuple)):
-    return f"({','.join(map(_value, value))})"
-  return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _mean(values: Numbers) -> float:
-  return float(np.mean(np.array(values, float)))  # None becomes NaN
-
-
 def _count(number: float) -> str:
   """Returns 950, 12.0k, 1.23M or 85.8M."""
   for unit, size in (("M", 1e6), ("k", 1e3)):
@@ -282,21 +167,32 @@ def _line(console: Console, text: str, style: str = "") -> None:
   console.print(Text(text, style=style), soft_wrap=True)
 
 
+def _report_on_paper(results: Iterable[Result], notes: Iterable[str], html: str | None) -> None:
+  comparison = paper.compare(results)
+  if html:
+    paper_html.write(comparison, notes, html)
+  _line(Console(), paper.markdown(comparison, notes))
+
+
 def main(argv: Sequence[str]) -> None:
   """Reports on the runs in argv[1:]; ends with code 2 and one line where they can't be read."""
   try:
     if len(argv) < 2:
       raise ValueError("no RUN given; python -m fmlora_jax.report RUN... (--help says more)")
-    picture = flags.FLAGS.plot
-    if picture and not picture.endswith(".png"):
-      raise ValueError(f"--plot is {picture!r}: must end in .png")
+    options = flags.FLAGS
+    if options.plot and not options.plot.endswith(".png"):
+      raise ValueError(f"--plot is {options.plot!r}: must end in .png")
+    if options.html and not options.paper:
+      raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
     results, notes = load(argv[1:])
-    if flags.FLAGS.markdown:
+    if options.paper:
+      _report_on_paper(results, notes, options.html)
+    elif options.markdown:
       _line(Console(), markdown(results, notes))
     else:
       show(results, Console(), notes)
-    if picture:
-      plots.plot_accuracy_over_tasks(group(results), picture)
+    if options.plot:
+      plots.plot_accuracy_over_tasks(group(results), options.plot)
   except (ValueError, OSError) as error:
     _line(Console(stderr=True), f"report: {error}")
     sys.exit(2)
@@ -305,4 +201,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_bool("markdown", False, "Print Markdown instead of a table.")
   flags.DEFINE_string("plot", None, "PNG file for the accuracy over tasks of all groups.")
+  flags.DEFINE_bool("paper", False, "Print the paper's tables with these runs, as Markdown.")
+  flags.DEFINE_string("html", None, "With --paper: HTML file for the tables with pictures.")
   app.run(main)

@@ -18,14 +18,14 @@ import numpy as np
 
 from fmlora_jax import checkpoint, methods, metrics, plots, tasks, writer
 from fmlora_jax.config import Config
-from fmlora_jax.evaluate import Evaluator
+from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import pretrained, vit
-from fmlora_jax.tasks import augment, resident
+from fmlora_jax.tasks import TaskSequence, augment, replay, resident, stream
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Examples, Variables
+from fmlora_jax.types import Variables
 
 # without tracing: its events nest, and would be counted twice
 COMPILE_EVENTS = (
@@ -46,7 +46,8 @@ class Progress:
     correct: rows of counts of right answers, [after task][test set].
     ahead: dil only: right answers on each task's test set just before it is learned.
     baseline: dil only: the same with the untrained head.
-    seconds: wall time by kind, over all sessions of the run.
+    seconds: wall time by kind, over all sessions of the run; "data" is what is decoded before a
+      task: the wait for streamed images counts where they are used.
     trained: trained parameters of the last task.
   """
 
@@ -73,7 +74,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   sequence = tasks.make(
     config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
   )
-  resident.check_memory(sequence, config.tasks.evaluate_on, **_image_memory())
+  mode = resident.choose_mode(
+    sequence, config.tasks.evaluate_on, config.input.mode, **_image_memory()
+  )
   normalisation = config.input.normalisation or info.normalisation
   augment.check(config.input.augmentation, normalisation)
   backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
@@ -87,18 +90,23 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     normalisation=normalisation,
     image_size=sizes.image_size,
     mesh=mesh,
+    streams=mode == "stream",
   )
+  stream_json = replay.dump(sequence)
   identity = {
     "config": dataclasses.asdict(config),
     "weights_sha256": info.sha256,
     "manifest_sha256": sequence.manifest_sha256,
+    "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
   checkpoint.claim(workdir, identity)
+  writer.replace(workdir / replay.FILE, stream_json)
   with writer.open_run(workdir) as log:
     log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {sizes.depth} blocks")
     log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
     log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
+    log.note(f"input      {_described_input(sequence, mode, config.input.workers)}")
     log.note(f"method     {config.method.name}, workdir {workdir}")
     if (workdir / writer.RESULT).exists():
       log.note("finished before; its result:")
@@ -118,10 +126,10 @@ class Experiment:
   def __init__(self, config: Config, trainer: Trainer, store: checkpoint.Store, log: writer.RunLog):
     self.config, self.trainer, self.store, self.log = config, trainer, store, log
     self.method, self.sequence = trainer.method, trainer.sequence
-    self.evaluator = Evaluator(self.method, trainer.center, config.eval_batch_size, trainer.split)
-    self._measured = [getattr(t, config.tasks.evaluate_on) for t in self.sequence.tasks]
-    self.n_test = np.asarray([len(indices) for indices in self._measured])
-    self._tests: list[Examples] = []
+    self.evaluator = Evaluator(self.method, trainer.center)
+    measured = [getattr(task, config.tasks.evaluate_on) for task in self.sequence.tasks]
+    self.n_test = np.asarray([len(indices) for indices in measured])
+    self._tests = self._measured_images(np.concatenate(measured))
     self._fold = jax.jit(self.method.fold)
     self.progress = Progress()
     self.variables = None
@@ -200,8 +208,6 @@ class Experiment:
   def _correct(self, learned: int, num_tests: int) -> list[int]:
     """Returns right answers on the first test sets, of a model that learned tasks 0..learned."""
     spec = self.sequence.spec
-    for indices in self._measured[len(self._tests) : num_tests]:
-      self._tests.append(resident.load(self.sequence, indices, len(indices)))
     classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
     masks = np.stack(
       [
@@ -210,8 +216,22 @@ class Experiment:
       ]
     )
     model = self._fold(self.trainer.weights, self.variables)
-    counts = self.evaluator.correct(model, self._tests[:num_tests], self.trainer.put(masks))
+    tests = batches_of(
+      self._tests.read, self.n_test[:num_tests], self.config.eval_batch_size, self.trainer.split
+    )
+    counts = self.evaluator.correct(model, tests, self.trainer.put(masks))
     return counts[:num_tests].tolist()
+
+  def _measured_images(self, records: np.ndarray) -> stream.Stream:
+    """Returns what reads the images that fill the matrix; decoded once unless all is streamed."""
+    sequence, workers = self.sequence, self.config.input.workers
+    if not self.trainer.streams:
+      kept = resident.Kept(sequence.source, np.sort(records))
+      source = dataclasses.replace(sequence.source, decode=kept)
+      sequence, workers = dataclasses.replace(sequence, source=source), 0
+    return stream.Stream(
+      sequence=sequence, indices=records, put=self.trainer.split, workers=workers
+    )
 
   def _restore(self):
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
@@ -327,6 +347,10 @@ class Experiment:
       "weights": {"tag": info.tag, "sha256": info.sha256},
       "normalisation": normalisation,
       "augmentation": config.input.augmentation,
+      "input": {
+        "mode": "stream" if self.trainer.streams else "resident",
+        "workers": config.input.workers,
+      },
       "epochs": config.epochs,
       "batch_size": config.batch_size,
       "wall_seconds": progress.seconds,
@@ -374,6 +398,13 @@ def _image_memory() -> dict[str, int]:
   host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
   return {"device": int(IMAGES_SHARE * device), "host": int(IMAGES_SHARE * host)}
+
+
+def _described_input(sequence: TaskSequence, mode: str, workers: int) -> str:
+  if mode == "stream":
+    return f"stream, {workers} workers" if workers else "stream, threads"
+  images = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
+  return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on the device"
 
 
 def params_sha256(tree: Any) -> str:

@@ -12,7 +12,7 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.struct
@@ -138,7 +138,7 @@ class Batch:
 
 @flax.struct.dataclass
 class Examples:
-  """Images of one split of one task as they are kept in memory, padded to a fixed capacity n.
+  """Images of a task's split, or of some batches of it, padded to a fixed capacity n.
 
   Attributes:
     images: decoded pixels in the upper left corner of a canvas.
@@ -218,11 +218,12 @@ class TaskView:
     num_classes: of this task.
     arrays: t, lo, hi on the device.
     weights: the pre-trained backbone, float32, untouched.
-    train: the task's training images.
-    val: the task's validation images; None where the split has none.
-    train_rows: epoch -> int32 [steps, B], shuffled rows of `train`; -1 is padding. What training
-      itself uses.
-    val_rows: the same over `val`.
+    train_batches: epoch -> iterator of (examples, rows int32 [B]) over the training images, in
+      the order that training itself uses; -1 is padding. Each pair is one batch for `augment` or
+      `center`: the examples may be the whole task, the same each time, or this batch alone.
+    val_batches: the same over the validation images; None where the split has none.
+    train_chunks: first step -> iterator of (examples, rows [K, B]) of all training steps from
+      there on; K steps at a time, -1 where there are fewer.
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
     key: PRNG key of (run seed, task, name of the stream).
@@ -232,10 +233,9 @@ class TaskView:
   num_classes: int
   arrays: TaskArrays
   weights: Params
-  train: Examples
-  val: Examples | None
-  train_rows: Callable[[int], Any]
-  val_rows: Callable[[int], Any]
+  train_batches: Callable[[int], Iterator[tuple[Examples, Any]]]
+  val_batches: Callable[[int], Iterator[tuple[Examples, Any]]] | None
+  train_chunks: Callable[[int], Iterator[tuple[Examples, Any]]]
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
   key: Callable[[str], PRNGKeyArray]

@@ -288,6 +288,11 @@ def plain(value: Any, path: str) -> Any:
   raise TypeError(f"{path} is of type {type(value).__name__}: must be something JSON can hold")
 
 
+def printable(text: str) -> str:
+  """Returns one line without control characters, lone surrogates and repeated blanks."""
+  return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def duration(seconds: float) -> str:
   """Returns "8.1 s", "2:05 min" or "1:02:05 h"."""
   if seconds < 59.95:

@@ -6,6 +6,7 @@ import os
 
 # before jax is imported; sub-processes inherit it
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # where huggingface_hub is installed, no test downloads
 # programs are tiny: without the optimiser they compile in half the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
@@ -16,12 +17,13 @@ import pytest
 
 from fmlora_jax import checkpoint, config, methods
 from fmlora_jax.models import vit
+from fmlora_jax.tasks import resident
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Sizes, TaskView, Variables
+from fmlora_jax.types import Batch, Sizes, TaskView, Variables
 
 SIZES = Sizes(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
 RANGES = ((0, 2), (2, 5), (5, 7))  # unequal: the rows of a head are padded
@@ -144,6 +146,7 @@ class Lab:
       normalisation="half",
       image_size=SIZES.image_size,
       mesh=mesh.make(),
+      streams=self.config.input.mode == "stream",
     )
     self.stages: list[Stage] = []
     self.variables = self.method.init(stream_key(self.trainer.root, "init", task=0), self.weights)
@@ -173,10 +176,14 @@ class Lab:
       )
     return self.stages
 
+  def batch(self, count: int = 8, part: str = "train", task: int = 0) -> Batch:
+    """Returns the first images of a split of a task as the ViT sees them at test time."""
+    records = getattr(self.sequence.tasks[task], part)[:count]
+    examples = resident.load(self.sequence, records, count)
+    return self.trainer.center(self.trainer.put(examples), jnp.arange(count))
+
   def images(self, count: int = 8, part: str = "train", task: int = 0) -> jax.Array:
-    """Returns the first images of a split of a task as the ViT sees them."""
-    view = self.trainer.view(task)
-    return view.center(getattr(view, part), jnp.arange(count)).images
+    return self.batch(count, part, task).images
 
   def training_logits(self, variables: Variables, stage: Stage, images, rows=None) -> jax.Array:
     """Returns the K logits of the unfolded model, as a training step computes them.

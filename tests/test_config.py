@@ -176,7 +176,8 @@ def test_fields_that_are_none_can_be_set_from_the_command_line_with_their_type()
   assert len(found) >= 8
   for group, field, hint in found:
     (kind,) = (k for k in typing.get_args(hint) if k is not types.NoneType)
-    given, expected = examples[str if typing.get_origin(kind) else kind]
+    choices = typing.get_args(kind)  # of a Literal
+    given, expected = (choices[-1], choices[-1]) if choices else examples[kind]
     built = parse(f"--config.{group}.{field}={given}")
     value = getattr(getattr(built, group), field)
     assert value == expected and type(value) is type(expected), (group, field)

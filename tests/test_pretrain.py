@@ -12,7 +12,7 @@ import pytest
 
 import fmlora_jax
 from fmlora_jax import config, letters, pretrain
-from fmlora_jax.models import layouts, pretrained, vit
+from fmlora_jax.models import layouts, vit, weight_files
 from fmlora_jax.types import Sizes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def test_two_runs_write_the_same_numbers_and_the_leaves_of_the_vit_only(tmp_path
   for file in files:
     params, accuracy = pretrain.train(recipe(), TINY)
     pretrain.save(params, file, recipe(), accuracy)
-  (leaves, metadata), (again, _) = (pretrained.read(file, file.name) for file in files)
+  (leaves, metadata), (again, _) = (weight_files.read(file, file.name) for file in files)
   chex.assert_trees_all_equal(leaves, again)
   assert {name: leaf.shape for name, leaf in leaves.items()} == shapes(TINY)
   assert 0 <= float(metadata["val_accuracy"]) <= 1
@@ -121,7 +121,7 @@ def test_a_wrong_field_is_named(changes, message):
 
 
 def test_the_shipped_file_is_small_and_has_the_leaves_of_the_micro_vit():
-  leaves, metadata = pretrained.read(SHIPPED, SHIPPED.name)
+  leaves, metadata = weight_files.read(SHIPPED, SHIPPED.name)
   assert SHIPPED.stat().st_size <= 3_000_000
   assert {name: leaf.shape for name, leaf in leaves.items()} == shapes(
     vit.make(vit.architecture("micro"))

@@ -8,65 +8,18 @@ import sys
 
 import numpy as np
 import pytest
+from made_up import result, run_report, save
 from matplotlib.image import imread
 from rich.console import Console
 
-from fmlora_jax import metrics, plots, report, writer
+from fmlora_jax import plots, report, writer
 from fmlora_jax.config import FREE_FIELDS
-
-
-def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 4), **changes):
-  """Returns a finished result; every cell has `lost` + 2 · (task distance) + seed % 7 errors."""
-  n_test = np.arange(100, 100 + tasks)
-  row, column = np.indices((tasks, tasks))
-  correct = n_test - lost - 2 * (row - column) - seed % 7
-  config = {
-    "seed": seed,
-    "epochs": 30,
-    "method": {"name": method},
-    "prompt": {"num_tokens": 10},
-    "tasks": {"data_dir": f"data of seed {seed}"},
-    "optim": {"learning_rate": 1e-3},
-  }
-  for path, value in changes.pop("config", {}).items():
-    group, name = path.split(".")
-    config[group] = config.get(group, {}) | {name: value}
-  made = dict.fromkeys(writer.FIELDS) | metrics.summarise(np.tril(correct), n_test)
-  return made | {
-    "method": method,
-    "benchmark": "domainnet",
-    "scenario": "cil",
-    "split_id": "domainnet/cil5",
-    "manifest_sha256": "ab" * 32,
-    "seed": seed,
-    "task_names": [f"task {i}" for i in range(tasks)],
-    "ranks": None if ranks is None else list(ranks),
-    "params": {"trained": 345_678, "stored_total": 1_234_567},
-    "weights": {"tag": "augreg2", "sha256": "cd" * 32},
-    "normalisation": "zero_one",
-    "augmentation": "pilot",
-    "epochs": 30,
-    "wall_seconds": {"total": 812.3},
-    "config": config,
-    "finished": True,
-    **changes,
-  }
-
-
-def save(folder, made):
-  folder.mkdir(parents=True)
-  writer.write_result(folder, made)
 
 
 def text_of(results, width=200, **options):
   console = Console(file=io.StringIO(), width=width, force_terminal=False, **options)
   report.show(results, console)
   return console.file.getvalue()
-
-
-def run_report(*argv):
-  command = [sys.executable, "-m", "fmlora_jax.report", *map(str, argv)]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_row():
@@ -291,3 +244,15 @@ def test_the_drawn_curve_is_the_pooled_accuracy():
   assert curves.shape == (2, 5)
   np.testing.assert_allclose(curves[:, -1], [run["acc"] for run in runs])
   np.testing.assert_allclose(curves.mean(axis=1), [run["aaa"] for run in runs])
+
+
+@pytest.mark.parametrize("name", [r"\$5 or $\broken{$", "a\0\n\ud800"])
+def test_any_name_can_stand_in_a_picture(name):
+  names = [name] * 5
+  costly = result(task_names=names, benchmark=names[0], complexity=[None, 0.1, 0.2, 0.3, 0.4])
+  for draw in (plots.plot_accuracy_matrix, plots.plot_ranks):
+    draw(costly, picture := io.BytesIO())
+    assert imread(io.BytesIO(picture.getvalue())).size
+  groups = {names[0]: [costly], "other": [costly]}
+  plots.plot_accuracy_over_tasks({names[0]: groups}, picture := io.BytesIO())
+  assert imread(io.BytesIO(picture.getvalue())).size

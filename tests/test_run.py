@@ -13,6 +13,7 @@ from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.methods import names
 from fmlora_jax.models import pretrained
 from fmlora_jax.run import params_sha256, run
+from fmlora_jax.tasks import resident
 from fmlora_jax.train.loop import NonFiniteError, Trainer
 
 SMALL = {
@@ -103,6 +104,15 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   assert_same_run(finished, workdir, run(settings, workdir))
 
 
+def test_a_run_replays_the_stream_of_another(finished, tmp_path):
+  _, workdir, expected = finished
+  settings = small("linear_probe", seed=7, tasks={"stream": str(workdir / "stream.json")})
+  result = run(settings, tmp_path / "run")
+  assert (tmp_path / "run" / "stream.json").read_text() == (workdir / "stream.json").read_text()
+  for name in ("class_order", "n_test", "manifest_sha256", "split_id"):
+    assert result[name] == expected[name], name
+
+
 @pytest.mark.parametrize("call", ["write_plots", "write_result"])
 def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
   finished, tmp_path, monkeypatch, call
@@ -123,9 +133,63 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
 def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
   little = {"device": 1000, "host": 1000}
   monkeypatch.setattr(run_lib, "_image_memory", lambda: little)
-  with pytest.raises(config.ConfigError, match=r"digits: .* the device has 0\.00 GiB for them"):
-    run(small(), tmp_path / "run")
+  message = r"images of digits, .* the device has 0\.00 GiB for them; set it to auto or stream"
+  with pytest.raises(config.ConfigError, match=message):
+    run(small(input={"mode": "resident"}), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def streamed(settings, **changes):
+  """Returns the settings with streamed images."""
+  return dataclasses.replace(
+    settings, input=dataclasses.replace(settings.input, mode="stream", **changes)
+  )
+
+
+@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monkeypatch, capsys):
+  loaded, load = set(), resident.load
+
+  def recorded(sequence, indices, capacity):
+    loaded.add(capacity)
+    return load(sequence, indices, capacity)
+
+  monkeypatch.setattr(resident, "load", recorded)
+  result = run(streamed(finished[0]), tmp_path / "run")
+  assert_same_run(finished, tmp_path / "run", result)
+  assert loaded == {3 * 64, 256}  # steps of a dispatch, a batch of test images
+  assert result["input"] == {"mode": "stream", "workers": 0}
+  assert finished[2]["input"] == {"mode": "resident", "workers": 0}
+  assert "\ninput      stream, threads\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+@pytest.mark.parametrize("first", ["resident", "stream"])
+def test_a_streamed_run_resumes_within_a_task_whatever_it_was_before(finished, tmp_path, first):
+  settings, workdir = finished[0], tmp_path / "run"
+  before = settings if first == "resident" else streamed(settings)
+  stop(before, workdir, checkpoint.Store, "save", 1)
+  assert_same_run(finished, workdir, run(streamed(settings), workdir))
+
+
+def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypatch, capsys):
+  """The rank selector, and both ways to look at class means; in a domain-incremental run."""
+  settings = small(
+    "fm_lora",
+    batch_size=256,
+    drs={"strategy": "gumbel", "candidate_ranks": (1, 2, 4)},
+    head={"start": "class_mean", "kind": "class_mean"},
+    tasks={"benchmark": "digits_dil", "scenario": "dil"},
+  )
+  whole = tmp_path / "resident"
+  finished = settings, whole, run(settings, whole)
+  assert "\ninput      resident, 0.00 GiB on the device\n" in capsys.readouterr().out
+  monkeypatch.setattr(run_lib, "_image_memory", lambda: {"device": 1000, "host": 1000})
+  result = run(settings, tmp_path / "stream")
+  assert_same_run(finished, tmp_path / "stream", result)
+  assert result["complexity"] == finished[2]["complexity"] and result["complexity"][1] > 0
+  assert result["input"]["mode"] == "stream"
+  assert "\ninput      stream, threads\n" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_stops_counting_compilation(tmp_path):

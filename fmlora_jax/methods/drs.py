@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.models import heads, rank_selector
-from fmlora_jax.types import Examples, NonFiniteError, Params, TaskArrays, TaskView
+from fmlora_jax.types import NonFiniteError, Params, TaskArrays, TaskView
 
 
 @flax.struct.dataclass
@@ -30,13 +30,11 @@ class Probe:
 
 
 @flax.struct.dataclass
-class Data:
-  """What a step reads: the task and its images, passed so that nothing is compiled in."""
+class Context:
+  """What a step reads besides a batch, passed so that nothing is compiled in."""
 
   fixed: Params
   task: TaskArrays
-  train: Examples
-  val: Examples
 
 
 class RankSelector:
@@ -86,14 +84,14 @@ class RankSelector:
       ConfigError: if the task has no validation images.
       NonFiniteError: if the preliminary training gives NaN or infinity.
     """
-    if view.val is None:
+    if view.val_batches is None:
       raise ConfigError(
         f"config.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no validation "
         "images: raise config.tasks.val_fraction or set drs.strategy=fixed"
       )
-    data = Data(fixed=fixed, task=view.arrays, train=view.train, val=view.val)
+    context = Context(fixed=fixed, task=view.arrays)
     find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
-    index, val_loss, scores = find(params, data, view)
+    index, val_loss, scores = find(params, context, view)
     if not np.isfinite([val_loss, *scores]).all():
       raise NonFiniteError(
         f"validation loss is {val_loss} in the rank selection of task {view.index + 1}: must be "
@@ -106,13 +104,13 @@ class RankSelector:
       "rank_scores": [float(score) for score in scores],
     }
 
-  def _by_gumbel(self, params, data, view):
+  def _by_gumbel(self, params, context, view):
     probe = Probe(params, self.optimizer.init(params))
     alpha = jnp.zeros(len(self.masks))
     for epoch in range(self.drs.epochs):
-      for rows, key in _steps(view, epoch):
-        probe = self._train_drawn(probe, alpha, data, rows, key, augment=view.augment)
-      losses, _ = self._validate(self._stacked(probe.params), data, view)
+      for batch, key in _steps(view, epoch):
+        probe = self._train_drawn(probe, alpha, context, *batch, key, augment=view.augment)
+      losses, _ = self._validate(self._stacked(probe.params), context, view)
       costs = rank_selector.selection_costs(
         losses,
         candidates=self.drs.candidate_ranks,
@@ -124,13 +122,13 @@ class RankSelector:
     index = int(jnp.argmax(alpha))  # without noise: Eq. (12)
     return index, losses[index], jax.nn.softmax(alpha)
 
-  def _by_validation(self, params, data, view):
+  def _by_validation(self, params, context, view):
     stacked = self._stacked(params)
     probes = Probe(stacked, jax.vmap(self.optimizer.init)(stacked))
     for epoch in range(self.drs.epochs):
-      for rows, key in _steps(view, epoch):
-        probes = self._train_all(probes, self.masks, data, rows, key, augment=view.augment)
-    losses, accuracies = self._validate(probes.params, data, view)
+      for batch, key in _steps(view, epoch):
+        probes = self._train_all(probes, self.masks, context, *batch, key, augment=view.augment)
+    losses, accuracies = self._validate(probes.params, context, view)
     good = np.asarray(accuracies) >= float(accuracies.max()) - self.drs.tolerance
     index = int(np.argmax(good))  # the smallest rank that is good enough
     return index, losses[index], accuracies
@@ -139,51 +137,51 @@ class RankSelector:
     """Returns the parameters once for each candidate."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.masks), axis=0), params)
 
-  def _loss(self, params, mask, data, batch):
-    logits = self._logits(params, data.fixed, mask, batch.images)
-    losses = heads.local_losses(logits, batch.labels, data.task)
+  def _loss(self, params, mask, context, batch):
+    logits = self._logits(params, context.fixed, mask, batch.images)
+    losses = heads.local_losses(logits, batch.labels, context.task)
     return heads.weighted_mean(losses, batch.valid)
 
-  def _update(self, probe, mask, data, batch):
-    grads = jax.grad(self._loss)(probe.params, mask, data, batch)
+  def _update(self, probe, mask, context, batch):
+    grads = jax.grad(self._loss)(probe.params, mask, context, batch)
     updates, opt_state = self.optimizer.update(grads, probe.opt_state, probe.params)
     return Probe(optax.apply_updates(probe.params, updates), opt_state)
 
-  def _train_a_draw(self, probe, alpha, data, rows, key, *, augment):
+  def _train_a_draw(self, probe, alpha, context, examples, rows, key, *, augment):
     """One training step at a rank drawn with P = softmax(alpha): Eq. (11)."""
     draw_rank, draw_crop = jax.random.split(key)
     mask = rank_selector.gumbel_one_hot(alpha, draw_rank, self.drs.tau) @ self.masks
-    return self._update(probe, mask, data, augment(data.train, rows, draw_crop))
+    return self._update(probe, mask, context, augment(examples, rows, draw_crop))
 
-  def _train_each(self, probes, masks, data, rows, key, *, augment):
+  def _train_each(self, probes, masks, context, examples, rows, key, *, augment):
     """One training step of every candidate, on the same batch."""
-    batch = augment(data.train, rows, key)
-    return jax.vmap(lambda probe, mask: self._update(probe, mask, data, batch))(probes, masks)
+    batch = augment(examples, rows, key)
+    return jax.vmap(lambda probe, mask: self._update(probe, mask, context, batch))(probes, masks)
 
-  def _validate_each(self, params, masks, data, rows, *, center):
-    batch = center(data.val, rows)
+  def _validate_each(self, params, masks, context, examples, rows, *, center):
+    batch = center(examples, rows)
 
     def sums(params, mask):
-      logits = self._logits(params, data.fixed, mask, batch.images)
-      losses = heads.local_losses(logits, batch.labels, data.task)
-      slots = jnp.arange(logits.shape[-1]) < data.task.hi - data.task.lo
-      correct = jnp.argmax(jnp.where(slots, logits, -jnp.inf), -1) + data.task.lo == batch.labels
+      logits = self._logits(params, context.fixed, mask, batch.images)
+      losses = heads.local_losses(logits, batch.labels, context.task)
+      slots = jnp.arange(logits.shape[-1]) < context.task.hi - context.task.lo
+      correct = jnp.argmax(jnp.where(slots, logits, -jnp.inf), -1) + context.task.lo == batch.labels
       return jnp.stack([jnp.sum(losses * batch.valid), jnp.sum(correct & batch.valid)])
 
     return jax.vmap(sums)(params, masks), jnp.sum(batch.valid)
 
-  def _validate(self, params, data, view) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+  def _validate(self, params, context, view) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     """Returns the mean loss and the accuracy of each candidate over the whole validation set."""
     parts = [
-      self._validate_all(params, self.masks, data, rows, center=view.center)
-      for rows in view.val_rows(0)
+      self._validate_all(params, self.masks, context, *batch, center=view.center)
+      for batch in view.val_batches(0)
     ]
     totals = sum(sums for sums, _ in parts) / sum(count for _, count in parts)
     return totals[:, 0], totals[:, 1]
 
 
 def _steps(view: TaskView, epoch: int):
-  """Yields (training rows, key) for each step of one epoch of the preliminary training."""
+  """Yields (training batch, key) for each step of one epoch of the preliminary training."""
   key = jax.random.fold_in(view.key("drs"), epoch)
-  for step, rows in enumerate(view.train_rows(epoch)):
-    yield rows, jax.random.fold_in(key, step)
+  for step, batch in enumerate(view.train_batches(epoch)):
+    yield batch, jax.random.fold_in(key, step)

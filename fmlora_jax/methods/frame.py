@@ -146,8 +146,7 @@ def make_class_sums(backbone: Backbone, num_classes: int) -> Callable:
     return jnp.matmul(one_hot.T, features, precision="highest"), one_hot.sum(0)
 
   def class_sums(model, view: TaskView):
-    rows = view.train_rows(0)
-    totals = [batch_sums(model, view.train, batch, center=view.center) for batch in rows]
+    totals = [batch_sums(model, *batch, center=view.center) for batch in view.train_batches(0)]
     return jax.tree.map(lambda *parts: sum(parts), *totals)
 
   return class_sums

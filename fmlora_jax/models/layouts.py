@@ -6,7 +6,7 @@ A new kind of file is one entry of `LAYOUTS`: regexes over names, and small chan
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,10 +28,13 @@ class Layout:
     rules: (regex over a whole name on disk, our leaf, change of the array). Each rule that matches
       makes a leaf: three make query, key and value out of one tensor.
     ignored: regexes over names of tensors that are no part of the feature extractor.
+    antialias: how positions are interpolated to another image size, as the library does that these
+      files are written for: see `resize_positions`.
   """
 
   rules: tuple[Rule, ...]
   ignored: tuple[str, ...]
+  antialias: bool = False
 
   def leaves(self, name: str) -> list[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     """Returns (our leaf, change of the array) for each rule that matches the name."""
@@ -48,6 +51,18 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 def _unbatch(x: np.ndarray) -> np.ndarray:
   return x[0] if x.ndim == 3 and x.shape[0] == 1 else x
+
+
+def _class_row(x: np.ndarray) -> np.ndarray:
+  """Puts a row of zeros first where the class token has no position, as in newer big_vision."""
+  x = _unbatch(x)
+  is_square = x.ndim == 2 and math.isqrt(len(x)) ** 2 == len(x)
+  return np.concatenate([np.zeros_like(x[:1]), x]) if is_square else x
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+  """Convolution kernel HWIO -> kernel over flattened patches, rows in the order (p, q, c)."""
+  return x.reshape(-1, x.shape[-1]) if x.ndim == 4 and x.size else x
 
 
 def _patches(x: np.ndarray) -> np.ndarray:
@@ -92,7 +107,8 @@ def _timm() -> Layout:
     (rf"{block}ls([12])\.gamma", r"block_\1/scale\2", _same),
     *_norm("norm", "norm"),
   ]
-  return Layout(rules=tuple(rules), ignored=(r"(head|fc_norm|pre_logits)\..+", r"mask_token"))
+  ignored = (r"(head|pre_logits)\..+", r"mask_token")
+  return Layout(rules=tuple(rules), ignored=ignored, antialias=True)
 
 
 def _dinov2() -> Layout:
@@ -116,7 +132,33 @@ def _dinov2() -> Layout:
   return Layout(rules=tuple(rules), ignored=(rf"{top}embeddings\.mask_token", r"classifier\..+"))
 
 
-LAYOUTS: Mapping[str, Layout] = {"ours": _ours(), "timm": _timm(), "dinov2": _dinov2()}
+def _google() -> Layout:
+  """Names in Google's .npz: those before flax.linen (Attention_1), since then, and big_vision's."""
+  top = r"(?:params/)?"
+  block = rf"{top}Transformer/encoderblock_(\d+)/"
+  attention = rf"{block}MultiHeadDotProductAttention_[01]/(query|key|value|out)"
+  rules = (
+    (rf"{top}cls", "cls", _unbatch),
+    (rf"{top}(?:Transformer/(?:posembed_input/)?)?pos_embedding", "position", _class_row),
+    (rf"{top}embedding/kernel", "embedding/kernel", _rows),
+    (rf"{top}embedding/bias", "embedding/bias", _same),
+    (rf"{block}LayerNorm_0/(scale|bias)", r"block_\1/norm1/\2", _same),
+    (rf"{attention}/(kernel|bias)", r"block_\1/attention/\2/dense/\3", _same),
+    (rf"{block}LayerNorm_[12]/(scale|bias)", r"block_\1/norm2/\2", _same),
+    (rf"{block}MlpBlock_[03]/Dense_0/(kernel|bias)", r"block_\1/fc1/dense/\2", _same),
+    (rf"{block}MlpBlock_[03]/Dense_1/(kernel|bias)", r"block_\1/fc2/dense/\2", _same),
+    (rf"{top}Transformer/encoder_norm/(scale|bias)", r"norm/\1", _same),
+  )
+  # antialias as timm: the features must not depend on which file of a checkpoint was read
+  return Layout(rules=rules, ignored=(rf"{top}(?:head|pre_logits)/.+",), antialias=True)
+
+
+LAYOUTS: Mapping[str, Layout] = {
+  "ours": _ours(),
+  "timm": _timm(),
+  "dinov2": _dinov2(),
+  "google": _google(),
+}
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -129,22 +171,27 @@ def unflatten(leaves: Mapping[str, Any]) -> Params:
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def resize_positions(position: Float[np.ndarray, "..."], grid: int) -> Float[np.ndarray, "..."]:
+def resize_positions(
+  position: Float[np.ndarray, "..."], grid: int, *, antialias: bool = False
+) -> Float[np.ndarray, "..."]:
   """Returns position embeddings for a grid x grid image; the class token's row stays.
 
-  Source: DINOv2 (arXiv:2304.07193) as Hugging Face runs it: bicubic, a = -0.75, no antialiasing.
+  Source: torch's bicubic interpolation, as called by timm (antialias, then a = -0.5) and by Hugging
+  Face's DINOv2 (none, a = -0.75).
 
   Args:
     position: [N, D]: the class token's row, then a square of patches, row by row. An array of
       another form comes back as it is.
+    antialias: average over more positions where the grid gets smaller.
   """
   side = math.isqrt(max(len(position) - 1, 0)) if position.ndim == 2 else 0
   if side in (0, grid) or side**2 + 1 != len(position):
     return position
   width = position.shape[1]
-  method = jax.image.ResizeMethod.CUBIC_PYTORCH
+  methods = jax.image.ResizeMethod
+  method = methods.CUBIC if antialias else methods.CUBIC_PYTORCH
   patches = position[1:].reshape(side, side, width)
-  resized = jax.image.resize(patches, (grid, grid, width), method, antialias=False)
+  resized = jax.image.resize(patches, (grid, grid, width), method, antialias=antialias)
   return np.concatenate([position[:1], np.asarray(resized).reshape(-1, width)])
 
 
@@ -162,6 +209,7 @@ def convert(
     ValueError: naming together all tensors that are missing, unknown or of a wrong shape; or one
       that holds NaN or infinity.
   """
+  tensors = _unstack(tensors)
   leaves, ignored, unknown = {}, [], []  # leaf -> (name on disk, array)
   for name, tensor in tensors.items():
     targets = LAYOUTS[layout].leaves(name)
@@ -172,13 +220,35 @@ def convert(
       unknown.append(name)
     else:
       tensor = _float32(name, tensor)
-      leaves |= {leaf: (name, change(tensor)) for leaf, change in targets}
+      leaves |= {leaf: (name, _join(leaf, change(tensor), sizes)) for leaf, change in targets}
   if "position" in leaves:
     name, position = leaves["position"]
-    leaves["position"] = name, resize_positions(position, sizes.grid)
+    antialias = LAYOUTS[layout].antialias
+    leaves["position"] = name, resize_positions(position, sizes.grid, antialias=antialias)
   _check(leaves, unknown, layout, sizes, tensors)
   params = {leaf: np.ascontiguousarray(array) for leaf, (_, array) in leaves.items()}
   return unflatten(params), tuple(ignored)
+
+
+def _unstack(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Takes the blocks apart that big_vision stacks along a first axis to scan over them."""
+  apart = {}
+  for name, tensor in tensors.items():
+    if "/encoderblock/" in name and tensor.ndim:
+      for layer, part in enumerate(tensor):
+        apart[name.replace("/encoderblock/", f"/encoderblock_{layer}/")] = part
+    else:
+      apart[name] = tensor
+  return apart
+
+
+def _join(leaf: str, x: np.ndarray, sizes: Sizes) -> np.ndarray:
+  """Merges the axes (heads, width of a head) of a projection into one, where they are those."""
+  heads = (sizes.num_heads, sizes.width // sizes.num_heads)
+  for axis in range(x.ndim - 1 if "/attention/" in leaf else 0):
+    if x.shape[axis : axis + 2] == heads:
+      return x.reshape(*x.shape[:axis], sizes.width, *x.shape[axis + 2 :])
+  return x
 
 
 def _block(leaf: str) -> int:
@@ -195,12 +265,16 @@ def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
   return tensor
 
 
+# the norm after timm's average pooling; big_vision's pooling by attention
+_POOLING = re.compile(r"fc_norm\..+|(?:params/)?MAPHead_0/.+")
+
+
 def _check(
   leaves: Mapping[str, tuple[str, np.ndarray]],
   unknown: Iterable[str],
   layout: str,
   sizes: Sizes,
-  names: Iterable[str],
+  names: Collection[str],
 ) -> None:
   """Refuses leaves that are not those of the ViT, all in one message."""
   expected = flatten(jax.eval_shape(vit.make(sizes).init, jax.random.key(0)))
@@ -218,8 +292,11 @@ def _check(
   }
   found = [f"{kind} ({len(items)}): {_some(items)}" for kind, items in faults.items() if items]
   if found:
-    guess = guess_layout(names)
-    hint = f"; its names look like layout {guess!r}" if guess not in (layout, None) else ""
+    guess, hint = guess_layout(names), ""
+    if guess not in (layout, None):
+      hint = f"; its names look like layout {guess!r}"
+    elif "cls" in faults["missing"] or any(map(_POOLING.fullmatch, names)):
+      hint = "; it seems to average its patches: needed is one whose class token is the feature"
     raise ValueError(
       f"the tensors do not make a ViT of width {sizes.width}, depth {sizes.depth}, patch size "
       f"{sizes.patch_size} in layout {layout!r}: {'; '.join(found)}{hint}"

@@ -1,27 +1,52 @@
 """Pre-trained weights: which there are, and how a file on disk becomes the parameters of our ViT.
 
 A tag names one published checkpoint: "ViT-B/16" alone has stood for three networks in timm's time.
-Files are read with safetensors, never with pickle. A new checkpoint is one entry of `WEIGHTS`, a
-new kind of file one entry of `layouts.LAYOUTS`.
+Pickles are never opened. A new checkpoint is one entry of `WEIGHTS`, a new kind of file one entry
+of `layouts.LAYOUTS`.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import hashlib
-import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import jax
-import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import logging
 
 from fmlora_jax.config import ConfigError, WeightsConfig
-from fmlora_jax.models import layouts, vit
+from fmlora_jax.models import fetch, layouts, vit, weight_files
 from fmlora_jax.types import Params, Sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+  """One published file; it lies on the Hugging Face Hub, in a bucket, or beside this module.
+
+  Attributes:
+    layout: how it names and lays out its tensors, a name in LAYOUTS.
+    repository, revision: on the Hub; without a revision the newest.
+    bucket: and folder, on Google Cloud Storage.
+    sha256: None accepts any.
+  """
+
+  layout: str
+  name: str = "model.safetensors"
+  repository: str | None = None
+  revision: str | None = None
+  bucket: str | None = None
+  sha256: str | None = None
+
+  @property
+  def command(self) -> str | None:
+    """Fetches it by hand; None if it ships with the package."""
+    if self.repository:
+      revision = f" --revision {self.revision}" if self.revision else ""
+      return f"hf download {self.repository} {self.name}{revision}"
+    if self.bucket:
+      return f"curl -LO https://storage.googleapis.com/{self.bucket}/{self.name}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,63 +54,122 @@ class Source:
   """One checkpoint.
 
   Attributes:
+    files: that hold it; any of them will do, and the first can be downloaded.
     architecture: a name in vit.ARCHITECTURES; None where the config names it.
-    layout: how the file names and lays out its tensors, a name in LAYOUTS.
     normalisation: of the pixels the network was trained with; None if unknown.
-    where: for people: how to get the file.
-    file: its name; None if there is none. A shipped one lies beside this module.
-    sha256: of the file; None accepts any.
+    gelu: "erf" as in timm and Hugging Face, also for networks that Google trained with "tanh".
   """
 
+  files: tuple[File, ...]
   architecture: str | None
-  layout: str
   normalisation: Literal["half", "zero_one", "imagenet"] | None
-  where: str
-  file: str | None = "model.safetensors"
   gelu: Literal["erf", "tanh"] = "erf"
-  shipped: bool = False
-  sha256: str | None = None
+
+  @property
+  def where(self) -> str:
+    """How to get one of its files by hand."""
+    commands = [f"`{file.command}`" for file in self.files if file.command]
+    if not commands:
+      return "it ships with fmlora_jax: install the package again"
+    return f"get it with {' or '.join(commands)}"
 
 
-def _hub(repository: str) -> str:
-  return f"get it from the Hugging Face Hub (hf download {repository} model.safetensors)"
+def _timm(name: str, revision: str | None = None, sha256: str | None = None) -> File:
+  repository = f"timm/vit_{name}"
+  return File(layout="timm", repository=repository, revision=revision, sha256=sha256)
 
+
+def _google(name: str) -> File:
+  folder, _, name = f"vit_models/{name}.npz".rpartition("/")
+  return File(layout="google", bucket=folder, name=name)
+
+
+def _supervised(architecture: str, *files: File) -> Source:
+  """A checkpoint that Google trained with labels, on pixels in [-1, 1]."""
+  return Source(files=files, architecture=architecture, normalisation="half")
+
+
+def _dinov2(architecture: str, size: str, revision: str, sha256: str) -> Source:
+  file = File(
+    layout="dinov2", repository=f"facebook/dinov2-{size}", revision=revision, sha256=sha256
+  )
+  return Source(files=(file,), architecture=architecture, normalisation="imagenet")
+
+
+# names of the augmentation and regularisation of "How to train your ViT" (arXiv:2106.10270)
+_BASE = "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
+_SMALL = "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
+_TINY = "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
 
 WEIGHTS: Mapping[str, Source] = {
   "micro_letters": Source(
+    files=(
+      File(
+        layout="ours",
+        name="micro_letters.safetensors",
+        sha256="ab2e660863447f4836d6fb0c8fac4ae6028fca142fe995f6af1b6e17f5795d4d",
+      ),
+    ),
     architecture="micro",
-    layout="ours",
     normalisation="half",
-    where="it ships with fmlora_jax: install the package again",
-    file="micro_letters.safetensors",
-    shipped=True,
-    sha256="ab2e660863447f4836d6fb0c8fac4ae6028fca142fe995f6af1b6e17f5795d4d",
   ),
-  "dinov2_small": Source(
-    architecture="dinov2_s14",
-    layout="dinov2",
-    normalisation="imagenet",
-    where=_hub("facebook/dinov2-small"),
+  "augreg2_in21k_ft_in1k": _supervised(
+    "vit_b16",
+    _timm(
+      "base_patch16_224.augreg2_in21k_ft_in1k",
+      revision="063c6c38a5d8510b2e57df480445e94b231dad2c",
+      sha256="32aa17d6e17b43500f531d5f6dc9bc93e56ed8841b8a75682e1bb295d722405b",
+    ),
   ),
-  "dinov2_base": Source(
-    architecture="dinov2_b14",
-    layout="dinov2",
-    normalisation="imagenet",
-    where=_hub("facebook/dinov2-base"),
+  "augreg_in21k_ft_in1k": _supervised(
+    "vit_b16",
+    _timm("base_patch16_224.augreg_in21k_ft_in1k"),
+    _google(f"{_BASE}--imagenet2012-steps_20k-lr_0.01-res_224"),
   ),
-  "augreg2_in21k_ft_in1k": Source(
-    architecture="vit_b16",
-    layout="timm",
-    normalisation="half",
-    where=_hub("timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"),
+  "augreg_in21k": _supervised("vit_b16", _timm("base_patch16_224.augreg_in21k"), _google(_BASE)),
+  "orig_in21k": _supervised(
+    "vit_b16", _timm("base_patch16_224.orig_in21k"), _google("imagenet21k/ViT-B_16")
   ),
-  "random": Source(
-    architecture=None,
-    layout="ours",
-    normalisation="half",
-    where="drawn from seed 0, for tests and benchmarks",
-    file=None,
+  "augreg_in21k_ft_in1k_s16": _supervised(
+    "vit_s16",
+    _timm(
+      "small_patch16_224.augreg_in21k_ft_in1k",
+      revision="7e2c55630205e1266030f18370f4c6ed1a514b52",
+      sha256="79c03c635cdfd798a364a9d8c4e5c0b7255b975ea2c9616046d4f77ab01435aa",
+    ),
+    _google(f"{_SMALL}--imagenet2012-steps_20k-lr_0.03-res_224"),
   ),
+  "augreg_in21k_s16": _supervised(
+    "vit_s16", _timm("small_patch16_224.augreg_in21k"), _google(_SMALL)
+  ),
+  "augreg_in21k_ft_in1k_ti16": _supervised(
+    "vit_ti16",
+    _timm(
+      "tiny_patch16_224.augreg_in21k_ft_in1k",
+      revision="7d3afdd0cf93ad84d986eb2d6bcc5812ebd0b106",
+      sha256="fecf81b492bd13ee7a5297cb74d1d417aac8bf7e1b7d96aed89c4691984587ed",
+    ),
+    _google(f"{_TINY}--imagenet2012-steps_20k-lr_0.03-res_224"),
+  ),
+  "augreg_in21k_ti16": _supervised(
+    "vit_ti16", _timm("tiny_patch16_224.augreg_in21k"), _google(_TINY)
+  ),
+  "dino": Source(
+    files=(_timm("base_patch16_224.dino"),), architecture="vit_b16", normalisation="imagenet"
+  ),
+  "dinov2_small": _dinov2(
+    "dinov2_s14",
+    "small",
+    revision="ed25f3a31f01632728cabb09d1542f84ab7b0056",
+    sha256="ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1",
+  ),
+  "dinov2_base": _dinov2(
+    "dinov2_b14",
+    "base",
+    revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+    sha256="d73036b56966966d07975d696bde331762f37297e2f095de8cea0040c3aa0841",
+  ),
+  "random": Source(files=(), architecture=None, normalisation="half"),  # for benchmarks
 }
 
 
@@ -122,26 +206,35 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
   _check_fields(config)
   if config.tag == "random":
     return _draw(config, image_size)
-  path = _locate(config)
+  with _located(config) as path:
+    return _convert(config, image_size, path)
+
+
+def _convert(
+  config: WeightsConfig, image_size: int | None, path: pathlib.Path
+) -> tuple[Params, Sizes, Info]:
+  """Returns what `load` returns, of this file."""
   shown = config.path or path.name
-  tensors, metadata = read(path, shown)
+  tensors, metadata = weight_files.read(path, shown)
+  layout, digest = layouts.guess_layout(tensors), weight_files.sha256(path)
   if config.tag:
     source = WEIGHTS[config.tag]
-    mend = f"is it the file of {config.tag!r}? {source.where}"
-    own = "; for another file of your own set config.weights.tag='' and config.weights.architecture"
-  else:
-    source = _describe(config, tensors, metadata, shown)
-    mend, own = f"is it a {source.architecture}? --config.weights.architecture=NAME", ""
-  digest = sha256(path)
-  if source.sha256 not in (None, digest):
-    raise ConfigError(
-      f"{shown} has sha256 {digest}: tag {config.tag!r} is {source.sha256}; {source.where}{own}"
+    mend = (
+      f"is it a file of {config.tag!r}? {source.where}; a file of your own takes "
+      f"--config.weights.tag='' --config.weights.architecture={source.architecture} "
+      f"--config.input.normalisation={source.normalisation}"
     )
+  else:
+    source = _describe(config, layout, metadata, shown)
+    mend = f"is it a {source.architecture}? --config.weights.architecture=NAME"
+  file = next((file for file in source.files if file.layout == layout), source.files[0])
+  if file.sha256 not in (None, digest):
+    raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {mend}")
   sizes = _sizes(config, source, image_size)
   try:
-    params, ignored = layouts.convert(tensors, source.layout, sizes, cut=config.depth is not None)
+    params, ignored = layouts.convert(tensors, file.layout, sizes, cut=config.depth is not None)
   except ValueError as error:
-    raise ConfigError(f"{shown}: {error}; {mend}{own}") from None
+    raise ConfigError(f"{shown}: {error}; {mend}") from None
   logging.info("weights %s: %s, sha256 %s", config.tag or "file", path.name, digest)
   if ignored:
     logging.info("weights: %d tensors ignored: %s", len(ignored), ", ".join(ignored))
@@ -174,7 +267,7 @@ def _check_fields(config: WeightsConfig) -> None:
   if fixed and config.architecture not in (None, fixed):
     raise ConfigError(
       f"config.weights.architecture is {config.architecture!r}: tag {config.tag!r} is a {fixed}; "
-      "leave it out, or take tag 'random'"
+      "leave it out, or take tag '' for a file of your own, tag 'random' for none"
     )
 
 
@@ -205,14 +298,14 @@ def _sizes(config: WeightsConfig, source: Source, image_size: int | None) -> Siz
       f"config.input.image_size is {image_size}: must be a multiple of the patch size {p} of a "
       f"{name}, such as {near}"
     )
-  return dataclasses.replace(full, image_size=image_size, depth=depth, gelu=source.gelu)
+  gelu = config.gelu or source.gelu
+  return dataclasses.replace(full, image_size=image_size, depth=depth, gelu=gelu)
 
 
 def _describe(
-  config: WeightsConfig, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], shown: str
+  config: WeightsConfig, layout: str | None, metadata: Mapping[str, str], shown: str
 ) -> Source:
   """Returns what is known of a file without a tag: from its metadata, its names and the config."""
-  layout = layouts.guess_layout(tensors)
   if layout is None:
     known = list(layouts.LAYOUTS)
     raise ConfigError(f"{shown}: no tensor has a name as in one of the layouts {known}")
@@ -229,95 +322,54 @@ def _describe(
       "half, zero_one, imagenet and one of erf, tanh"
     )
   return Source(
-    architecture=architecture, layout=layout, normalisation=normalisation, gelu=gelu, where=""
+    files=(File(layout=layout),), architecture=architecture, normalisation=normalisation, gelu=gelu
   )
 
 
-def _locate(config: WeightsConfig) -> pathlib.Path:
-  """Returns the file; refuses a path that is not there or is a folder."""
-  where = WEIGHTS[config.tag].where if config.tag else ""
-  if config.path is not None:
-    path = pathlib.Path(config.path).expanduser()
-    if path.is_dir():
+@contextlib.contextmanager
+def _located(config: WeightsConfig) -> Iterator[pathlib.Path]:
+  """Gives the file: the path's, also in a bucket, or else the tag's, shipped or on the Hub."""
+  if config.path is None:
+    yield _published(config.tag)
+  elif config.path.startswith("gs://"):
+    try:
+      with fetch.from_bucket(config.path) as path:
+        yield path
+    except fetch.FetchError as error:
       raise ConfigError(
-        f"config.weights.path is {config.path!r}: a folder; name the file in it, such as "
-        f"{path / 'model.safetensors'}"
-      )
-    if not path.is_file():
+        f"config.weights.path is {config.path!r}: can't be read ({error}); needed are gcsfs and "
+        "credentials, or copy the file here and name the copy"
+      ) from None
+  else:
+    yield _local(config)
+
+
+def _published(tag: str) -> pathlib.Path:
+  """Returns the tag's file, downloaded where it does not ship."""
+  source = WEIGHTS[tag]
+  file = source.files[0]
+  if file.repository:
+    try:
+      return fetch.from_hub(file.repository, file.name, file.revision)
+    except fetch.FetchError as error:
       raise ConfigError(
-        f"config.weights.path is {config.path!r}: no such file" + (f"; {where}" if where else "")
-      )
+        f"config.weights.tag is {tag!r}: its file is not part of fmlora_jax; {error}; or "
+        f"{source.where} and say --config.weights.path=FILE"
+      ) from None
+  path = pathlib.Path(__file__).with_name(file.name)
+  if not path.is_file():
+    raise ConfigError(f"config.weights.tag is {tag!r}: {path.name} is gone; {source.where}")
+  return path
+
+
+def _local(config: WeightsConfig) -> pathlib.Path:
+  """Returns the path; refuses one that is no file."""
+  path = pathlib.Path(config.path).expanduser()
+  if path.is_file():
     return path
-  source = WEIGHTS[config.tag]
-  path = pathlib.Path(__file__).with_name(source.file)
-  if source.shipped and path.is_file():
-    return path
-  if source.shipped:
-    raise ConfigError(f"config.weights.tag is {config.tag!r}: {path.name} is gone; {where}")
-  raise ConfigError(
-    f"config.weights.tag is {config.tag!r}: its file is not part of fmlora_jax; {where} and say "
-    "--config.weights.path=FILE"
-  )
-
-
-_DTYPES = ("F16", "BF16", "F32", "F64")
-
-# what people take for a safetensors file, by its first bytes
-_MISTAKES = (
-  (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
-  (b"<", "a web page: download the file itself"),
-  (b"\x80", "a Python pickle, which is never opened: take the model.safetensors of that model"),
-  (b"PK", "a zip (PyTorch or .npz): take the model.safetensors of that model"),
-)
-
-
-def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns (name -> array, metadata) of a safetensors file; `shown` stands for it in errors.
-
-  Raises:
-    ConfigError: if it is not one, is cut off, or holds quantised or integer tensors.
-  """
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      names = file.keys()
-      for name in names:
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-          raise ConfigError(
-            f"{shown}: tensor {name} is {dtype}: must be one of {', '.join(_DTYPES)}; take the "
-            "file that is not quantised"
-          )
-      return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-  except OSError as error:
-    raise ConfigError(f"{shown} can't be read: {error.strerror or error}") from None
-  except safetensors.SafetensorError as error:
-    reason = f"damaged or cut off ({error}): get it again"
-    with open(path, "rb") as file:
-      head = file.read(64)
-    if not head:
-      reason = "empty: get it again"
-    for start, mistake in _MISTAKES:
-      if head.startswith(start) and b'{"' not in head[:10]:
-        reason = mistake
-    raise ConfigError(f"{shown} is not a whole safetensors file: it is {reason}") from None
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Returns the file's hex digest; reads it in pieces."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save(params: Params, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-  """Writes params in layout "ours", each leaf in its own dtype; whole or not at all.
-
-  Args:
-    metadata: architecture, normalisation and, if not "erf", gelu: then the file loads without a
-      tag. Other entries are kept for people.
-  """
-  path = pathlib.Path(path)
-  # safetensors writes the memory of an array as it lies, also of a transposed one
-  leaves = {name: np.ascontiguousarray(leaf) for name, leaf in layouts.flatten(params).items()}
-  part = path.with_name(path.name + ".part")
-  safetensors.numpy.save_file(leaves, part, metadata=dict(metadata))
-  os.replace(part, path)
+  mend = f"no such file; {WEIGHTS[config.tag].where}" if config.tag else "no such file"
+  if path.is_dir():
+    mend = f"a folder; name the file in it, such as {path / 'model.safetensors'}"
+  if "://" in config.path:
+    mend = "must be a local file or gs://BUCKET/FILE; download it and name the copy"
+  raise ConfigError(f"config.weights.path is {config.path!r}: {mend}")

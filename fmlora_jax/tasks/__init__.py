@@ -3,8 +3,11 @@
 import difflib
 import importlib
 import pkgutil
+import types
+from collections.abc import Sequence
 
 from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.tasks import replay
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence, cut
 
 __all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "make"]
@@ -21,19 +24,44 @@ def make(config: TasksConfig, *, seed: int, source_size: int) -> TaskSequence:
 
   Args:
     config: names the benchmark, which is a file of that name in benchmarks/ with a function
-      `make(config, source_size) -> Source`.
-    seed: the run's; orders classes or domains where config.order_seed is None.
+      `make(config, source_size) -> Source` and, where they apply, tables of the names that
+      config.split (CUTS) and config.domains (DOMAINS) may have.
+    seed: the run's; orders classes or domains where config.order_seed is None, unless
+      config.stream names a file that says all.
     source_size: shorter side in pixels that images are kept at.
 
   Raises:
     ConfigError: if there is no such benchmark, or it can't be cut into such tasks.
   """
+  benchmark = find(config.benchmark)
+  _check_names(config, "split", [config.split] * (config.split is not None), "CUTS")
+  _check_names(config, "domains", config.domains, "DOMAINS")
+  source = benchmark.make(config, source_size)
+  if config.stream is not None:
+    return replay.read(config.stream, source, config)
+  return cut(source, config, seed=seed)
+
+
+def find(name: str) -> types.ModuleType:
+  """Returns the file in benchmarks/ that a value of config.tasks.benchmark stands for.
+
+  Raises:
+    ConfigError: if there is none.
+  """
   names = benchmark_names()
-  if config.benchmark not in names:
-    near = difflib.get_close_matches(config.benchmark, names, n=1)
+  file = "tfds" if name.startswith("tfds:") else name
+  if file not in names or name == "tfds":
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(
-      f"config.tasks.benchmark is {config.benchmark!r}: must be one of {', '.join(names)}{hint}"
-    )
-  benchmark = importlib.import_module(f"fmlora_jax.tasks.benchmarks.{config.benchmark}")
-  return cut(benchmark.make(config, source_size), config, seed=seed)
+    names = ", ".join("tfds:NAME" if each == "tfds" else each for each in names)
+    raise ConfigError(f"config.tasks.benchmark is {name!r}: must be one of {names}{hint}")
+  return importlib.import_module(f"fmlora_jax.tasks.benchmarks.{file}")
+
+
+def _check_names(config: TasksConfig, field: str, values: Sequence[str], table: str) -> None:
+  """Refuses values of a field that the benchmark's `table` of names does not have."""
+  known = getattr(find(config.benchmark), table, ())
+  for value in values:
+    if value not in known:
+      allowed = f"one of {', '.join(known)}" if known else f"left out: {config.benchmark} has none"
+      raise ConfigError(f"config.tasks.{field} is {value!r}: must be {allowed}")

@@ -1,6 +1,8 @@
 """Image files of any kind to RGB pixels of one shorter side."""
 
+import concurrent.futures
 import contextlib
+import io
 import os
 import threading
 import warnings
@@ -43,6 +45,16 @@ def pillow_unlimited() -> Iterator[None]:
       Image.MAX_IMAGE_PIXELS = limit
 
 
+@contextlib.contextmanager
+def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+  """Yields threads within `pillow_unlimited`; on an error or Ctrl-C they drop what waits."""
+  with pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+    try:
+      yield pool
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
 def read(path: str | os.PathLike, max_pixels: int) -> Image.Image:
   """Returns the image in RGB, decoded to its end and upright; call within `pillow_unlimited`.
 
@@ -51,18 +63,38 @@ def read(path: str | os.PathLike, max_pixels: int) -> Image.Image:
   Raises:
     BrokenImage: if it can't be decoded, or has more than `max_pixels` (then none is decoded).
   """
+  with _opened(path, max_pixels) as image:
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def decode(file: io.BytesIO, max_pixels: int) -> Image.Image:
+  """The same of a file in memory, as the published codes see it: not turned upright."""
+  with _opened(file, max_pixels) as image:
+    return to_rgb(image)
+
+
+def size_of(file: io.BytesIO, max_pixels: int) -> tuple[int, int]:
+  """Returns (width, height) in pixels from the head of a file; raises as `decode`."""
+  with _opened(file, max_pixels) as image:
+    return image.size
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike | io.BytesIO, max_pixels: int) -> Iterator[Image.Image]:
+  """Yields an image whose pixels are not decoded yet; what goes wrong with it is a BrokenImage."""
   try:
-    if not os.path.isfile(path):  # a pipe would block for ever
-      raise BrokenImage("not a file, or a link to nothing")
-    if os.path.getsize(path) == 0:
-      raise BrokenImage("the file is empty")
+    if not isinstance(file, io.BytesIO):
+      if not os.path.isfile(file):  # a pipe would block for ever
+        raise BrokenImage("not a file, or a link to nothing")
+      if os.path.getsize(file) == 0:
+        raise BrokenImage("the file is empty")
     formats = [name for name in Image.OPEN if name not in NOT_IMAGES]
-    with Image.open(path, formats=formats) as image:
+    with Image.open(file, formats=formats) as image:
       if image.width * image.height > max_pixels:
         raise BrokenImage(
           f"{image.width} x {image.height} is more than config.tasks.max_pixels, {max_pixels}"
         )
-      return to_rgb(ImageOps.exif_transpose(image))
+      yield image
   except BrokenImage:
     raise
   except UnidentifiedImageError:

@@ -1,10 +1,12 @@
-"""Images of a task decoded once into memory, and the order in which an epoch visits them."""
+"""Images decoded once: a task's on the device, those that measure it on the host."""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Int
 
 from fmlora_jax.config import ConfigError
-from fmlora_jax.tasks.sequence import TaskSequence
+from fmlora_jax.tasks.sequence import Source, TaskSequence
 from fmlora_jax.types import Examples
 
 CHUNK = 256  # images decoded at a time, so that memory holds one copy of the task
@@ -24,29 +26,41 @@ def num_bytes(sequence: TaskSequence, capacity: int) -> int:
   return capacity * (height * width * 3 + 2 * 4 + 4 + 1)
 
 
-def check_memory(sequence: TaskSequence, measured: str, *, device: int, host: int) -> None:
-  """Refuses tasks whose images don't fit: a task on the device, all tests and a task on the host.
+def choose_mode(sequence: TaskSequence, measured: str, mode: str, *, device: int, host: int) -> str:
+  """Returns "resident" or "stream": what `mode` says, and of "auto" resident where it fits.
 
   Args:
     sequence: the tasks.
     measured: "test" or "val", the images that fill the accuracy matrix.
-    device: bytes that images may take there.
-    host: bytes that images may take there.
+    mode: as of config.InputConfig.
+    device: bytes that images may take there: training and validation images of one task.
+    host: bytes that images may take there: the same, and all that is measured.
 
   Raises:
-    ConfigError: with what is needed, what there is, and the mend.
+    ConfigError: if "resident" does not fit, with what is needed, what there is, and the mend.
   """
+  lacking = None if mode == "stream" else _lacking(sequence, measured, device=device, host=host)
+  if mode == "resident" and lacking:
+    raise ConfigError(
+      f"config.input.mode is 'resident': {lacking}; set it to auto or stream, lower "
+      "config.input.source_size, or cut the data into more tasks with config.tasks.num_tasks"
+    )
+  return "stream" if lacking or mode == "stream" else "resident"
+
+
+def _lacking(sequence: TaskSequence, measured: str, *, device: int, host: int) -> str | None:
+  """Returns what does not fit where; None if all does."""
   largest = capacity(sequence, "train") + capacity(sequence, "val")
   tests = sum(len(getattr(task, measured)) for task in sequence.tasks)
   height, width = sequence.source.canvas
   for place, images, budget in (("device", largest, device), ("host", largest + tests, host)):
     needed = num_bytes(sequence, images)
     if needed > budget:
-      raise ConfigError(
-        f"{sequence.source.name}: {images} images of {height} x {width} pixels take "
-        f"{needed / 2**30:.2f} GiB, the {place} has {budget / 2**30:.2f} GiB for them: lower "
-        "config.input.source_size, or cut the data into more tasks with config.tasks.num_tasks"
+      return (
+        f"{images} images of {sequence.source.name}, of {height} x {width} pixels, take "
+        f"{needed / 2**30:.2f} GiB, the {place} has {budget / 2**30:.2f} GiB for them"
       )
+  return None
 
 
 def load(sequence: TaskSequence, indices: Int[np.ndarray, " k"], capacity: int) -> Examples:
@@ -73,11 +87,31 @@ def load(sequence: TaskSequence, indices: Int[np.ndarray, " k"], capacity: int) 
   )
 
 
-def epoch_indices(
-  num: int, batch_size: int, seed: int, task: int, epoch: int
-) -> Int[np.ndarray, "steps B"]:
-  """Returns each of 0..num-1 once, in an order of (seed, task, epoch); -1 fills the last batch."""
-  generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, task, epoch])))
-  rows = np.full(-(-num // batch_size) * batch_size, -1, np.int32)
-  rows[:num] = generator.permutation(num)
-  return rows.reshape(-1, batch_size)
+def read(
+  examples: Examples, blocks: Iterable[Int[np.ndarray, "*K B"]]
+) -> Iterator[tuple[Examples, Int[np.ndarray, "*K B"]]]:
+  """Yields (examples, rows) of each block of rows: what `stream.Stream.read` does, from memory."""
+  for rows in blocks:
+    yield examples, rows
+
+
+class Kept:
+  """A `Source.decode` that decodes each of some records once and keeps its pixels on the host.
+
+  Args:
+    source: decodes them.
+    records: the only ones that may be asked for, ascending.
+  """
+
+  def __init__(self, source: Source, records: Int[np.ndarray, " n"]):
+    self._decode, self._records = source.decode, records
+    self._images = np.empty((len(records), *source.canvas, 3), np.uint8)
+    self._sizes = np.zeros((len(records), 2), np.int32)  # 0: not decoded yet
+
+  def __call__(self, rows: Int[np.ndarray, " k"]) -> tuple[np.ndarray, np.ndarray]:
+    places = np.searchsorted(self._records, rows)
+    new = self._sizes[places, 0] == 0
+    if new.any():
+      fresh = places[new]
+      self._images[fresh], self._sizes[fresh] = self._decode(rows[new])
+    return self._images[places], self._sizes[places]

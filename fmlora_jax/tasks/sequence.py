@@ -24,9 +24,11 @@ class Source:
     class_names: by canonical class.
     canvas: (height, width) in pixels that every decoded image fits into.
     decode: record indices [k] -> pixels [k, h, w, 3] in the upper left corner of a zero canvas, and
-      (height, width) [k, 2] of each.
+      (height, width) [k, 2] of each. It can be pickled, for the processes of stream.py, and its
+      ConfigError names the record that can't be decoded.
     digest: sha256 hex of what the data are (labels, names, contents), not of how they are cut.
     split: what the data say: TRAIN, VAL, TEST, or -1 where they say nothing; None says nothing.
+    cut: name of a `split` that is whole: nothing is drawn from it, even if it has no VAL.
     domains: domain of each record; None where there are none.
     domain_names: by domain.
     group: records of equal value never land in different splits; None: each on its own.
@@ -39,6 +41,7 @@ class Source:
   decode: Callable[[np.ndarray], tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]]
   digest: str
   split: Int8[np.ndarray, " n"] | None = None
+  cut: str | None = None
   domains: Int[np.ndarray, " n"] | None = None
   domain_names: tuple[str, ...] = ()
   group: Int[np.ndarray, " n"] | None = None
@@ -195,6 +198,8 @@ def _split(source: Source, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   What the source brings is taken. What it does not bring is cut, per class and domain, from the
   rest: first test, then val. The draw of a class depends on split_seed and on that class alone.
   """
+  if source.cut is not None:
+    return source.split
   split = np.full(len(source.labels), TRAIN, np.int8)
   if source.split is not None:
     split = np.maximum(source.split, TRAIN)
@@ -243,6 +248,8 @@ def _draw(source: Source, allowed: Bool[np.ndarray, " n"], draw: Draw) -> Bool[n
 
 
 def _split_id(source: Source, config: TasksConfig) -> str:
+  if source.cut is not None:
+    return f"{source.name}/{source.cut}"
   val = "own" if _brings(source, VAL) else f"{config.val_fraction:g}"
   test = "own" if _brings(source, TEST) else f"{config.test_fraction:g}"
   seed = "" if val == test == "own" else f"-seed{config.split_seed}"

@@ -1,5 +1,6 @@
 """One task from its images to trained variables; resumable at any chunk of steps."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmlora_jax.config import Config
-from fmlora_jax.tasks import TaskSequence, augment, resident
+from fmlora_jax.tasks import Task, TaskSequence, augment, order, resident, stream
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.step import Fixed, Stepper, TrainState, make_chunk
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import (
-  Examples,
   Method,
   NonFiniteError,
   Params,
@@ -35,6 +35,7 @@ class Trainer:
     normalisation: of pixels.
     image_size: side that the ViT sees.
     mesh: devices; batches are split over them.
+    streams: whether images are decoded when their turn comes, instead of once per task.
   """
 
   def __init__(
@@ -47,12 +48,13 @@ class Trainer:
     normalisation: str,
     image_size: int,
     mesh: jax.sharding.Mesh,
+    streams: bool = False,
   ):
     mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
     mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
     self.config, self.method, self.sequence, self.weights = config, method, sequence, weights
     self.root = jax.device_put(jax.random.key(config.seed), mesh_lib.replicated(mesh))
-    self._mesh = mesh
+    self._mesh, self.streams = mesh, streams
     pixels = {
       "size": image_size,
       "augmentation": config.input.augmentation,
@@ -66,6 +68,9 @@ class Trainer:
     self._capacity = {
       part: -(-resident.capacity(sequence, part) // size) * size for part in ("train", "val")
     }
+    self._steps = config.input.steps_per_dispatch
+    if streams:
+      self._steps = stream.steps_per_block(sequence, size, at_most=self._steps)
     self._chunks: dict = {}
 
   def put(self, tree):
@@ -77,33 +82,48 @@ class Trainer:
     return jax.device_put(tree, mesh_lib.split(self._mesh))
 
   def view(self, index: int) -> TaskView:
-    """Returns task `index` with its images on the devices."""
-    task = self.sequence.tasks[index]
-
-    def examples(part: str) -> Examples | None:
-      indices = getattr(task, part)
-      if not len(indices):
-        return None
-      return self.put(resident.load(self.sequence, indices, self._capacity[part]))
-
-    def rows(part: str, seed: int) -> Callable:
-      size = len(getattr(task, part))
-      return lambda epoch: resident.epoch_indices(size, self.config.batch_size, seed, index, epoch)
-
+    """Returns task `index`; its images are on the devices unless they are streamed."""
+    task, config = self.sequence.tasks[index], self.config
     # the data order has its own stream: another method of the same seed sees the same batches
+    order_of = {"batch_size": config.batch_size, "task": index}
+    train = self._reader(task, "train")
+    val = self._reader(task, "val") if len(task.val) else None
+
+    def train_batches(epoch):
+      return train(order.epoch_indices(len(task.train), seed=config.seed, epoch=epoch, **order_of))
+
+    def val_batches(epoch):
+      return val(order.epoch_indices(len(task.val), seed=config.seed + 1, epoch=epoch, **order_of))
+
+    def train_chunks(start):
+      end = config.epochs * self.steps_per_epoch(index)
+      cuts = order.bounds(start, end, self._steps, config.checkpoint.every_steps)
+      sizes = {"num": len(task.train), "size": self._steps, "bounds": cuts}
+      return train(order.Chunks(seed=config.seed, **sizes, **order_of))
+
     return TaskView(
       index=index,
       num_classes=task.hi - task.lo,
       arrays=self.put(TaskArrays(*map(jnp.int32, (index, task.lo, task.hi)))),
       weights=self.weights,
-      train=examples("train"),
-      val=examples("val"),
-      train_rows=rows("train", self.config.seed),
-      val_rows=rows("val", self.config.seed + 1),
+      train_batches=train_batches,
+      val_batches=val_batches if val else None,
+      train_chunks=train_chunks,
       augment=self.augment,
       center=self.center,
       key=lambda name: stream_key(self.root, name, task=index),
     )
+
+  def _reader(self, task: Task, part: str) -> Callable:
+    """Returns the function blocks of rows -> (examples, rows) of each, over a split of a task."""
+    indices = getattr(task, part)
+    if self.streams:
+      workers = self.config.input.workers
+      return stream.Stream(
+        sequence=self.sequence, indices=indices, put=self.put, workers=workers
+      ).read
+    examples = self.put(resident.load(self.sequence, indices, self._capacity[part]))
+    return functools.partial(resident.read, examples)
 
   def steps_per_epoch(self, index: int) -> int:
     """Returns the steps of one epoch of task `index`; the last batch may be padded."""
@@ -134,16 +154,16 @@ class Trainer:
   ) -> Iterator[tuple[TrainState, dict[str, np.ndarray], float]]:
     """Yields (state, stats, seconds) after each chunk of steps until the task is done.
 
-    `stats` are numbers of the chunk's steps. A chunk ends at every multiple of
-    `checkpoint.every_steps`, so that the state may be saved there. The yielded state is donated to
-    the next chunk.
+    `stats` are numbers of the chunk's steps; `seconds` include the wait for its images. A chunk
+    ends at every multiple of `checkpoint.every_steps`, so that the state may be saved there. The
+    yielded state is donated to the next chunk.
 
     Raises:
       NonFiniteError: if a loss or a gradient norm is not finite, with task and step.
+      ConfigError: if images are streamed and one can't be decoded any more.
     """
     _, chunk = self._programs(view.index)
-    epoch_steps, size = self.steps_per_epoch(view.index), self.config.input.steps_per_dispatch
-    total = self.config.epochs * epoch_steps
+    total = self.config.epochs * self.steps_per_epoch(view.index)
     fixed = Fixed(
       frozen=self.put(self.method.freeze(self.weights, variables)),
       mem=self.put(variables.mem),
@@ -153,25 +173,18 @@ class Trainer:
     )
     # a copy of its own: the chunk donates it, and a method may have put one array in two places
     state = jax.tree.map(jnp.copy, self.put(state))
-    order = functools.lru_cache(maxsize=2)(view.train_rows)
     done = int(state.step)
-    while done < total:
-      num = min(size, total - done, self._until_checkpoint(done))
-      rows = np.full((size, self.config.batch_size), -1, np.int32)
-      for i in range(num):
-        epoch, step = divmod(done + i, epoch_steps)
-        rows[i] = order(epoch)[step]
-      rows = jax.device_put(rows, mesh_lib.split(self._mesh, axis=1))
+    with contextlib.closing(view.train_chunks(done)) as chunks:
       began = time.monotonic()
-      state, stats = chunk(state, fixed, view.train, rows, self.put(jnp.int32(num)))
-      stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
-      self._check(stats, view.index, done)
-      done += num
-      yield state, stats, time.monotonic() - began
-
-  def _until_checkpoint(self, done: int) -> int:
-    every = self.config.checkpoint.every_steps
-    return every - done % every if every else np.iinfo(np.int32).max
+      for examples, rows in chunks:
+        num = int(np.sum(rows[:, 0] >= 0))
+        rows = jax.device_put(rows, mesh_lib.split(self._mesh, axis=1))
+        state, stats = chunk(state, fixed, examples, rows, self.put(jnp.int32(num)))
+        stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
+        self._check(stats, view.index, done)
+        done += num
+        yield state, stats, time.monotonic() - began
+        began = time.monotonic()
 
   def _check(self, stats, task: int, done: int) -> None:
     bad = ~(np.isfinite(stats["loss"]) & np.isfinite(stats["grad_norm"]))

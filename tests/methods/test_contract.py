@@ -10,10 +10,10 @@ import pytest
 
 from fmlora_jax import config as config_lib
 from fmlora_jax import methods
-from fmlora_jax.evaluate import Evaluator
+from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import heads, vit
-from fmlora_jax.tasks import resident
+from fmlora_jax.tasks.stream import Stream
 from fmlora_jax.train import optim
 from fmlora_jax.train.step import Stepper
 from fmlora_jax.types import SequenceSpec, Sizes, Variables
@@ -177,18 +177,21 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(learned):
 def counter(learned, batch_size):
   """Returns (bonus [C] on the logits, mask [C]) -> right answers on each task's test images."""
   method, trainer, sequence = learned.method, learned.trainer, learned.sequence
-  tests = [resident.load(sequence, task.test, len(task.test)) for task in sequence.tasks]
+  indices = np.concatenate([task.test for task in sequence.tasks])
+  tests = Stream(sequence=sequence, indices=indices, put=trainer.split)
+  sizes = [len(task.test) for task in sequence.tasks]
 
   def predict(model, images):
     return method.predict(model["folded"], images) + model["bonus"]
 
   biased = dataclasses.replace(method, predict=predict)
-  evaluator = Evaluator(biased, trainer.center, batch_size, trainer.split)
+  evaluator = Evaluator(biased, trainer.center)
   folded = method.fold(learned.weights, learned.variables)
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
-    return evaluator.correct(model, tests, np.tile(mask, (3, 1))).tolist()
+    batches = batches_of(tests.read, sizes, batch_size, trainer.split)
+    return evaluator.correct(model, batches, np.tile(mask, (3, 1))).tolist()
 
   return count
 
@@ -245,7 +248,7 @@ def test_rows_of_other_tasks_get_exactly_no_gradient(learned):
   stage = learned.stages[2]  # 2 classes of at most 3
   view, variables = stage.view, stage.trained
   frozen = learned.method.freeze(learned.weights, variables)
-  batch = view.center(view.train, jnp.arange(8))
+  batch = learned.batch(task=2)
 
   @jax.jit
   def grad(head_rows, mem_head):

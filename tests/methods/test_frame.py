@@ -15,8 +15,7 @@ def features_of(made, variables, images):
 
 def images_of(made, task):
   """All training images of a task as at test time, and their labels."""
-  view = made.trainer.view(task)
-  batch = view.center(view.train, jnp.arange(len(made.sequence.tasks[task].train)))
+  batch = made.batch(len(made.sequence.tasks[task].train), task=task)
   assert batch.valid.all()
   return batch.images, np.asarray(batch.labels)
 

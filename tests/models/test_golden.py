@@ -5,8 +5,10 @@ tests/golden/*.npz hold small random float32 models of timm 1.0.31 and transform
 maximal differences on a CPU are below 2e-6.
 """
 
+import dataclasses
 import pathlib
 
+import flax.linen as nn  # noqa: TID251
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,59 @@ def test_dinov2_with_interpolated_positions_is_that_of_hugging_face():
   assert_near(golden.backbone.tokens(golden.params, golden.images), golden.arrays["tokens"])
   assert_near(golden.backbone.apply(golden.params, golden.images), golden.arrays["cls"])
   assert golden.ignored == ("embeddings.mask_token",)
+
+
+class GoogleMlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    hidden = nn.gelu(nn.Dense(4 * x.shape[-1])(x))
+    return nn.Dense(x.shape[-1])(hidden)
+
+
+class GoogleBlock(nn.Module):
+  num_heads: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = x + nn.MultiHeadDotProductAttention(self.num_heads)(nn.LayerNorm()(x))
+    return x + GoogleMlp(name="MlpBlock_0")(nn.LayerNorm()(x))
+
+
+class GoogleEncoder(nn.Module):
+  sizes: Sizes
+
+  @nn.compact
+  def __call__(self, x):
+    x = x + self.param("pos_embedding", nn.initializers.zeros, (1, *x.shape[1:]))
+    for layer in range(self.sizes.depth):
+      x = GoogleBlock(self.sizes.num_heads, name=f"encoderblock_{layer}")(x)
+    return nn.LayerNorm(name="encoder_norm")(x)
+
+
+class GoogleViT(nn.Module):
+  """Google's ViT in flax.linen's own modules: their automatic names are those of the files."""
+
+  sizes: Sizes
+
+  @nn.compact
+  def __call__(self, images):
+    p, width = self.sizes.patch_size, self.sizes.width
+    x = nn.Conv(width, (p, p), strides=(p, p), padding="VALID", name="embedding")(images)
+    cls = self.param("cls", nn.initializers.zeros, (1, 1, width))
+    x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x.reshape(len(x), -1, width)], axis=1)
+    return GoogleEncoder(self.sizes, name="Transformer")(x)
+
+
+def test_googles_vit_of_flax_modules_is_ours(timm_vit):
+  sizes = dataclasses.replace(TIMM, gelu="tanh")
+  module, rng = GoogleViT(sizes), np.random.default_rng(0)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), timm_vit.images)["params"]
+  params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+  ours, ignored = layouts.convert(layouts.flatten(params), "google", sizes)
+  assert not ignored
+  tokens = module.apply({"params": params}, timm_vit.images)
+  assert np.ptp(tokens) > 0.5
+  assert_near(vit.make(sizes).tokens(ours, timm_vit.images), np.asarray(tokens))
 
 
 def test_the_place_of_prompts_does_not_matter_to_the_class_token(timm_vit):

@@ -1,5 +1,6 @@
 """Files on disk -> parameters of our ViT; every wrong file or field gives one clear line."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -11,13 +12,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from on_disk import (
+  TINY,
+  TINY_SCALED,
+  assert_equal,
+  random_params,
+  to_big_vision,
+  to_dinov2,
+  to_google,
+  to_timm,
+  write,
+  write_npz,
+)
 
 from fmlora_jax.config import ConfigError, WeightsConfig
-from fmlora_jax.models import layouts, pretrained, vit
+from fmlora_jax.models import layouts, pretrained, vit, weight_files
 from fmlora_jax.types import Sizes
-
-TINY = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2)
-TINY_SCALED = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2, layer_scale=True)
 
 
 @pytest.fixture(autouse=True)
@@ -29,90 +39,14 @@ def tiny_checkpoints(monkeypatch):
     ("tiny_timm", "tiny", "timm"),
     ("tiny_dinov2", "tiny_scaled", "dinov2"),
   ):
-    source = pretrained.Source(
-      architecture=architecture, layout=layout, normalisation="imagenet", where="ask Ada for it"
-    )
+    file = pretrained.File(layout=layout, repository=f"ada/{layout}")
+    source = pretrained.Source(files=(file,), architecture=architecture, normalisation="imagenet")
     monkeypatch.setitem(pretrained.WEIGHTS, tag, source)
-
-
-def random_params(sizes: Sizes) -> dict:
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(vit.make(sizes).init, jax.random.key(0))
-  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-
-
-def _dense(disk: dict, name: str, layer: dict) -> None:
-  disk[f"{name}.weight"] = np.ascontiguousarray(layer["dense"]["kernel"].T)
-  disk[f"{name}.bias"] = layer["dense"]["bias"]
-
-
-def _norm(disk: dict, name: str, layer: dict) -> None:
-  disk[f"{name}.weight"], disk[f"{name}.bias"] = layer["scale"], layer["bias"]
-
-
-def _patches(disk: dict, name: str, params: dict, p: int) -> None:
-  kernel = params["embedding"]["kernel"].reshape(p, p, 3, -1).transpose(3, 2, 0, 1)
-  disk[f"{name}.weight"] = np.ascontiguousarray(kernel)
-  disk[f"{name}.bias"] = params["embedding"]["bias"]
-
-
-def to_timm(params: dict, sizes: Sizes) -> dict:
-  """Returns what timm would write."""
-  disk = {"cls_token": params["cls"][None], "pos_embed": params["position"][None]}
-  _patches(disk, "patch_embed.proj", params, sizes.patch_size)
-  for layer in range(sizes.depth):
-    block, name = params[f"block_{layer}"], f"blocks.{layer}"
-    qkv = [block["attention"][key]["dense"] for key in ("query", "key", "value")]
-    disk[f"{name}.attn.qkv.weight"] = np.concatenate([x["kernel"].T for x in qkv])
-    disk[f"{name}.attn.qkv.bias"] = np.concatenate([x["bias"] for x in qkv])
-    _dense(disk, f"{name}.attn.proj", block["attention"]["out"])
-    for part in ("1", "2"):
-      _norm(disk, f"{name}.norm{part}", block[f"norm{part}"])
-      _dense(disk, f"{name}.mlp.fc{part}", block[f"fc{part}"])
-      if sizes.layer_scale:
-        disk[f"{name}.ls{part}.gamma"] = block[f"scale{part}"]
-  _norm(disk, "norm", params["norm"])
-  return disk | {"head.weight": np.ones((5, sizes.width), np.float32)}
-
-
-def to_dinov2(params: dict, sizes: Sizes, new_names: bool = False) -> dict:
-  """Returns what Hugging Face would write; with `new_names` as transformers 5 names attention."""
-  disk = {
-    "embeddings.cls_token": params["cls"][None],
-    "embeddings.mask_token": params["cls"],
-    "embeddings.position_embeddings": params["position"][None],
-  }
-  _patches(disk, "embeddings.patch_embeddings.projection", params, sizes.patch_size)
-  for layer in range(sizes.depth):
-    block, name = params[f"block_{layer}"], f"encoder.layer.{layer}"
-    for key in ("query", "key", "value"):
-      place = f"{key[0]}_proj" if new_names else f"attention.{key}"
-      _dense(disk, f"{name}.attention.{place}", block["attention"][key])
-    place = "o_proj" if new_names else "output.dense"
-    _dense(disk, f"{name}.attention.{place}", block["attention"]["out"])
-    for part in ("1", "2"):
-      _norm(disk, f"{name}.norm{part}", block[f"norm{part}"])
-      _dense(disk, f"{name}.mlp.fc{part}", block[f"fc{part}"])
-      disk[f"{name}.layer_scale{part}.lambda1"] = block[f"scale{part}"]
-  _norm(disk, "layernorm", params["norm"])
-  return disk
-
-
-def write(path: pathlib.Path, tensors: dict) -> str:
-  tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-  safetensors.numpy.save_file(tensors, path)
-  return str(path)
 
 
 @pytest.fixture
 def timm_file(tmp_path):
   return write(tmp_path / "model.safetensors", to_timm(random_params(TINY), TINY))
-
-
-def assert_equal(ours: dict, reference: dict) -> None:
-  assert jax.tree.structure(ours) == jax.tree.structure(reference)
-  jax.tree.map(np.testing.assert_array_equal, ours, reference)
-  assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype(np.float32)}
 
 
 # What is loaded.
@@ -122,8 +56,15 @@ def assert_equal(ours: dict, reference: dict) -> None:
 def test_every_tag_names_a_known_architecture_and_layout(tag):
   source = pretrained.WEIGHTS[tag]
   assert source.architecture in (*vit.ARCHITECTURES, None)
-  assert source.layout in layouts.LAYOUTS
-  assert (source.file is None) == (tag == "random")
+  assert {file.layout for file in source.files} <= layouts.LAYOUTS.keys()
+  assert len({file.layout for file in source.files}) == len(source.files)
+  assert bool(source.files) == (tag != "random")
+  for file in source.files:
+    assert re.fullmatch("[0-9a-f]{64}", file.sha256 or "0" * 64)
+    assert re.fullmatch("[0-9a-f]{40}", file.revision or "0" * 40)
+    assert file.revision is None or file.sha256  # the commit is named for the sake of the hash
+  if tag not in ("micro_letters", "random"):
+    assert source.files[0].repository
 
 
 def test_a_timm_file_becomes_the_params_it_was_made_from(timm_file):
@@ -140,23 +81,6 @@ def test_a_timm_file_becomes_the_params_it_was_made_from(timm_file):
   )
 
 
-def test_layer_scale_of_a_timm_file_is_read():
-  params = random_params(TINY_SCALED)
-  ours, _ = layouts.convert(to_timm(params, TINY_SCALED), "timm", TINY_SCALED)
-  assert_equal(ours, params)
-
-
-@pytest.mark.parametrize("new_names", [False, True])
-@pytest.mark.parametrize("prefix", ["", "dinov2."])
-def test_a_dinov2_file_is_read_under_all_its_names(new_names, prefix):
-  params = random_params(TINY_SCALED)
-  disk = to_dinov2(params, TINY_SCALED, new_names)
-  disk = {prefix + name: tensor for name, tensor in disk.items()}
-  ours, ignored = layouts.convert(disk, "dinov2", TINY_SCALED)
-  assert_equal(ours, params)
-  assert ignored == (f"{prefix}embeddings.mask_token",)
-
-
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_types_become_float32(tmp_path, dtype):
   params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(TINY))
@@ -165,11 +89,65 @@ def test_other_float_types_become_float32(tmp_path, dtype):
   assert_equal(ours, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
 
 
+@pytest.mark.parametrize("size", ["tiny", pytest.param("vit_b16", marks=pytest.mark.slow)])
+def test_every_file_of_a_checkpoint_gives_the_same_features(tmp_path, monkeypatch, size):
+  sizes = vit.ARCHITECTURES[size]
+  source = pretrained.Source(
+    files=tuple(pretrained.File(layout=layout) for layout in ("timm", "google")),
+    architecture=size,
+    normalisation="half",
+  )
+  monkeypatch.setitem(pretrained.WEIGHTS, "any", source)
+  params = random_params(sizes, scale=0.02)
+  image = np.random.default_rng(1).normal(size=(1, sizes.image_size, sizes.image_size, 3))
+  apply = jax.jit(vit.make(sizes).apply)
+  reference = apply(params, image.astype(np.float32))
+  assert np.ptp(reference) > 0.01
+
+  path = tmp_path / "file"
+  for disk in (
+    lambda: write(path, to_timm(params, sizes)),
+    lambda: write_npz(path, to_google(params, sizes)),
+    lambda: write_npz(path, to_big_vision(params, sizes, scan=True)),
+  ):
+    disk()
+    ours, ours_sizes, info = pretrained.load(WeightsConfig(tag="any", path=str(path)))
+    assert ours_sizes == sizes
+    features = apply(ours, image.astype(np.float32))
+    np.testing.assert_allclose(features, reference, rtol=0, atol=1e-5)
+    assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("to_disk", [to_timm, to_dinov2])
+def test_timm_and_hugging_face_files_of_dinov2_are_the_same_network(tmp_path, to_disk):
+  params = random_params(TINY_SCALED)
+  path = write(tmp_path / "x", to_disk(params, TINY_SCALED))
+  ours, sizes, _ = pretrained.load(WeightsConfig(tag="", path=path, architecture="tiny_scaled"))
+  assert_equal(ours, params)
+  assert sizes == TINY_SCALED
+
+
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+def test_the_config_may_name_the_gelu(timm_file, gelu):
+  _, sizes, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file, gelu=gelu))
+  assert sizes == dataclasses.replace(TINY, gelu=gelu)
+
+
+def test_an_mae_file_of_timm_loads_without_a_tag(tmp_path):
+  """It has no head; its mask token and decoder stayed with its authors."""
+  disk = to_timm(random_params(TINY), TINY)
+  del disk["head.weight"]
+  path = write(tmp_path / "x", disk)
+  ours, _, info = pretrained.load(WeightsConfig(tag="", path=path, architecture="tiny"))
+  assert_equal(ours, random_params(TINY))
+  assert (info.tag, info.normalisation, info.ignored) == ("file", None, ())
+
+
 def test_saved_params_come_back_without_a_tag(tmp_path):
   params = random_params(TINY)
   path = tmp_path / "mine.safetensors"
   metadata = {"architecture": "tiny", "normalisation": "half", "gelu": "tanh", "made by": "me"}
-  pretrained.save(params, path, metadata)
+  weight_files.save(params, path, metadata)
   ours, sizes, info = pretrained.load(WeightsConfig(tag="", path=str(path)))
   assert_equal(ours, params)
   assert sizes.gelu == "tanh"
@@ -179,7 +157,7 @@ def test_saved_params_come_back_without_a_tag(tmp_path):
 
 def test_save_keeps_dtypes_and_writes_transposed_arrays_right(tmp_path):
   kernel = np.arange(6, dtype=np.float16).reshape(2, 3).T
-  pretrained.save({"norm": {"bias": kernel}}, tmp_path / "x", {})
+  weight_files.save({"norm": {"bias": kernel}}, tmp_path / "x", {})
   saved = safetensors.numpy.load_file(tmp_path / "x")["norm/bias"]
   np.testing.assert_array_equal(saved, kernel)
   assert saved.dtype == np.float16
@@ -229,43 +207,11 @@ def test_the_shipped_weights_load():
   assert np.isfinite(features).all()
 
 
-# Positions.
-
-
-def bicubic(source: int, target: int, a: float = -0.75) -> np.ndarray:
-  """Returns the [target, source] matrix of torch's bicubic interpolation without antialiasing."""
-  at = (np.arange(target) + 0.5) * source / target - 0.5
-  matrix = np.zeros((target, source))
-  for offset in range(-1, 3):
-    column = np.floor(at).astype(int) + offset
-    t = np.abs(at - column)
-    near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
-    column = column.clip(0, source - 1)  # the border repeats
-    np.add.at(matrix, (np.arange(target), column), np.where(t <= 1, near, far))
-  return matrix
-
-
-@pytest.mark.parametrize(("source", "target"), [(37, 16), (37, 4), (5, 4), (4, 9), (2, 3), (3, 1)])
-def test_positions_are_interpolated_as_by_torch(source, target):
-  position = np.random.default_rng(0).normal(size=(source**2 + 1, 3)).astype(np.float32)
-  resized = layouts.resize_positions(position, target)
-  matrix, square = bicubic(source, target), position[1:].reshape(source, source, 3)
-  reference = np.einsum("ia,jb,abc->ijc", matrix, matrix, square).reshape(-1, 3)
-  np.testing.assert_array_equal(resized[0], position[0])
-  # measured: 1.5e-6 at 4 -> 9, where jax's sampling points are rounded to float32
-  np.testing.assert_allclose(resized[1:], reference, rtol=0, atol=1e-5)
-
-
-def test_positions_of_the_same_grid_stay_bit_for_bit():
-  position = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
-  assert layouts.resize_positions(position, 4) is position
-
-
 def test_another_image_size_changes_the_positions_only(timm_file):
   params, sizes, _ = pretrained.load(WeightsConfig(tag="tiny_timm", path=timm_file), 8)
   reference = random_params(TINY)
   assert params["position"].shape == (sizes.num_tokens, 12) == (5, 12)
-  reference["position"] = layouts.resize_positions(reference["position"], 2)
+  reference["position"] = layouts.resize_positions(reference["position"], 2, antialias=True)
   assert_equal(params, reference)
 
 
@@ -315,12 +261,9 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(image_size, n
 
 
 def test_a_file_that_is_not_there_says_where_to_get_it():
-  message = r"path is 'no/such': no such file; ask Ada for it"
+  message = r"path is 'no/such': no such file; get it with `hf download ada/timm model.safetensors`"
   with pytest.raises(ConfigError, match=message):
     pretrained.load(WeightsConfig(tag="tiny_timm", path="no/such"))
-  message = r"facebook/dinov2-small .*--config.weights.path=FILE"
-  with pytest.raises(ConfigError, match=message):
-    pretrained.load(WeightsConfig(tag="dinov2_small"))
 
 
 # Wrong files.
@@ -344,7 +287,7 @@ def refusal(tag: str, path: str, **fields) -> str:
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
     (b"<!DOCTYPE html><html>not found</html>", "a web page"),
     (b"\x80\x02}q\x00.", "a Python pickle, which is never opened"),
-    (b"PK\x03\x04" + bytes(60), "a zip"),
+    (b"PK\x03\x04" + bytes(60), "damaged or cut off (File is not a zip file)"),
     (b"\xff" * 64, "damaged or cut off"),
   ],
 )
@@ -392,7 +335,7 @@ def test_missing_unknown_and_misshapen_tensors_are_reported_together(tmp_path):
   assert (
     "blocks.2.mlp.fc1.weight -> block_2/fc1/dense/kernel (12, 24) instead of (12, 48)" in message
   )
-  assert "is it the file of 'tiny_timm'? ask Ada for it" in message
+  assert "is it a file of 'tiny_timm'? get it with `hf download ada/timm" in message
 
 
 def test_more_blocks_than_the_architecture_has_are_unknown(tmp_path):
@@ -407,24 +350,6 @@ def test_a_file_of_another_layout_is_recognised(timm_file):
   assert "its names look like layout 'timm'" in refusal("tiny_dinov2", timm_file)
 
 
-def test_a_tensor_under_two_names_is_refused():
-  params = random_params(TINY_SCALED)
-  disk = to_dinov2(params, TINY_SCALED) | to_dinov2(params, TINY_SCALED, new_names=True)
-  with pytest.raises(ValueError, match=r"unknown \(24\): encoder.layer.0.attention.q_proj"):
-    layouts.convert(disk, "dinov2", TINY_SCALED)
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (35, 12), (36, 12, 1, 1), (0, 3, 4, 4)])
-@pytest.mark.parametrize(
-  "name",
-  ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.bias"],
-)
-def test_no_shape_ends_in_a_stack_trace(name, shape):
-  disk = to_timm(random_params(TINY), TINY) | {name: np.zeros(shape, np.float32)}
-  with pytest.raises(ValueError, match=f"wrong shape .*{re.escape(name)} ->"):
-    layouts.convert(disk, "timm", TINY)
-
-
 def test_names_that_mean_nothing_are_refused(tmp_path):
   path = write(tmp_path / "x", {"a": np.zeros(1, np.float32)})
   message = refusal("", path, architecture="tiny")
@@ -434,16 +359,21 @@ def test_names_that_mean_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize("metadata", [{"normalisation": "mean"}, {"gelu": "quick"}])
 def test_metadata_that_mean_nothing_are_refused(tmp_path, metadata):
   path = tmp_path / "x"
-  pretrained.save(random_params(TINY), path, metadata)
+  weight_files.save(random_params(TINY), path, metadata)
   message = refusal("", str(path), architecture="tiny")
   assert "must be one of half, zero_one, imagenet and one of erf, tanh" in message
 
 
 def test_another_file_than_the_tag_promises_is_refused(timm_file, monkeypatch):
-  source = pretrained.Source(
-    architecture="tiny", layout="timm", normalisation="half", where="ask Ada", sha256="0" * 64
-  )
+  file = pretrained.File(layout="timm", repository="ada/timm", revision="abc", sha256="0" * 64)
+  source = pretrained.Source(files=(file,), architecture="tiny", normalisation="half")
   monkeypatch.setitem(pretrained.WEIGHTS, "pinned", source)
   message = refusal("pinned", timm_file)
-  assert f"tag 'pinned' is {'0' * 64}" in message
-  assert "config.weights.tag=''" in message
+  digest = hashlib.sha256(pathlib.Path(timm_file).read_bytes()).hexdigest()
+  assert f"has sha256 {digest}: must be {'0' * 64}; is it a file of 'pinned'?" in message
+  assert "`hf download ada/timm model.safetensors --revision abc`" in message
+  fields = {"tag": "", "path": timm_file, "architecture": "tiny"}  # as the message says
+  assert "--config.weights.tag='' --config.weights.architecture=tiny " in message
+  params, _, info = pretrained.load(WeightsConfig(**fields))
+  assert_equal(params, random_params(TINY))
+  assert info.sha256 == digest

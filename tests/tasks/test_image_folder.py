@@ -10,7 +10,7 @@ from PIL import Image
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import resident
+from fmlora_jax.tasks import images, resident
 from fmlora_jax.tasks.benchmarks import image_folder
 
 COLORS = {"ant": 40, "bee": 140, "cat": 240}
@@ -129,7 +129,7 @@ def test_a_long_check_says_how_far_it_is(tmp_path, caplog, monkeypatch):
 
 def test_an_interrupt_drops_the_files_that_wait():
   done, gate = [], threading.Event()  # closed while 10,000 are handed over, however long it takes
-  with pytest.raises(KeyboardInterrupt), image_folder._threads() as pool:
+  with pytest.raises(KeyboardInterrupt), images.threads() as pool:
     for i in range(10_000):
       pool.submit(lambda i: (gate.wait(), time.sleep(0.01), done.append(i)), i)
     gate.set()

@@ -1,7 +1,8 @@
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
@@ -31,7 +32,7 @@ def test_tasks_have_arrays_of_one_shape(made):
     )  # also where it is decoded in two chunks
 
 
-def test_memory_is_stated_and_a_budget_kept(made):
+def test_resident_is_chosen_where_it_fits_to_the_byte(made):
   rows = made.tasks[0].val
   loaded = resident.load(made, rows, len(rows))
   parts = (loaded.images, loaded.sizes, loaded.labels, loaded.valid)
@@ -39,14 +40,35 @@ def test_memory_is_stated_and_a_budget_kept(made):
   largest = resident.capacity(made, "train") + resident.capacity(made, "val")
   device = resident.num_bytes(made, largest)
   host = resident.num_bytes(made, largest + sum(len(task.test) for task in made.tasks))
-  resident.check_memory(made, "test", device=device, host=host)
+  choose = functools.partial(resident.choose_mode, made, "test")
+  assert choose("auto", device=device, host=host) == "resident"
+  assert choose("resident", device=device, host=host) == "resident"
+  assert choose("stream", device=device, host=host) == "stream"
   for place, budget in (
     ("device", {"device": device - 1, "host": host}),
     ("host", {"device": device, "host": host - 1}),
   ):
-    message = rf"digits: \d+ images of 8 x 8 .*, the {place} has .* lower config.input.source_size"
+    assert choose("auto", **budget) == choose("stream", **budget) == "stream"
+    message = (
+      r"config.input.mode is 'resident': \d+ images of digits, of 8 x 8 pixels, .*, "
+      rf"the {place} has .*; set it to auto or stream, lower config.input.source_size"
+    )
     with pytest.raises(ConfigError, match=message):
-      resident.check_memory(made, "test", **budget)
+      choose("resident", **budget)
+
+
+def test_kept_images_are_decoded_once_and_only_if_asked_for(made):
+  asked = []
+  decode = made.source.decode
+  source = dataclasses.replace(
+    made.source, decode=lambda rows: asked.extend(rows.tolist()) or decode(rows)
+  )
+  kept = resident.Kept(source, np.arange(0, 100, 2))
+  for rows in ([8, 4], [4, 6, 8, 98], [98, 4], []):
+    rows = np.asarray(rows, int)
+    for got, expected in zip(kept(rows), decode(rows), strict=True):
+      np.testing.assert_array_equal(got, expected)
+  assert asked == [8, 4, 6, 98]
 
 
 def test_more_images_than_capacity_are_refused(made):
@@ -57,23 +79,3 @@ def test_more_images_than_capacity_are_refused(made):
 def test_no_images_are_loaded_as_padding(made):
   loaded = resident.load(made, np.array([], np.int64), 2)
   assert not loaded.valid.any()
-
-
-@given(num=st.integers(0, 50), batch_size=st.integers(1, 20), epoch=st.integers(0, 3))
-def test_an_epoch_visits_each_row_once(num, batch_size, epoch):
-  rows = resident.epoch_indices(num, batch_size, seed=1, task=2, epoch=epoch)
-  assert rows.dtype == np.int32
-  assert rows.shape == (-(-num // batch_size), batch_size)
-  flat = rows.reshape(-1)
-  assert sorted(flat[:num]) == list(range(num))
-  assert (flat[num:] == -1).all()
-
-
-def test_order_depends_on_seed_task_and_epoch_alone():
-  orders = {
-    (seed, task, epoch): resident.epoch_indices(100, 10, seed, task, epoch).tobytes()
-    for seed in (0, 1) for task in (0, 1) for epoch in (0, 1)
-  }  # fmt: skip
-  assert len(set(orders.values())) == 8
-  again = resident.epoch_indices(100, 10, 1, 0, 1)
-  assert again.tobytes() == orders[1, 0, 1]

@@ -21,7 +21,7 @@ def ready(lab):
     total_steps=jnp.int32(10),
     root=made.trainer.root,
   )
-  batch = stage.view.center(stage.view.train, jnp.arange(8))
+  batch = made.batch(task=1)
   return made, jax.jit(stepper.step), stepper.init(variables), fixed, batch
 
 

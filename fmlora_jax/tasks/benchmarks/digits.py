@@ -3,6 +3,7 @@
 Source: E. Alpaydin and C. Kaynak (1998), UCI Optical Recognition of Handwritten Digits (test part).
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -34,6 +35,10 @@ def pack(images: list[Image.Image], size: int) -> tuple[np.ndarray, np.ndarray]:
   return rgb, np.full((len(images), 2), size, np.int32)
 
 
+def _decode(images: UInt8[np.ndarray, "n 8 8"], size: int, rows: Int[np.ndarray, " k"]):
+  return pack([enlarge(images[row], size) for row in rows], size)
+
+
 def digest(name: str, images: np.ndarray, labels: np.ndarray) -> str:
   return hashlib.sha256(
     name.encode() + images.tobytes() + labels.astype("<i4").tobytes()
@@ -49,6 +54,6 @@ def make(config: TasksConfig, source_size: int) -> Source:
     labels=labels,
     class_names=CLASS_NAMES,
     canvas=(source_size, source_size),
-    decode=lambda rows: pack([enlarge(images[i], source_size) for i in rows], source_size),
+    decode=functools.partial(_decode, images, source_size),
     digest=digest("digits", images, labels),
   )

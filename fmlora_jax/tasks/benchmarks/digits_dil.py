@@ -1,6 +1,9 @@
 """The digits in four domains; a digit that is for test in one domain is for test in all. Ours."""
 
+import functools
+
 import numpy as np
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageChops, ImageFilter
 
 from fmlora_jax.config import TasksConfig
@@ -25,22 +28,26 @@ def _render(image: Image.Image, domain: str, seed: int) -> Image.Image:
   return image
 
 
+def _decode(images: UInt8[np.ndarray, "n 8 8"], size: int, records: Int[np.ndarray, " k"]):
+  rendered = []
+  for record in records:
+    domain, base = divmod(int(record), len(images))
+    rendered.append(_render(digits.enlarge(images[base], size), DOMAIN_NAMES[domain], base))
+  return digits.pack(rendered, size)
+
+
 def make(config: TasksConfig, source_size: int) -> Source:
   """Returns 4 x 1,797 records: all digits in the first domain, then all in the second ..."""
   del config
   images, labels = digits.load()
   num_domains, count = len(DOMAIN_NAMES), len(labels)
 
-  def render(record):
-    domain, base = divmod(int(record), count)
-    return _render(digits.enlarge(images[base], source_size), DOMAIN_NAMES[domain], base)
-
   return Source(
     name="digits_dil",
     labels=np.tile(labels, num_domains),
     class_names=digits.CLASS_NAMES,
     canvas=(source_size, source_size),
-    decode=lambda rows: digits.pack([render(record) for record in rows], source_size),
+    decode=functools.partial(_decode, images, source_size),
     digest=digits.digest("digits_dil", images, labels),
     domains=np.repeat(np.arange(num_domains, dtype=np.int32), count),
     domain_names=DOMAIN_NAMES,

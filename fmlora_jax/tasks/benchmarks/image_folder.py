@@ -1,16 +1,15 @@
 """A folder of images: one folder per class, within splits or domains where the data have them."""
 
 import collections
-import concurrent.futures
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -77,7 +76,7 @@ def make(config: TasksConfig, source_size: int) -> Source:
     labels=ids("class"),
     class_names=tuple(names["class"]),
     canvas=tuple(sizes.max(axis=0).tolist()),
-    decode=lambda rows: _decode(reader, [files[row] for row in rows], sizes, rows),
+    decode=functools.partial(_decode, reader, files, sizes),
     digest=_digest(checked),
     split=split,
     domains=ids("domain") if "domain" in layout else None,
@@ -247,22 +246,12 @@ class Reader:
     return np.asarray(images.keep(image, self.side))
 
 
-@contextlib.contextmanager
-def _threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-  """Yields threads that may call `images.read`; on an error or Ctrl-C they drop what waits."""
-  with images.pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
-    try:
-      yield pool
-    finally:
-      pool.shutdown(cancel_futures=True)
-
-
 def _check(
   reader: Reader, files: Sequence[Parts], *, skip: bool
 ) -> dict[Parts, tuple[tuple[int, int], str]]:
   """Returns the files that can be decoded, with what `Reader.check` says of them."""
   good, bad, line_due = {}, {}, time.monotonic() + LINE_EVERY_S
-  with _threads() as pool:
+  with images.threads() as pool:
     chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
     results = itertools.chain.from_iterable(pool.map(reader.check, chunk) for chunk in chunks)
     for parts, result in zip(files, results, strict=True):
@@ -291,19 +280,20 @@ def _digest(checked: dict[Parts, tuple[tuple[int, int], str]]) -> str:
 def _decode(
   reader: Reader, files: Sequence[Parts], sizes: Int[np.ndarray, "n 2"], rows: Int[np.ndarray, " k"]
 ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
-  """Returns `files`, the records `rows`, in the corner of a canvas that fits all sizes."""
+  """Returns the records `rows` of `files`, each in the corner of a canvas that fits all sizes."""
   canvases = np.zeros((len(rows), *sizes.max(axis=0), 3), np.uint8)
 
   def put(index):
+    file = files[rows[index]]
     height, width = size = tuple(sizes[rows[index]])
     try:
-      pixels = reader.pixels(files[index])
+      pixels = reader.pixels(file)
       if pixels.shape[:2] != size:
         raise images.BrokenImage("has another size than at the start of the run")
     except images.BrokenImage as error:
-      raise _refusal(reader.root, f"{_listed([files[index]])} has changed: {error}") from error
+      raise _refusal(reader.root, f"{_listed([file])} has changed: {error}") from error
     canvases[index, :height, :width] = pixels
 
-  with _threads() as pool:
+  with images.threads() as pool:
     list(pool.map(put, range(len(rows))))
   return canvases, sizes[rows]

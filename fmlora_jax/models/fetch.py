@@ -1,0 +1,62 @@
+"""Files that are not here: from the Hugging Face Hub, into its own cache, or from a bucket."""
+
+import contextlib
+import functools
+import logging
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+_log = logging.getLogger(__name__)
+
+
+class FetchError(Exception):
+  """Why a file could not be had, in one line."""
+
+
+def from_hub(repository: str, name: str, revision: str | None) -> pathlib.Path:
+  """Returns the file in the cache of huggingface_hub; downloads it if it is not there yet.
+
+  The environment variable HF_HUB_OFFLINE=1 forbids that. Only a whole file enters the cache.
+
+  Raises:
+    FetchError: if huggingface_hub is not installed or the download fails.
+  """
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise FetchError("to download it, pip install huggingface_hub") from None
+  cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+  if isinstance(cached, str):
+    return pathlib.Path(cached)
+  ask = functools.partial(huggingface_hub.hf_hub_download, repository, name, revision=revision)
+  try:
+    size = ask(dry_run=True).file_size or 0
+    _log.info("downloading %s of %s, %.0f MB, once", name, repository, size / 1e6)
+    return pathlib.Path(ask())
+  except Exception as error:  # of the network, the Hub, the disk: each client raises its own
+    raise FetchError(f"the download failed: {_line(error.__cause__ or error)}") from None
+
+
+@contextlib.contextmanager
+def from_bucket(url: str) -> Iterator[pathlib.Path]:
+  """Gives a local copy of gs://BUCKET/FILE, gone afterwards: what lies there may change.
+
+  Raises:
+    FetchError: if it can't be read: no gcsfs, no credentials, no such file.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder, url.rpartition("/")[2])
+    try:
+      with epath.Path(url).open("rb") as source, copy.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    except Exception as error:  # as above
+      raise FetchError(_line(error)) from None
+    yield copy
+
+
+def _line(error: BaseException) -> str:
+  return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,22 @@
+"""CUB-200-2011: 11,788 photographs of 200 bird species.
+
+Source: C. Wah et al. (2011), The Caltech-UCSD Birds-200-2011 Dataset; TFDS `caltech_birds2011`.
+"""
+
+from fmlora_jax.config import TasksConfig
+from fmlora_jax.tasks import cuts, records
+from fmlora_jax.tasks.sequence import Source
+
+BUILDERS = ("caltech_birds2011",)
+PUBLISHED = {"train": 5_994, "test": 5_794}
+CUTS = {
+  "paper": cuts.sliced(70, 80),  # of the two published splits put together, as PILOT pools them
+  "full": cuts.sliced(80, 80),  # the same, with val in train: the budget of the table's rows
+  "official": cuts.official(10),  # 30 training images a class in place of 47: much harder
+}
+
+
+def make(config: TasksConfig, source_size: int) -> Source:
+  """Returns the published training images, then the published test images."""
+  parts = [records.Part("caltech_birds2011", split, count) for split, count in PUBLISHED.items()]
+  return records.source(config, source_size, parts, cuts=CUTS)

@@ -1,0 +1,21 @@
+"""ImageNet-R: 30,000 renditions of 200 ImageNet classes; one published split, so the cut is ours.
+
+Source: D. Hendrycks et al. (2021), arXiv:2006.16241; TFDS `imagenet_r`.
+"""
+
+from fmlora_jax.config import TasksConfig
+from fmlora_jax.tasks import cuts, records
+from fmlora_jax.tasks.sequence import Source
+
+BUILDERS = ("imagenet_r",)
+CUTS = {
+  "slice": cuts.sliced(70, 80),  # its test images are those of L2P and DualPrompt
+  "slice80": cuts.sliced(80, 80),  # the same, with val in train: the budget of SD-LoRA's table
+  "stratified": cuts.stratified,
+}
+
+
+def make(config: TasksConfig, source_size: int) -> Source:
+  """Returns the 200 classes that have images, of the 1,000 that TFDS numbers."""
+  part = records.Part("imagenet_r", "test", published=30_000)
+  return records.source(config, source_size, [part], cuts=CUTS)

@@ -1,0 +1,78 @@
+"""In which order the images of a task are visited: a function of seed, task and step alone.
+
+So the number of the step is all that a checkpoint must hold of the position in the data.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Int
+
+
+def epoch_indices(
+  num: int, batch_size: int, seed: int, task: int, epoch: int
+) -> Int[np.ndarray, "steps B"]:
+  """Returns each of 0..num-1 once, in an order of (seed, task, epoch); -1 fills the last batch."""
+  generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, task, epoch])))
+  return _batches(generator.permutation(num), batch_size)
+
+
+def natural(num: int, batch_size: int) -> Int[np.ndarray, "steps B"]:
+  """Returns 0..num-1 in batches; -1 fills the last one."""
+  return _batches(np.arange(num), batch_size)
+
+
+def _batches(values, batch_size):
+  rows = np.full(-(-len(values) // batch_size) * batch_size, -1, np.int32)
+  rows[: len(values)] = values
+  return rows.reshape(-1, batch_size)
+
+
+_epoch = functools.lru_cache(maxsize=2)(epoch_indices)  # a chunk may end one and begin the next
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunks:
+  """The rows of a task's training steps, several steps at a time; a sequence that can be pickled.
+
+  Attributes:
+    num, batch_size, seed, task: as of `epoch_indices`; epochs follow each other.
+    bounds: the first step of each chunk, and the end of the last one.
+    size: K, the most steps of a chunk.
+  """
+
+  num: int
+  batch_size: int
+  seed: int
+  task: int
+  bounds: tuple[int, ...]
+  size: int
+
+  def __len__(self) -> int:
+    return len(self.bounds) - 1
+
+  def __getitem__(self, index: int) -> Int[np.ndarray, "K B"]:
+    """Returns the rows of the steps of chunk `index`; of steps that it lacks all are -1."""
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    steps = range(*self.bounds[index : index + 2])
+    rows = np.full((self.size, self.batch_size), -1, np.int32)
+    epoch_steps = -(-self.num // self.batch_size)
+    for place, step in enumerate(steps):
+      epoch, batch = divmod(step, epoch_steps)
+      rows[place] = _epoch(self.num, self.batch_size, self.seed, self.task, epoch)[batch]
+    return rows
+
+
+def bounds(start: int, end: int, size: int, every: int) -> tuple[int, ...]:
+  """Returns how start..end is cut: pieces of at most `size`, ending at each multiple of `every`.
+
+  Args:
+    every: 0 for none.
+  """
+  cuts = [start]
+  while cuts[-1] < end:
+    step = cuts[-1]
+    cuts.append(min(step + size, end, step + every - step % every if every else end))
+  return tuple(cuts)

@@ -1,0 +1,56 @@
+"""Made-up results of finished runs in the real schema, and the report's command."""
+
+import subprocess
+import sys
+
+import numpy as np
+
+from fmlora_jax import metrics, writer
+
+
+def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 4), **changes):
+  """Returns a finished result; every cell has `lost` + 2 · (task distance) + seed % 7 errors."""
+  n_test = np.arange(100, 100 + tasks)
+  row, column = np.indices((tasks, tasks))
+  correct = n_test - lost - 2 * (row - column) - seed % 7
+  config = {
+    "seed": seed,
+    "epochs": 30,
+    "method": {"name": method},
+    "prompt": {"num_tokens": 10},
+    "tasks": {"data_dir": f"data of seed {seed}"},
+    "optim": {"learning_rate": 1e-3},
+  }
+  for path, value in changes.pop("config", {}).items():
+    group, name = path.split(".")
+    config[group] = config.get(group, {}) | {name: value}
+  made = dict.fromkeys(writer.FIELDS) | metrics.summarise(np.tril(correct), n_test)
+  return made | {
+    "method": method,
+    "benchmark": "domainnet",
+    "scenario": "cil",
+    "split_id": "domainnet/cil5",
+    "manifest_sha256": "ab" * 32,
+    "seed": seed,
+    "task_names": [f"task {i}" for i in range(tasks)],
+    "ranks": None if ranks is None else list(ranks),
+    "params": {"trained": 345_678, "stored_total": 1_234_567},
+    "weights": {"tag": "augreg2", "sha256": "cd" * 32},
+    "normalisation": "zero_one",
+    "augmentation": "pilot",
+    "epochs": 30,
+    "wall_seconds": {"total": 812.3},
+    "config": config,
+    "finished": True,
+    **changes,
+  }
+
+
+def save(folder, made):
+  folder.mkdir(parents=True)
+  writer.write_result(folder, made)
+
+
+def run_report(*argv):
+  command = [sys.executable, "-m", "fmlora_jax.report", *map(str, argv)]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
