@@ -451,7 +451,8 @@ def source(
 
 def _distinct(splits: Sequence[Split]) -> list[tuple[int, int]]:
   """Returns each (width, height) that any image has."""
-  return [tuple(size) for size in np.unique(np.concatenate([s.sizes for s in splits]), axis=0)]
+  sizes = np.unique(np.concatenate([split.sizes for split in splits]), axis=0)
+  return [tuple(size) for size in sizes.tolist()]  # Python's integers: these do not overflow
 
 
 def _digest(prepared: Mapping[str, Prepared], parts, splits) -> str:

@@ -62,6 +62,26 @@ def test_pixels_are_those_of_pillow_whatever_the_file(prepared):
   assert modes >= {"L", "CMYK", "P", "RGBA", "LA", "1", "RGB"}
 
 
+def test_large_images_fit_their_canvas(tmp_path):
+  examples = [
+    (
+      i,
+      {
+        "id": str(i),
+        "image": fakes.encode(fakes.picture(0, i, size)),
+        "label": i,
+        "coarse_label": 0,
+      },
+    )
+    for i, size in enumerate([(500, 400), (300, 700)])
+  ]
+  fakes.write("cifar100", {"train": examples, "test": examples}, tmp_path)
+  source = make(tmp_path, "cifar100", num_tasks=1, side=256, split="full").source
+  assert source.canvas == (512, 320)
+  sizes = source.decode(np.arange(4))[1].tolist()  # each split in the order of its hashed keys
+  assert sorted(sizes) == [[256, 320]] * 2 + [[512, 256]] * 2
+
+
 def test_reading_order_is_that_of_hashed_keys_over_all_shards(prepared):
   from tensorflow_datasets.core import hashing
 
