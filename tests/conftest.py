@@ -60,6 +60,17 @@ def pytest_xdist_make_scheduler(config, log):
   return LoadFileScheduling(config, log)
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+  """A folder with small sets of all nine builders of TFDS that the paper's benchmarks read."""
+  import fakes  # TFDS takes a second to import, which most tests do without
+
+  root = tmp_path_factory.mktemp("tfds")
+  for write in (fakes.imagenet_r, fakes.cifar100, fakes.caltech_birds2011, fakes.domainnet):
+    write(root)
+  return root
+
+
 def made_up_sequence(
   scenario: str = "cil", ranges: tuple[tuple[int, int], ...] = RANGES, size: int = 16
 ) -> TaskSequence:

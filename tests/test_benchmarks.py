@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 
-import fakes
 import pytest
 
-from fmlora_jax import config
+from fmlora_jax import config, tasks
 from fmlora_jax.run import run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,14 +33,6 @@ def settings(name: str, variant: str | None, data_dir) -> config.Config:
   values.update(TINY)
   values.tasks.data_dir = str(data_dir)
   return config.build(config.Config, values.to_dict())
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-  root = tmp_path_factory.mktemp("tfds")
-  for write in (fakes.imagenet_r, fakes.cifar100, fakes.caltech_birds2011, fakes.domainnet):
-    write(root)
-  return root
 
 
 @pytest.mark.parametrize(
@@ -71,3 +63,33 @@ def test_without_validation_images_no_rank_is_selected(prepared, tmp_path):
   chosen = dataclasses.replace(chosen, drs=config.DrsConfig(candidate_ranks=(2, 4)))
   with pytest.raises(config.ConfigError, match=r"no validation images: .*drs.strategy=fixed"):
     run(chosen, tmp_path)
+
+
+REAL = os.environ.get("FMLORA_DATA_DIR")  # prepared from the published archives
+SIZES = {  # imagenet_r/slice, class order of seed 1993
+  5: {
+    "train": [4727, 4072, 4222, 4302, 3677],
+    "val": [642, 585, 603, 642, 528],
+    "test": [1318, 1156, 1162, 1294, 1070],
+  },
+  10: {
+    "train": [2477, 2250, 2065, 2007, 1884, 2338, 1861, 2441, 1707, 1970],
+    "val": [354, 288, 289, 296, 257, 346, 280, 362, 241, 287],
+    "test": [662, 656, 595, 561, 521, 641, 552, 742, 478, 592],
+  },
+  20: {
+    "test": [
+      *(306, 356, 339, 317, 272, 323, 285, 276, 331, 190),
+      *(310, 331, 254, 298, 371, 371, 237, 241, 322, 270),
+    ]
+  },
+}
+
+
+@pytest.mark.skipif(REAL is None, reason="FMLORA_DATA_DIR names no folder with the published data")
+@pytest.mark.parametrize("num_tasks", SIZES)
+def test_the_published_imagenet_r_is_cut_as_it_always_was(num_tasks):
+  chosen = config.TasksConfig(benchmark="imagenet_r", num_tasks=num_tasks, data_dir=REAL)
+  made = tasks.make(chosen, seed=1993, source_size=1)
+  for part, sizes in SIZES[num_tasks].items():
+    assert [len(getattr(task, part)) for task in made.tasks] == sizes

@@ -19,15 +19,6 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import records
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-  """A folder with all nine builders."""
-  root = tmp_path_factory.mktemp("tfds")
-  for write in (fakes.imagenet_r, fakes.cifar100, fakes.caltech_birds2011, fakes.domainnet):
-    write(root)
-  return root
-
-
 def make(root, benchmark, num_tasks=5, side=16, **fields):
   settings = TasksConfig(benchmark=benchmark, num_tasks=num_tasks, data_dir=str(root), **fields)
   return tasks.make(settings, seed=1993, source_size=side)
