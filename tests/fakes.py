@@ -103,12 +103,14 @@ def caltech_birds2011(data_dir, classes: int = 20, each: int = 25) -> None:
 
 
 def domainnet(data_dir, classes: int = 10, train: int = 9, test: int = 3) -> None:
+  """Of the last class there are five training images."""
   for domain in ("real", "painting", "clipart", "quickdraw", "infograph", "sketch"):
-    splits = {
-      split: [
-        (f"{domain}_{split}_{i:08d}", {"image": image_file(i % classes, i), "label": i % classes})
-        for i in range(classes * each)
+    splits = {}
+    for split, each in (("train", train), ("test", test)):
+      counts = [each] * (classes - 1) + [min(each, 5)]
+      labels = [label for label, count in enumerate(counts) for _ in range(count)]  # as published
+      splits[split] = [
+        (f"{domain}_{split}_{i:08d}", {"image": image_file(label, i % 9), "label": label})
+        for i, label in enumerate(labels)
       ]
-      for split, each in (("train", train), ("test", test))
-    }
     write(f"domainnet/{domain}", splits, data_dir, shards=2)

@@ -165,7 +165,8 @@ def test_a_process_that_dies_is_told_with_the_setting(make_lab):
 
 
 ENDLESS = """
-import multiprocessing, sys, time
+import faulthandler, multiprocessing, time
+from fmlora_jax import main as main_lib
 from fmlora_jax import tasks
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import order, stream
@@ -183,7 +184,8 @@ if __name__ == "__main__":
   try:
     main()
   except KeyboardInterrupt:
-    sys.exit(130)
+    faulthandler.dump_traceback_later(main_lib.GRACE_S / 2)  # says where it hangs, if it does
+    main_lib.end(130)
 """
 
 
