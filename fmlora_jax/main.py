@@ -8,13 +8,10 @@ import os
 import pathlib
 import re
 import sys
-import threading
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
-
-GRACE_S = 20.0  # for threads and processes to end after Ctrl-C
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
 _WORKDIR = flags.DEFINE_string(
@@ -104,20 +101,12 @@ def guarded_main(argv: list[str]) -> None:
     main(argv)
   except KeyboardInterrupt:
     sys.stderr.write("stopped; the same command resumes\n")
-    end(130)
+    sys.exit(130)
   except Exception as error:
     reason = _reason(error)
     if _DEBUG.value or not reason:
       raise
     _fail(reason)
-
-
-def end(code: int) -> None:
-  """Ends this process: in order or, if a library hangs, at once; all that counts is saved."""
-  timer = threading.Timer(GRACE_S, os._exit, [code])
-  timer.daemon = True
-  timer.start()
-  sys.exit(code)
 
 
 def _reason(error: Exception) -> str | None:

@@ -129,16 +129,18 @@ def build(
   """Downloads, checks and builds; leaves nothing half-built under the final name.
 
   Raises:
-    ConfigError: if a download fails, or its sha256 is not the published one.
+    ConfigError: if a download fails, its sha256 is not the published one, or it can't be built.
   """
   type(builder).url_infos = url_infos(builder) | infos  # domainnet's are not in TFDS's wheel
   config = tfds.download.DownloadConfig(manual_dir=archives)
   try:
     builder.download_and_prepare(download_config=config)
-  except (tfds.download.DownloadError, ConnectionError, TimeoutError, OSError) as error:
+  except Exception as error:  # TFDS, TensorFlow and what downloads raise nearly anything
+    reason = " ".join(str(error).split())[:300]
     raise ConfigError(
-      f"{builder.info.full_name}: {' '.join(str(error).split())[:300]}; the same command goes on "
-      "from here; if the site is down, get the files elsewhere and say --archives=FOLDER"
+      f"{builder.info.full_name} could not be built ({type(error).__name__}: {reason}); the same "
+      "command goes on from here; if the site is down, get the files elsewhere and say "
+      "--archives=FOLDER"
     ) from error
 
 

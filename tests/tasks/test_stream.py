@@ -165,8 +165,7 @@ def test_a_process_that_dies_is_told_with_the_setting(make_lab):
 
 
 ENDLESS = """
-import faulthandler, multiprocessing, time
-from fmlora_jax import main as main_lib
+import multiprocessing, signal, sys, time
 from fmlora_jax import tasks
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import order, stream
@@ -181,11 +180,11 @@ def main():
     time.sleep(600)
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
   try:
     main()
   except KeyboardInterrupt:
-    faulthandler.dump_traceback_later(main_lib.GRACE_S / 2)  # says where it hangs, if it does
-    main_lib.end(130)
+    sys.exit(130)
 """
 
 
