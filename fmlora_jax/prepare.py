@@ -21,13 +21,15 @@ from absl import app, flags
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import records
+from fmlora_jax.tasks import prepared
 
 CHECKSUMS = pathlib.Path(__file__).with_name("domainnet_checksums.tsv")  # not in TFDS's own wheel
 ROOM = 3  # an archive, what it unpacks to, and what is built from that
 NEEDED = {"tensorflow": "tensorflow-cpu", "cv2": "opencv-python-headless"}  # module -> package
 
 UrlInfo = tfds.download.checksums.UrlInfo
+
+_log = logging.getLogger("fmlora_jax.prepare")  # as __main__ it has another name
 
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Folder to build in; default: what main takes without tasks.data_dir."
@@ -58,7 +60,7 @@ class File:
     """
     if self.local is None:
       return self.info
-    print(f"  checking {self.local}", flush=True)
+    _log.info("  checking %s", self.local)
     found = tfds.download.checksums.compute_url_info(self.local)
     if found != self.info and not unverified:
       raise ConfigError(
@@ -76,11 +78,7 @@ def builder_names(benchmark: str, domains: Sequence[str] = ()) -> list[str]:
     ConfigError: if there is no such benchmark, it needs no building, or has no such domain.
   """
   module = tasks.find(benchmark)
-  known = getattr(module, "DOMAINS", {})
-  for domain in domains:
-    if domain not in known:
-      allowed = f"one of {', '.join(known)}" if known else f"left out: {benchmark} has none"
-      raise ConfigError(f"--domains has {domain!r}: must be {allowed}")
+  tasks.check_names(benchmark, "DOMAINS", domains, "--domains has")
   if benchmark.startswith("tfds:"):
     return [benchmark.removeprefix("tfds:")]
   if not hasattr(module, "BUILDERS"):
@@ -115,12 +113,13 @@ def missing_packages(builders: Sequence[str]) -> list[str]:
 
 
 def describe(name: str, files: Sequence[File]) -> None:
-  """Prints where each file comes from."""
-  print(f"{name}: to be built from")
+  """Says where each file comes from."""
+  _log.info("%s: to be built from", name)
   for file in files:
-    print(f"  {file.info.filename:28} {_size(file.info.size):>10}  {file.local or file.url}")
+    place = file.local or file.url
+    _log.info("  %-28s %10s  %s", file.info.filename, _size(file.info.size), place)
   if not files:
-    print("  what TFDS says (its size is not known beforehand)")
+    _log.info("  what TFDS says (its size is not known beforehand)")
 
 
 def build(
@@ -155,13 +154,13 @@ def prepare(
 ) -> None:
   """Builds what is not built yet, then looks at all records once, which writes the manifests."""
   names = builder_names(benchmark, domains)
-  root = records.data_root(data_dir)
-  print(f"{benchmark}: into {root}")
+  root = prepared.data_root(data_dir)
+  _log.info("%s: into %s", benchmark, root)
   open_ones = {}
   for name in names:
-    builder = records.get_builder(name, root, benchmark)
+    builder = prepared.get_builder(name, root, benchmark)
     if builder.info.splits:
-      print(f"{name} {builder.version}: built already")
+      _log.info("%s %s: built already", name, builder.version)
     else:
       open_ones[name] = builder, wanted(builder, archives)
       describe(name, open_ones[name][1])
@@ -180,7 +179,7 @@ def prepare(
   counts = ", ".join(
     f"{len(getattr(made.tasks[0], part))} {part}" for part in ("train", "val", "test")
   )
-  print(f"ready: {made.split_id}, {made.num_classes} classes, {counts}")
+  _log.info("ready: %s, %d classes, %s", made.split_id, made.num_classes, counts)
 
 
 def _check_room(root: pathlib.Path, files: Sequence[File]) -> None:
@@ -191,7 +190,8 @@ def _check_room(root: pathlib.Path, files: Sequence[File]) -> None:
   free = shutil.disk_usage(there).free
   to_get = sum(file.info.size for file in files if not file.local)
   if files:
-    print(f"to download {_size(to_get)}, room needed about {_size(needed)}, free {_size(free)}")
+    sizes = map(_size, (to_get, needed, free))
+    _log.info("to download %s, room needed about %s, free %s", *sizes)
   if needed > free:
     raise ConfigError(
       f"--data_dir is {str(root)!r}: {_size(free)} are free there, about {_size(needed)} are "
@@ -236,8 +236,8 @@ def guarded_main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  log = logging.getLogger("fmlora_jax")
-  log.setLevel(logging.INFO)
-  log.addHandler(logging.StreamHandler(sys.stdout))
-  log.propagate = False
+  package = logging.getLogger("fmlora_jax")
+  package.setLevel(logging.INFO)
+  package.addHandler(logging.StreamHandler(sys.stdout))
+  package.propagate = False
   app.run(guarded_main)

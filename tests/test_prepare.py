@@ -72,7 +72,7 @@ def test_wrong_input_is_one_line(tmp_path, arguments, message):
 def test_every_domain_has_its_published_files():
   infos = {}
   for name in domainnet.BUILDERS:
-    builder = prepare.records.get_builder(name, pathlib.Path("nowhere"), "domainnet")
+    builder = prepare.prepared.get_builder(name, pathlib.Path("nowhere"), "domainnet")
     mine = prepare.url_infos(builder)
     domain = name.split("/")[1]
     names = {info.filename for info in mine.values()}

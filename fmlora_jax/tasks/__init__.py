@@ -34,8 +34,9 @@ def make(config: TasksConfig, *, seed: int, source_size: int) -> TaskSequence:
     ConfigError: if there is no such benchmark, or it can't be cut into such tasks.
   """
   benchmark = find(config.benchmark)
-  _check_names(config, "split", [config.split] * (config.split is not None), "CUTS")
-  _check_names(config, "domains", config.domains, "DOMAINS")
+  wanted = [] if config.split is None else [config.split]
+  check_names(config.benchmark, "CUTS", wanted, "config.tasks.split is")
+  check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
   source = benchmark.make(config, source_size)
   if config.stream is not None:
     return replay.read(config.stream, source, config)
@@ -58,10 +59,14 @@ def find(name: str) -> types.ModuleType:
   return importlib.import_module(f"fmlora_jax.tasks.benchmarks.{file}")
 
 
-def _check_names(config: TasksConfig, field: str, values: Sequence[str], table: str) -> None:
-  """Refuses values of a field that the benchmark's `table` of names does not have."""
-  known = getattr(find(config.benchmark), table, ())
-  for value in values:
-    if value not in known:
-      allowed = f"one of {', '.join(known)}" if known else f"left out: {config.benchmark} has none"
-      raise ConfigError(f"config.tasks.{field} is {value!r}: must be {allowed}")
+def check_names(benchmark: str, table: str, names: Sequence[str], shown: str) -> None:
+  """Refuses names that the benchmark's `table` does not have; `shown` begins the message.
+
+  Raises:
+    ConfigError: with what is allowed.
+  """
+  known = getattr(find(benchmark), table, ())
+  allowed = f"one of {', '.join(known)}" if known else f"left out: {benchmark} has none"
+  for name in names:
+    if name not in known:
+      raise ConfigError(f"{shown} {name!r}: must be {allowed}")

@@ -6,10 +6,10 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # No pictures, or decoded by a program outside of Pillow.
@@ -53,6 +53,27 @@ def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
       yield pool
     finally:
       pool.shutdown(cancel_futures=True)
+
+
+def on_canvases(
+  count: int, canvas: tuple[int, int], pixels: Callable[[int], UInt8[np.ndarray, "h w 3"]]
+) -> tuple[UInt8[np.ndarray, "k H W 3"], Int[np.ndarray, "k 2"]]:
+  """Returns pixels(0..count-1), each in the upper left corner of a canvas, and their sizes.
+
+  Args:
+    canvas: (height, width) that each image fits into.
+    pixels: called in `threads`.
+  """
+  canvases, sizes = np.zeros((count, *canvas, 3), np.uint8), np.zeros((count, 2), np.int32)
+
+  def put(index):
+    image = pixels(index)
+    height, width = sizes[index] = image.shape[:2]
+    canvases[index, :height, :width] = image
+
+  with threads() as pool:
+    list(pool.map(put, range(count)))
+  return canvases, sizes
 
 
 def read(path: str | os.PathLike, max_pixels: int) -> Image.Image:

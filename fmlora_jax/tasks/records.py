@@ -1,323 +1,23 @@
-"""Labelled images that TFDS prepared as array_record, read without TensorFlow.
+"""Labelled images of a benchmark, put together from splits that TFDS prepared."""
 
-Pixels are decoded here, by Pillow: the decoder of TFDS without TensorFlow gives CMYK images four
-channels and takes the indices of a palette for grey. What the first look at a split finds is kept
-beside the data as its manifest, and must never change.
-"""
-
-import base64
 import dataclasses
-import difflib
 import hashlib
-import io
 import json
 import logging
-import os
-import pathlib
-import time
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from jaxtyping import Int, UInt8, UInt16
+from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
-from fmlora_jax.tasks.cuts import Codes, Cut, Pool
+from fmlora_jax.tasks.cuts import Cut, Pool
+from fmlora_jax.tasks.prepared import Prepared, Split, data_root, open_builder, sha256
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, Source
 
-CHUNK = 1024  # records read at a time
-LINE_EVERY_S = 10.0  # while a split is looked at for the first time
-MAX_LISTED = 10  # records in one message
 PARTS = {"train": TRAIN, "validation": VAL, "test": TEST}  # what TFDS calls its splits
 
 _log = logging.getLogger(__name__)
-
-
-def data_root(data_dir: str | None) -> pathlib.Path:
-  """Returns the folder that holds the prepared data; None takes a folder of our own.
-
-  It is none of TFDS's: there, a build of other programs may lie in TFRecord, which can't be read.
-  """
-  if data_dir:
-    return pathlib.Path(data_dir).expanduser()
-  return pathlib.Path(tfds.core.constants.DATA_DIR).expanduser() / "array_record"
-
-
-def get_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.DatasetBuilder:
-  """Returns the builder `name`, whose `info.splits` are empty if its data are not prepared.
-
-  Raises:
-    ConfigError: if TFDS knows no such name, or the data below `root` are TFRecord.
-  """
-  try:
-    return tfds.builder(name, data_dir=root, file_format="array_record")
-  except tfds.core.DatasetNotFoundError:
-    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(
-      f"config.tasks.benchmark is {benchmark!r}: TFDS knows no data set {name!r}{hint}"
-    ) from None
-  except (ValueError, RuntimeError) as error:
-    if "File format is already set" in str(error):
-      raise ConfigError(
-        f"config.tasks.data_dir is {str(root)!r}: it holds {name} as TFRecord, which needs "
-        "TensorFlow to be read; prepare it in another folder: "
-        f"{_command(benchmark, root / 'array_record')}"
-      ) from None
-    raise ConfigError(f"TFDS can't open {name!r}: {str(error).strip().splitlines()[-1]}") from None
-
-
-def _command(benchmark: str, root: pathlib.Path) -> str:
-  return f"python -m fmlora_jax.prepare {benchmark} --data_dir={root}"
-
-
-def open_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.DatasetBuilder:
-  """Returns the builder of prepared data.
-
-  Raises:
-    ConfigError: as `get_builder`, or if the data are not prepared below `root`.
-  """
-  builder = get_builder(name, root, benchmark)
-  if not builder.info.splits:
-    others = sorted(p.name for p in pathlib.Path(builder.data_path).parent.glob("*.*.*"))
-    found = f" (found version {', '.join(others)}, needed {builder.version})" if others else ""
-    raise ConfigError(
-      f"config.tasks.data_dir is {str(root)!r}: {name} is not prepared there{found}; do so once "
-      f"with: {_command(benchmark, root)}"
-    )
-  return builder
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
-  """One prepared split, and what is known of all its records; safe to pickle.
-
-  Attributes:
-    name: such as "domainnet/real train".
-    data: record position -> dict of features, the image as the bytes of its file.
-    image, label: names of the two features that count.
-    labels: of each record, as TFDS numbers its classes.
-    sizes: (width, height) in pixels of each image.
-  """
-
-  name: str
-  data: Any
-  image: str
-  label: str
-  labels: Int[np.ndarray, " n"]
-  sizes: Int[np.ndarray, "n 2"]
-
-  def pixels(self, position: int, side: int, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the image of one record, shorter side `side`; call within `images.threads`.
-
-    Raises:
-      ConfigError: if it can't be decoded.
-    """
-    try:
-      image = images.decode(io.BytesIO(self.data[position][self.image]), max_pixels)
-    except images.BrokenImage as error:
-      raise ConfigError(
-        f"record {position} of {self.name} can't be used: {error}; remove the folder of "
-        f"{self.name.split()[0]} and prepare it again"
-      ) from error
-    return np.asarray(images.keep(image, side))
-
-
-class Prepared:
-  """A prepared builder and its manifest.
-
-  The manifest is `.fmlora_manifest_<builder>_<version>.json` in the data folder: of each split that
-  was used the number of records, the histogram of labels, all labels and image sizes in reading
-  order, and their sha256; of each cut, the numbers of images and a sha256. What it says once must
-  hold ever after, and only the first run looks at each record.
-  """
-
-  def __init__(self, name: str, config: TasksConfig):
-    self._root, self._config = data_root(config.data_dir), config
-    self.builder = open_builder(name, self._root, config.benchmark)
-    self.name, self.version = name, str(self.builder.version)
-    stem = f".fmlora_manifest_{name.replace('/', '-')}_{self.version}"
-    self._path = self._root / f"{stem}.json"
-    self._manifest = self._read_manifest()
-    self.image = self._feature(tfds.features.Image, "image")
-    self.label = self._feature(tfds.features.ClassLabel, "label")
-    self.class_names = tuple(self.builder.info.features[self.label].names)
-
-  def _feature(self, kind: type, usual: str) -> str:
-    """Returns the name of the feature that images or labels are taken from."""
-    features = self.builder.info.features
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if usual in found:
-      return usual
-    if len(found) == 1:
-      return found[0]
-    raise ConfigError(
-      f"config.tasks.benchmark is {self._config.benchmark!r}: must have one feature of type "
-      f"{kind.__name__}, has {found or 'none'}"
-    )
-
-  def split(self, name: str) -> Split:
-    """Returns the split `name`; the first time, each record is looked at.
-
-    Raises:
-      ConfigError: if there is no such split, a file of it is missing, a record can't be used, or
-        the manifest says otherwise.
-    """
-    splits = self.builder.info.splits
-    if name not in splits:
-      raise ConfigError(
-        f"{self.name} in {str(self._root)!r} has no split {name!r}, but {', '.join(splits)}: "
-        "prepare it again"
-      )
-    paths = [pathlib.Path(path) for path in splits[name].filepaths]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-      raise ConfigError(
-        f"{self.name} in {str(self._root)!r} lacks {', '.join(missing[:MAX_LISTED])}: remove "
-        f"{str(self.builder.data_path)!r} and prepare it again"
-      )
-    raw = {
-      key: tfds.decode.SkipDecoding()
-      for key, feature in self.builder.info.features.items()
-      if isinstance(feature, tfds.features.Image)
-    }
-    data = self.builder.as_data_source(name, decoders=raw)
-    labels, sizes = self._arrays(name, data, _stamps(paths))
-    return Split(
-      name=f"{self.name} {name}",
-      data=data,
-      image=self.image,
-      label=self.label,
-      labels=labels,
-      sizes=sizes,
-    )
-
-  def _arrays(self, name, data, shards) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels and sizes of a split from the manifest, or from the records and into it."""
-    known = self._manifest["splits"].get(name)
-    if known and known["shards"] == shards:
-      labels, sizes = _unpack(known["labels"]), _unpack(known["sizes"]).reshape(-1, 2)
-      if {"labels": _sha256(labels), "sizes": _sha256(sizes)} != known["sha256"]:
-        raise ConfigError(f"{self._path} is damaged at {name!r}: remove it")
-      return labels, sizes
-    keys = (self.image, self.label)
-    labels, sizes = _look_at(f"{self.name} {name}", data, keys, self._config.max_pixels)
-    sha256 = {"labels": _sha256(labels), "sizes": _sha256(sizes)}
-    if known and known["sha256"] != sha256:
-      raise ConfigError(
-        f"{self.name} {name} in {str(self._root)!r} has other labels, images or order than when "
-        f"first used: prepare it again, or remove {self._path.name} there if this was meant"
-      )
-    self._manifest["splits"][name] = {
-      "num": len(labels),
-      "histogram": np.bincount(labels, minlength=len(self.class_names)).tolist(),
-      "labels": _pack(labels),
-      "sizes": _pack(sizes),
-      "sha256": sha256,
-      "shards": shards,
-    }
-    self._write_manifest()
-    return labels, sizes
-
-  def pin(self, cut: str, codes: Codes) -> None:
-    """Keeps what a cut of these records is, or refuses one that has changed."""
-    facts = {
-      "train": int(np.sum(codes == TRAIN)),
-      "val": int(np.sum(codes == VAL)),
-      "test": int(np.sum(codes == TEST)),
-      "sha256": hashlib.sha256(codes.astype(np.int8).tobytes()).hexdigest(),
-    }
-    known = self._manifest["cuts"].setdefault(cut, facts)
-    if known is facts:
-      self._write_manifest()
-    elif known != facts:
-      raise ConfigError(
-        f"config.tasks.split is {cut!r}: its cut of {self.name} has changed; {self._path.name} in "
-        f"{str(self._root)!r} says {known}, now it is {facts}; remove that file if this was meant"
-      )
-
-  def _read_manifest(self) -> dict:
-    if not self._path.exists():
-      return {"builder": self.name, "version": self.version, "splits": {}, "cuts": {}}
-    try:
-      manifest = json.loads(self._path.read_text())
-      return {**manifest, "splits": dict(manifest["splits"]), "cuts": dict(manifest["cuts"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise ConfigError(f"{self._path} can't be read ({error}): remove it") from None
-
-  def _write_manifest(self) -> None:
-    part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-    try:
-      part.write_text(json.dumps(self._manifest, indent=1, sort_keys=True))
-      os.replace(part, self._path)
-    except OSError as error:
-      _log.warning("%s: can't be written (%s); the next run looks again", self._path, error)
-
-
-def _look_at(
-  shown: str, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
-) -> tuple[UInt16[np.ndarray, " n"], UInt16[np.ndarray, "n 2"]]:
-  """Returns label and (width, height) of each record, from the head of its image's file.
-
-  Args:
-    keys: of the image and of the label in a record.
-
-  Raises:
-    ConfigError: naming the first records that are no image, too large or without a label.
-  """
-  num, line_due = len(data), time.monotonic() + LINE_EVERY_S
-  _log.info("looking at the %d records of %s, once", num, shown)
-  labels, sizes, faults = np.zeros(num, np.uint16), np.zeros((num, 2), np.uint16), []
-  with images.pillow_unlimited():
-    for lo in range(0, num, CHUNK):
-      rows = range(lo, min(lo + CHUNK, num))
-      for row, record in zip(rows, data.__getitems__(rows), strict=True):
-        image, label = (record[key] for key in keys)
-        try:
-          sizes[row] = images.size_of(io.BytesIO(image), max_pixels)
-          labels[row] = _at_least_0(label)
-        except images.BrokenImage as error:
-          faults.append(f"{row}: {error}")
-      if time.monotonic() >= line_due:
-        line_due += LINE_EVERY_S
-        _log.info("  %d of %d records", rows.stop, num)
-  if faults:
-    more = f"; and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-    raise ConfigError(
-      f"{len(faults)} of {num} records of {shown} can't be used; prepare it again: "
-      f"{'; '.join(faults[:MAX_LISTED])}{more}"
-    )
-  return labels, sizes
-
-
-def _stamps(paths: Sequence[pathlib.Path]) -> dict[str, list[int]]:
-  """Returns size in bytes and time of change of each file; a copied file is looked at again."""
-  return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-
-
-def _at_least_0(label: int) -> int:
-  if label < 0:
-    raise images.BrokenImage(f"its label is {label}, so it has none")
-  return label
-
-
-def _pack(array: np.ndarray) -> str:
-  return base64.b64encode(zlib.compress(_as_bytes(array))).decode()
-
-
-def _unpack(text: str) -> UInt16[np.ndarray, " n"]:
-  return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2")
-
-
-def _sha256(array: np.ndarray) -> str:
-  return hashlib.sha256(_as_bytes(array)).hexdigest()
-
-
-def _as_bytes(array: np.ndarray) -> bytes:
-  return np.ascontiguousarray(array, "<u2").tobytes()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,18 +34,12 @@ class Decoder:
   ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
     starts = np.cumsum([0, *(len(split.labels) for split in self.splits)])
     parts = np.searchsorted(starts, rows, side="right") - 1
-    pixels = np.zeros((len(rows), *self.canvas, 3), np.uint8)
-    sizes = np.zeros((len(rows), 2), np.int32)
 
-    def put(index):
+    def pixels(index):
       position = int(rows[index] - starts[parts[index]])
-      image = self.splits[parts[index]].pixels(position, self.side, self.max_pixels)
-      height, width = sizes[index] = image.shape[:2]
-      pixels[index, :height, :width] = image
+      return self.splits[parts[index]].pixels(position, self.side, self.max_pixels)
 
-    with images.threads() as pool:
-      list(pool.map(put, range(len(rows))))
-    return pixels, sizes
+    return images.on_canvases(len(rows), self.canvas, pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,7 +151,7 @@ def _distinct(splits: Sequence[Split]) -> list[tuple[int, int]]:
 
 def _digest(prepared: Mapping[str, Prepared], parts, splits) -> str:
   facts = [
-    [part.builder, prepared[part.builder].version, part.split, _sha256(s.labels), _sha256(s.sizes)]
+    [part.builder, prepared[part.builder].version, part.split, sha256(s.labels), sha256(s.sizes)]
     for part, s in zip(parts, splits, strict=True)
   ]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

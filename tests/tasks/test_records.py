@@ -16,7 +16,7 @@ from PIL import Image
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import records
+from fmlora_jax.tasks import prepared as prepared_lib
 
 
 def make(root, benchmark, num_tasks=5, side=16, **fields):
@@ -185,7 +185,7 @@ def test_a_manifest_is_written_once_and_read_after(cifar, monkeypatch):
   def look(*arguments):
     raise AssertionError("looked at the records again")
 
-  monkeypatch.setattr(records, "_look_at", look)
+  monkeypatch.setattr(prepared_lib, "_look_at", look)
   second = make(cifar, "cifar100")
   assert second.manifest_sha256 == first.manifest_sha256
   assert path.read_bytes() == before

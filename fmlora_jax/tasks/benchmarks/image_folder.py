@@ -71,12 +71,13 @@ def make(config: TasksConfig, source_size: int) -> Source:
   group = np.asarray([first.setdefault(sha, i) for i, (_, sha) in enumerate(checked.values())])
   if split is not None:
     _warn_of_copies(root, split, group)
+  canvas = tuple(sizes.max(axis=0).tolist())
   return Source(
     name="image_folder",
     labels=ids("class"),
     class_names=tuple(names["class"]),
-    canvas=tuple(sizes.max(axis=0).tolist()),
-    decode=functools.partial(_decode, reader, files, sizes),
+    canvas=canvas,
+    decode=functools.partial(_decode, reader, files, sizes, canvas),
     digest=_digest(checked),
     split=split,
     domains=ids("domain") if "domain" in layout else None,
@@ -278,22 +279,22 @@ def _digest(checked: dict[Parts, tuple[tuple[int, int], str]]) -> str:
 
 
 def _decode(
-  reader: Reader, files: Sequence[Parts], sizes: Int[np.ndarray, "n 2"], rows: Int[np.ndarray, " k"]
+  reader: Reader,
+  files: Sequence[Parts],
+  sizes: Int[np.ndarray, "n 2"],
+  canvas: tuple[int, int],
+  rows: Int[np.ndarray, " k"],
 ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
-  """Returns the records `rows` of `files`, each in the corner of a canvas that fits all sizes."""
-  canvases = np.zeros((len(rows), *sizes.max(axis=0), 3), np.uint8)
+  """Returns the records `rows` of `files`, each in the corner of a canvas."""
 
-  def put(index):
+  def pixels(index):
     file = files[rows[index]]
-    height, width = size = tuple(sizes[rows[index]])
     try:
-      pixels = reader.pixels(file)
-      if pixels.shape[:2] != size:
+      image = reader.pixels(file)
+      if image.shape[:2] != tuple(sizes[rows[index]]):
         raise images.BrokenImage("has another size than at the start of the run")
     except images.BrokenImage as error:
       raise _refusal(reader.root, f"{_listed([file])} has changed: {error}") from error
-    canvases[index, :height, :width] = pixels
+    return image
 
-  with images.threads() as pool:
-    list(pool.map(put, range(len(rows))))
-  return canvases, sizes[rows]
+  return images.on_canvases(len(rows), canvas, pixels)
