@@ -28,6 +28,7 @@ FREE_FIELDS = (
   "tasks.stream",
   "weights.path",
 )
+RECIPES = ("unified", "official")
 
 
 class ConfigError(ValueError):
@@ -152,30 +153,54 @@ class WeightsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  """AdamW with cosine annealing to 0, without warm-up, fresh at each task; FM-LoRA Sec. 4.1.
+  """The optimiser, fresh at each task; by default AdamW with cosine annealing, FM-LoRA Sec. 4.1.
 
   The learning rates and weight decays were lost in the paper's public text; the defaults are ours.
+  The other optimisers and schedules are those of the official codes of other methods.
 
   Attributes:
+    name: adamw, adam or sgd. Weight decay is decoupled in adamw and times the learning rate; in the
+      other two it is added to the gradient, as torch does.
+    momentum: of sgd.
     learning_rate: peak, for everything but the head.
-    weight_decay: decoupled, times the learning rate, for everything but the head.
+    weight_decay: for everything but the head and what a method exempts.
     head_learning_rate, head_weight_decay: the same for the linear head. AdamW moves each weight by
       about the rate at each step, and a logit by up to the rate times the sum of |features|: 1e-2
       is 4 nats at a ViT-S, and destroys what the head knows of other domains and tasks.
+    schedule: cosine (to 0, by steps, without warm-up), constant, steps (times `decay` at each epoch
+      in `milestones`), coda_cosine or timm_cosine; see fmlora_jax/train/schedules.py.
+    final_learning_rate: where timm_cosine ends.
     clip_norm: global L2 norm over the trained leaves; None does not clip.
   """
 
+  name: Literal["adamw", "adam", "sgd"] = "adamw"
+  momentum: float = 0.9
   learning_rate: float = 1e-3
   weight_decay: float = 1e-2
   head_learning_rate: float = 1e-3
   head_weight_decay: float = 0.0
+  schedule: Literal["cosine", "constant", "steps", "coda_cosine", "timm_cosine"] = "cosine"
+  milestones: tuple[int, ...] = ()
+  decay: float = 0.1
+  final_learning_rate: float = 0.0
   clip_norm: float | None = None
 
   def __post_init__(self):
     for name in ("learning_rate", "head_learning_rate"):
       _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-    for name in ("weight_decay", "head_weight_decay"):
+    for name in ("weight_decay", "head_weight_decay", "final_learning_rate"):
       _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    for name in ("momentum", "decay"):
+      _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+    marks = self.milestones
+    ascending = all(a < b for a, b in itertools.pairwise((0, *marks)))
+    _require(ascending, "milestones", marks, "ascending epochs >= 1")
+    _require(
+      bool(marks) == (self.schedule == "steps"),
+      "milestones",
+      marks,
+      "given with schedule=steps only",
+    )
     _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
 
 
@@ -399,12 +424,44 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
   return value
 
 
-def defaults(**groups: Any) -> ml_collections.ConfigDict:
+def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.ConfigDict:
   """Returns every field of `Config` at its default, changed by nested dicts; for config files.
 
   Fields that may be None become typed placeholders, so that the command line can set them.
+
+  Args:
+    recipe: unified trains every method alike, as `groups` say; official takes the settings that the
+      method's own code has for the benchmark, where they differ from `groups`.
+
+  Raises:
+    ConfigError: if there is no such recipe, or none for this method and benchmark.
   """
-  return _to_config_dict(build(Config, groups))
+  _require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+  config = build(Config, groups)
+  if recipe == "official":
+    config = build(Config, _merged(groups, _official(config)))
+  return _to_config_dict(config)
+
+
+def _official(config: Config) -> dict[str, Any]:
+  """Returns the groups that the official code of the method has for the benchmark."""
+  name, tasks = config.method.name, config.tasks
+  module = importlib.import_module(f"fmlora_jax.methods.{name}")
+  known = getattr(module, "OFFICIAL", {})
+  if tasks.benchmark not in known:
+    have = f"has none for {tasks.benchmark!r}, but for {', '.join(known)}" if known else "has none"
+    raise ConfigError(f"recipe is 'official': must be unified, {name} {have}")
+  found = known[tasks.benchmark]
+  return found(tasks.num_tasks) if callable(found) else found
+
+
+def _merged(groups: dict, changes: dict) -> dict:
+  """Returns nested dicts with the values of `changes` in place of those of `groups`."""
+  both = dict(groups)
+  for name, value in changes.items():
+    inner = both.get(name)
+    both[name] = _merged(inner, value) if isinstance(inner, dict) else value
+  return both
 
 
 def _to_config_dict(record: Any) -> ml_collections.ConfigDict:

@@ -25,7 +25,7 @@ from fmlora_jax.tasks import TaskSequence, augment, replay, resident, stream
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Variables
+from fmlora_jax.types import Passes, Variables
 
 # without tracing: its events nest, and would be counted twice
 COMPILE_EVENTS = (
@@ -108,6 +108,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
     log.note(f"input      {_described_input(sequence, mode, config.input.workers)}")
     log.note(f"method     {config.method.name}, workdir {workdir}")
+    log.note(f"passes     {_described_passes(method.passes)}")
+    for caveat in method.caveats:
+      log.note(f"caveat     {caveat}")
     if (workdir / writer.RESULT).exists():
       log.note("finished before; its result:")
       return writer.read_result(workdir)
@@ -321,8 +324,9 @@ class Experiment:
     ranks = [fact.get("rank") for fact in facts]
     hardness = [fact.get("complexity") for fact in facts]
     stored = self.method.stored(facts)
-    head = sum(leaf.size for leaf in jax.tree.leaves(self.variables.mem["head"]))
-    statistics = [self.variables.mem["head"].get(name) for name in ("mean", "count")]
+    head = self.variables.mem["head"]
+    means = sum(head[name].size for name in ("mean", "count") if name in head)
+    head = sum(leaf.size for leaf in jax.tree.leaves(head))
     saved = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
     return {
       "method": config.method.name,
@@ -343,7 +347,9 @@ class Experiment:
         "stored_total": stored["shared"] + sum(stored["per_task"]) + head,
         "backbone": sum(leaf.size for leaf in jax.tree.leaves(self.trainer.weights)),
       },
-      "rehearsal_bytes": sum(leaf.nbytes for leaf in statistics if leaf is not None),
+      "rehearsal_bytes": 4 * (means + stored.get("statistics", 0)),
+      "passes": dataclasses.asdict(self.method.passes),
+      "caveats": list(self.method.caveats),
       "weights": {"tag": info.tag, "sha256": info.sha256},
       "normalisation": normalisation,
       "augmentation": config.input.augmentation,
@@ -398,6 +404,11 @@ def _image_memory() -> dict[str, int]:
   host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
   return {"device": int(IMAGES_SHARE * device), "host": int(IMAGES_SHARE * host)}
+
+
+def _described_passes(passes: Passes) -> str:
+  between = f", {passes.between} epochs of features a task" if passes.between else ""
+  return f"{passes.train} forward in a training step, {passes.test} at test time{between}"
 
 
 def _described_input(sequence: TaskSequence, mode: str, workers: int) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.struct
+import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 Params = dict[str, Any]  # nested dict of arrays
@@ -32,20 +33,42 @@ class LowRank:
   Attributes:
     a: input factors.
     b: output factors.
-    core: what stands between them; None means the identity.
+    core: what stands between them, [L, R, R], or its diagonal alone, [L, R]; None means the
+      identity.
   """
 
   a: Float[Array, "L D_in R"]
   b: Float[Array, "L D_out R"]
-  core: Float[Array, "L R R"] | None = None
+  core: Float[Array, "L R *R"] | None = None
 
 
 @flax.struct.dataclass
 class Prefix:
   """Keys and values put before a layer's own; one for all samples (B = 1) or one for each."""
 
-  key: Float[Array, "L B P H d"]
-  value: Float[Array, "L B P H d"]
+  key: Float[Array, "B P H d"]
+  value: Float[Array, "B P H d"]
+
+
+@flax.struct.dataclass
+class Bottleneck:
+  """A narrow MLP in every layer: act(x·down + down_bias)·up + up_bias.
+
+  Attributes:
+    activation: "relu" or "gelu".
+    dropout_keys: of each layer; hidden units are then dropped with probability `dropout`.
+  """
+
+  down: Float[Array, "L D M"]
+  down_bias: Float[Array, "L M"]
+  up: Float[Array, "L M D"]
+  up_bias: Float[Array, "L D"]
+  dropout_keys: PRNGKeyArray | None = None
+  dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+  activation: str = flax.struct.field(pytree_node=False, default="relu")
+
+
+Deltas = Mapping[str, LowRank | tuple[LowRank, ...]]
 
 
 @flax.struct.dataclass
@@ -53,14 +76,33 @@ class Adapters:
   """All that a method may add to the plain ViT; each part may be absent.
 
   Attributes:
-    deltas: projection name (query, key, value, out, fc1, fc2) -> its low-rank change.
+    deltas: projection name (query, key, value, out, fc1, fc2) -> its low-rank change, or several
+      whose sum it is.
     prompt: tokens put after the class token, without a position; [P, D] or [B, P, D].
-    prefix: keys and values for the attention of the first `len(prefix.key)` layers.
+    prefix: for each layer, from the first on, what its attention sees besides; None is nothing.
+    bottlenecks: site -> MLPs. "attention" and "mlp" add a function of the branch's output to it,
+      "parallel" a function of the MLP's input before its LayerNorm to the MLP's output.
   """
 
-  deltas: Mapping[str, LowRank] = flax.struct.field(default_factory=dict)
+  deltas: Deltas = flax.struct.field(default_factory=dict)
   prompt: Float[Array, "*B P D"] | None = None
+  prefix: tuple[Prefix | None, ...] = ()
+  bottlenecks: Mapping[str, Bottleneck] = flax.struct.field(default_factory=dict)
+
+  def of_layer(self, layer: int) -> "LayerAdapters":
+    """Returns what changes block `layer`: a row of each stacked array."""
+    stacked = jax.tree.map(lambda leaf: leaf[layer], (self.deltas, self.bottlenecks))
+    prefix = self.prefix[layer] if layer < len(self.prefix) else None
+    return LayerAdapters(deltas=stacked[0], prefix=prefix, bottlenecks=stacked[1])
+
+
+@flax.struct.dataclass
+class LayerAdapters:
+  """The part of `Adapters` that one block sees; its arrays have no layer axis but for prefixes."""
+
+  deltas: Deltas = flax.struct.field(default_factory=dict)
   prefix: Prefix | None = None
+  bottlenecks: Mapping[str, Bottleneck] = flax.struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,12 +156,16 @@ class Backbone:
   Attributes:
     apply: (params, images [B, S, S, 3], adapters or None) -> features [B, D] float32, the class
       token after the final LayerNorm.
-    tokens: the same, -> all tokens [B, N(+P), D] after the final LayerNorm.
+    tokens: the same, -> all tokens [B, N(+P), D] after the final LayerNorm, or the leading
+      `num_queries` of them: class token, prompt, patches.
+    attention_inputs: the same, -> what each block's query, key and value projections see
+      [L, B, N(+P), D].
     init: key -> random params.
   """
 
   apply: Callable[..., Float[Array, "B D"]]
   tokens: Callable[..., Float[Array, "B N D"]]
+  attention_inputs: Callable[..., Float[Array, "L B N D"]]
   init: Callable[[PRNGKeyArray], Params]
   sizes: Sizes
 
@@ -245,6 +291,21 @@ Rules = tuple[tuple[str, str], ...]  # (regex over "group/path/of/leaf", label)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Passes:
+  """Forward passes of the ViT: what a method costs besides its step.
+
+  Attributes:
+    train: for each image of a step.
+    test: for each image.
+    between: over the task's training images, before and after its steps.
+  """
+
+  train: int = 1
+  test: int = 1
+  between: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
   """A continual-learning method as pure functions over `Variables`.
 
@@ -261,8 +322,11 @@ class Method:
     fold: (weights, variables) -> a pytree for inference; the whole past folded in.
     predict: (folded, images) -> logits [B, C] over all classes; unseen ones are masked outside.
     rules: t -> labels of the leaves of shared and cur: a group of train/optim.py, or "frozen".
-    stored: facts of the tasks so far -> parameters kept, {"shared": n, "per_task": [n, ...]}; what
-      the head and the pre-trained backbone need is not counted.
+    stored: facts of the tasks so far -> parameters kept, {"shared": n, "per_task": [n, ...]}, and
+      "statistics": n where numbers computed from the data are kept too, such as means of features;
+      what the head and the pre-trained backbone need is not counted.
+    passes: forward passes of the ViT.
+    caveats: what a reader of the results must know, one line each.
   """
 
   init: Callable[..., Variables]
@@ -274,3 +338,5 @@ class Method:
   predict: Callable[..., Float[Array, "B C"]]
   rules: Callable[[int], Rules]
   stored: Callable[[list[dict]], dict]
+  passes: Passes = Passes()
+  caveats: tuple[str, ...] = ()

@@ -67,7 +67,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
       for name, core in cores.items()
     }
 
-  def adapters(variables):
+  def adapters(variables, inputs):
+    del inputs
     cores = {name: _product(core) for name, core in variables.cur["core"].items()}
     return Adapters(
       deltas=deltas(variables.shared["bases"], cores), prompt=variables.shared.get("prompt")

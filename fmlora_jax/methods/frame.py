@@ -6,9 +6,12 @@ Most methods differ only in the `Adapters` they give the ViT and in what they do
 
 import functools
 from collections.abc import Callable
+from typing import Any, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.models import heads
@@ -18,11 +21,29 @@ from fmlora_jax.types import (
   Method,
   Output,
   Params,
+  Passes,
   Rules,
   SequenceSpec,
+  TaskArrays,
   TaskView,
   Variables,
 )
+
+
+@flax.struct.dataclass
+class StepInputs:
+  """What a training step sees besides variables and images.
+
+  Attributes:
+    task: the current one.
+    key: of this step alone.
+    query: class tokens of the untouched ViT, float32, without a gradient; None where the method
+      asks for none.
+  """
+
+  task: TaskArrays
+  key: PRNGKeyArray
+  query: Float[Array, "B D"] | None = None
 
 
 def with_head(
@@ -31,33 +52,53 @@ def with_head(
   spec: SequenceSpec,
   *,
   init: Callable[..., Variables],
-  adapters: Callable[[Variables], Adapters] = lambda variables: Adapters(),
+  adapters: Callable[[Variables, StepInputs], Adapters] = lambda variables, inputs: Adapters(),
+  penalty: Callable[..., Any] = lambda variables, inputs, features: jnp.float32(0),
   begin_task: Callable[..., tuple[Variables, dict]] = lambda variables, view: (variables, {}),
   end_task: Callable[..., tuple[Variables, dict]] = lambda variables, view: (variables, {}),
   past: Callable[[Params, Variables], Params] = lambda weights, variables: weights,
-  folded: Callable[[Params, Variables], tuple[Params, Adapters]] | None = None,
+  folded: Callable[[Params, Variables], tuple[Params, Any]] | None = None,
+  recall: Callable[..., Adapters] = lambda memory, query: memory,
+  query: Literal["never", "test", "always"] = "never",
+  read: Callable[..., Any] | None = None,
   rules: Callable[[int], Rules] = lambda task: (),
   stored: Callable[[list[dict]], dict],
+  feature_epochs: int = 0,
+  caveats: tuple[str, ...] = (),
 ) -> Method:
   """Returns a method whose features are the adapted ViT's and whose head is `config.head`.
 
   Args:
-    init, begin_task, end_task, rules, stored: the method's own, without the head.
-    adapters: what the ViT is handed during training, from the variables.
+    init, begin_task, end_task, rules, stored, caveats: the method's own, without the head.
+    adapters: what the ViT is handed during training.
+    penalty: (variables, inputs, features [B, D]) -> what is added to the loss.
     past: (weights, variables) -> the backbone that a task trains on, the past folded in; float32.
       Unless `shared` holds a backbone: then that one is trained.
-    folded: (weights, variables) -> backbone and remaining adapters for inference; None takes `past`
-      and no adapters.
+    folded: (weights, variables) -> backbone and memory for inference; None takes `past` and no
+      adapters.
+    recall: (memory, query [B, D] or None) -> the adapters at test time; memory is by default the
+      adapters themselves.
+    query: when the class token of the unadapted backbone is wanted, at one more forward pass.
+    read: (backbone, images, adapters) -> features [B, D]; None takes the class token.
+    feature_epochs: forward passes over the training images that begin_task and end_task do.
   """
   head = heads.make(config.head.kind, spec.num_classes, backbone.sizes.width)
-  class_sums = make_class_sums(backbone, spec.num_classes)
+  read = read or backbone.apply
   dtype = jnp.dtype(config.compute_dtype)
+  starts_at_means = config.head.start == "class_mean"
 
-  def trunk(variables):
-    return variables.shared.get("backbone") or variables.frozen["backbone"]
+  def step_inputs(variables, images, task, key):
+    seen = None
+    if query == "always":
+      seen = jax.lax.stop_gradient(backbone.apply(variables.frozen["backbone"], images))
+    return StepInputs(task=task, key=key, query=seen)
 
-  def features(variables, images):
-    return backbone.apply(trunk(variables), images, adapters(variables))
+  def features_so_far(model, images):
+    """Of the folded model."""
+    seen = backbone.apply(model["backbone"], images) if query != "never" else None
+    return read(model["backbone"], images, recall(model["memory"], seen))
+
+  class_sums = make_class_sums(features_so_far, spec.num_classes)
 
   def init_with_head(key, weights):
     variables = init(key, weights)
@@ -67,7 +108,7 @@ def with_head(
     rows = heads.start(
       head, variables.mem["head"], spec, view.index, _head_key(view.key("init"), 1)
     )
-    if config.head.start == "class_mean" and not (spec.shares_classes and view.index):
+    if starts_at_means and not (spec.shares_classes and view.index):
       rows = heads.imprint(rows, *class_sums(fold(view.weights, variables), view), view.arrays)
     variables = variables.replace(cur=variables.cur | {"head": rows})
     return begin_task(variables, view)
@@ -78,9 +119,13 @@ def with_head(
     return {"backbone": cast_kernels(past(weights, variables), dtype)}
 
   def apply(variables, images, task, key):
-    del task, key
-    logits = head.logits(variables.cur["head"], features(variables, images))
-    return Output(logits=logits, penalty=jnp.float32(0))
+    inputs = step_inputs(variables, images, task, key)
+    trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
+    features = read(trunk, images, adapters(variables, inputs))
+    return Output(
+      logits=head.logits(variables.cur["head"], features),
+      penalty=penalty(variables, inputs, features),
+    )
 
   def end_with_head(variables, view):
     mem = variables.mem | {
@@ -95,17 +140,17 @@ def with_head(
 
   def fold(weights, variables):
     if folded is None:
-      trained, rest = past(weights, variables), Adapters()
+      trunk, memory = past(weights, variables), Adapters()
     else:
-      trained, rest = folded(weights, variables)
+      trunk, memory = folded(weights, variables)
     return {
-      "backbone": cast_kernels(trained, dtype),
-      "adapters": rest,
+      "backbone": cast_kernels(trunk, dtype),
+      "memory": memory,
       "head": variables.mem["head"],
     }
 
   def predict(model, images):
-    return head.predict(model["head"], backbone.apply(model["backbone"], images, model["adapters"]))
+    return head.predict(model["head"], features_so_far(model, images))
 
   def rules_with_head(task):
     return (*rules(task), ("cur/head/.*", "head"))
@@ -120,6 +165,12 @@ def with_head(
     predict=predict,
     rules=rules_with_head,
     stored=stored,
+    passes=Passes(
+      train=1 + (query == "always"),
+      test=1 + (query != "never"),
+      between=feature_epochs + starts_at_means + head.needs_means,
+    ),
+    caveats=caveats,
   )
 
 
@@ -132,18 +183,19 @@ def cast_kernels(backbone: Params, dtype: jnp.dtype) -> Params:
   return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, backbone)
 
 
-def make_class_sums(backbone: Backbone, num_classes: int) -> Callable:
-  """Returns the function (folded model, view) -> sums of features [C, D], numbers of images [C].
+def make_class_sums(features: Callable[..., Float[Array, "B D"]], num_classes: int) -> Callable:
+  """Returns the function (model, view) -> sums of features [C, D], numbers of images [C].
 
-  They are of each class in the view's training images, as at test time.
+  They are of each class in the view's training images, as at test time; `features` is a function of
+  (model, images).
   """
 
   @functools.partial(jax.jit, static_argnames="center")
   def batch_sums(model, examples, rows, *, center):
     batch = center(examples, rows)
-    features = backbone.apply(model["backbone"], batch.images, model["adapters"])
     one_hot = jax.nn.one_hot(batch.labels, num_classes) * batch.valid[:, None]
-    return jnp.matmul(one_hot.T, features, precision="highest"), one_hot.sum(0)
+    sums = jnp.matmul(one_hot.T, features(model, batch.images), precision="highest")
+    return sums, one_hot.sum(0)
 
   def class_sums(model, view: TaskView):
     totals = [batch_sums(model, *batch, center=view.center) for batch in view.train_batches(0)]

@@ -63,7 +63,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     stacks = jax.tree.map(lambda leaf: jnp.zeros((spec.num_tasks, *leaf.shape)), fresh(key))
     return empty.replace(mem={"lora": stacks})
 
-  def adapters(variables):
+  def adapters(variables, inputs):
+    del inputs
     return Adapters(deltas=deltas(getattr(variables, home)["lora"]))
 
   def begin_task(variables, view):

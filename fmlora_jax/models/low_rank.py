@@ -25,14 +25,17 @@ def apply(x: Float[Array, "*B D_in"], delta: LowRank) -> Float[Array, "*B D_out"
   """
   y = x @ delta.a.astype(x.dtype)
   if delta.core is not None:
-    y = y @ delta.core.astype(x.dtype)
+    core = delta.core.astype(x.dtype)
+    y = y * core if core.ndim == 1 else y @ core
   return y @ delta.b.T.astype(x.dtype)
 
 
 @jax.default_matmul_precision("highest")
 def dense(delta: LowRank) -> Float[Array, "L D_in D_out"]:
   """Returns dW = A·core·Bᵀ of every layer in the dtype of the factors."""
-  a = delta.a if delta.core is None else delta.a @ delta.core
+  a = delta.a
+  if delta.core is not None:
+    a = a * delta.core[:, None] if delta.core.ndim == 2 else a @ delta.core
   return a @ jnp.swapaxes(delta.b, -1, -2)
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Backbone, LowRank, Prefix, Sizes
+from fmlora_jax.models import bottleneck, low_rank
+from fmlora_jax.types import Adapters, Backbone, Deltas, LayerAdapters, LowRank, Prefix, Sizes
 
 PROJECTIONS = ("query", "key", "value", "out", "fc1", "fc2")
 
@@ -50,15 +50,19 @@ class LayerNorm(nn.Module):
 
 
 class AdaptedDense(nn.Module):
-  """A dense layer that a low-rank delta may shift; without one it is plain."""
+  """A dense layer that low-rank deltas may shift; without one it is plain."""
 
   features: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B N D"], delta: LowRank | None) -> Float[Array, "B N E"]:
+  def __call__(
+    self, x: Float[Array, "B N D"], delta: LowRank | tuple[LowRank, ...] = ()
+  ) -> Float[Array, "B N E"]:
     y = nn.Dense(self.features, dtype=self.dtype, name="dense")(x)
-    return y if delta is None else y + low_rank.apply(x, delta)
+    for part in delta if isinstance(delta, tuple) else (delta,):
+      y = y + low_rank.apply(x, part)
+    return y
 
 
 def attention(
@@ -104,14 +108,14 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B N D"],
-    deltas: Mapping[str, LowRank],
+    deltas: Deltas,
     prefix: Prefix | None,
     num_queries: int | None = None,
   ) -> Float[Array, "B Q D"]:
     width = x.shape[-1]
 
     def project(name, tokens):
-      y = AdaptedDense(width, self.dtype, name=name)(tokens, deltas.get(name))
+      y = AdaptedDense(width, self.dtype, name=name)(tokens, deltas.get(name, ()))
       return rearrange(y, "b n (h d) -> b n h d", h=self.num_heads)
 
     query = project("query", x[:, :num_queries])
@@ -119,7 +123,7 @@ class Attention(nn.Module):
     if prefix is not None:
       key, value = _prepend(prefix.key, key), _prepend(prefix.value, value)
     mixed = rearrange(attention(query, key, value), "b n h d -> b n (h d)")
-    return AdaptedDense(width, self.dtype, name="out")(mixed, deltas.get("out"))
+    return AdaptedDense(width, self.dtype, name="out")(mixed, deltas.get("out", ()))
 
 
 def _prepend(front: Float[Array, "*B P D"], tokens: Float[Array, "B N *D"]) -> Array:
@@ -141,11 +145,10 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B N D"],
-    deltas: Mapping[str, LowRank],
-    prefix: Prefix | None,
+    adapters: LayerAdapters,
     num_queries: int | None = None,
   ) -> Float[Array, "B Q D"]:
-    sizes = self.sizes
+    sizes, deltas = self.sizes, adapters.deltas
 
     def scaled(branch, name):
       if not sizes.layer_scale:
@@ -153,15 +156,21 @@ class Block(nn.Module):
       gamma = self.param(name, nn.initializers.ones, (sizes.width,))
       return branch * gamma.astype(self.dtype)
 
+    def bottlenecked(branch, site, source):
+      found = adapters.bottlenecks.get(site)
+      return branch if found is None else branch + bottleneck.apply(source, found)
+
     y = LayerNorm(self.dtype, name="norm1")(x)
-    y = Attention(sizes.num_heads, self.dtype, name="attention")(y, deltas, prefix, num_queries)
-    x = x[:, :num_queries] + scaled(y, "scale1")
+    attend = Attention(sizes.num_heads, self.dtype, name="attention")
+    y = scaled(attend(y, deltas, adapters.prefix, num_queries), "scale1")
+    x = x[:, :num_queries] + bottlenecked(y, "attention", y)
     y = LayerNorm(self.dtype, name="norm2")(x)
     hidden = sizes.width * sizes.mlp_ratio
-    y = AdaptedDense(hidden, self.dtype, name="fc1")(y, deltas.get("fc1"))
+    y = AdaptedDense(hidden, self.dtype, name="fc1")(y, deltas.get("fc1", ()))
     y = gelu(y, sizes.gelu)
-    y = AdaptedDense(sizes.width, self.dtype, name="fc2")(y, deltas.get("fc2"))
-    return x + scaled(y, "scale2")
+    y = AdaptedDense(sizes.width, self.dtype, name="fc2")(y, deltas.get("fc2", ()))
+    y = scaled(y, "scale2")
+    return x + bottlenecked(bottlenecked(y, "mlp", y), "parallel", x)
 
 
 class ViT(nn.Module):
@@ -192,14 +201,9 @@ class ViT(nn.Module):
     if adapters.prompt is not None:
       x = jnp.concatenate([x[:, :1], _prepend(adapters.prompt, x[:, 1:])], axis=1)
     for layer in range(sizes.depth):
-      # the adapters of one layer: a row of each stacked array
-      # the prefix may be of fewer layers; jax would clamp the index and repeat its last row
-      prefix = adapters.prefix
-      if prefix is not None and layer >= len(prefix.key):
-        prefix = None
-      deltas, prefix = jax.tree.map(lambda leaf: leaf[layer], (adapters.deltas, prefix))  # noqa: B023
       wanted = num_queries if layer == sizes.depth - 1 else None
-      x = Block(sizes, self.dtype, name=f"block_{layer}")(x, deltas, prefix, wanted)
+      block = Block(sizes, self.dtype, name=f"block_{layer}")
+      x = block(x, adapters.of_layer(layer), wanted)
     return LayerNorm(self.dtype, name="norm")(x)
 
 
@@ -207,18 +211,33 @@ def make(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
   """Returns the ViT of the given sizes as pure functions; compute in `dtype`, features float32."""
   module = ViT(sizes, dtype)
 
-  def tokens(params, images, adapters=None):
-    return module.apply({"params": params}, images, adapters)
+  def tokens(params, images, adapters=None, num_queries=None):
+    return module.apply({"params": params}, images, adapters, num_queries)
 
   def apply(params, images, adapters=None):
     features = module.apply({"params": params}, images, adapters, num_queries=1)
     return features[:, 0].astype(jnp.float32)
 
+  def attention_inputs(params, images, adapters=None):
+    _, seen = module.apply(
+      {"params": params},
+      images,
+      adapters,
+      num_queries=1,
+      capture_intermediates=lambda part, _: part.name == "norm1",
+      mutable="intermediates",
+    )
+    blocks = seen["intermediates"]
+    layers = [blocks[f"block_{i}"]["norm1"]["__call__"][0] for i in range(sizes.depth)]
+    return jnp.stack(layers)
+
   def init(key):
     image = jnp.zeros((1, sizes.image_size, sizes.image_size, 3), dtype)
     return module.init(key, image)["params"]
 
-  return Backbone(apply=apply, tokens=tokens, init=init, sizes=sizes)
+  return Backbone(
+    apply=apply, tokens=tokens, attention_inputs=attention_inputs, init=init, sizes=sizes
+  )
 
 
 def architecture(name: str, **changes) -> Sizes:

@@ -83,8 +83,11 @@ class Stepper:
     stats = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     # set_to_zero ignores what it is given for the frozen leaves; nothing is computed for them
     grads = combine(grads, jax.tree.map(jnp.zeros_like, still))
-    progress = state.step / fixed.total_steps
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, progress=progress)
+    now = {
+      "progress": state.step / fixed.total_steps,
+      "epoch": state.step * self.config.epochs // fixed.total_steps,
+    }
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
     updates, _ = partition(updates, labels)
     params = combine(optax.apply_updates(trained, updates), still)
     return TrainState(params=params, opt_state=opt_state, step=state.step + 1), stats

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,25 +19,14 @@ from fmlora_jax.train import optim
 from fmlora_jax.train.step import Stepper
 from fmlora_jax.types import SequenceSpec, Sizes, Variables
 
-VARIANTS = {"lora": ({"mode": "incremental", "rank": 3}, {"mode": "sequential", "rank": 3})}
-CASES = [
-  pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
-  for name in methods.names()
-  for changes in VARIANTS.get(name, ({},))
-]
+CASES = [pytest.param(case.name, case.changes, id=str(case)) for case in cases.ALL]
 every_method = pytest.mark.parametrize(("name", "changes"), CASES)
 
-# what is kept after facts of three tasks on a ViT-B/16, by hand from each method's formula: per
-# projection and layer (768 + 768)·r for LoRA; FM-LoRA at r_max = 32 with 10 prompt tokens keeps
-# 12·2·(768 + 768)·32 + 10·768 once and 12·2·2·r² per task; ViT-B/16 without a head has 85,798,656
-STORED = {
-  "finetune": {"shared": 85_798_656, "per_task": [0, 0, 0]},
-  "linear_probe": {"shared": 0, "per_task": [0, 0, 0]},
-  "lora-incremental": {"shared": 0, "per_task": [368_640] * 3},
-  "lora-sequential": {"shared": 368_640, "per_task": [0, 0, 0]},
-  "fm_lora": {"shared": 1_187_328, "per_task": [49_152, 12_288, 768]},
-}
-FACTS = [{"rank": 32}, {"rank": 16}, {"rank": 4}]
+
+def cases_where(trait):
+  """Returns the mark of tests that only methods with `trait`, a field of Case, must pass."""
+  found = [pytest.param(c.name, c.changes, id=str(c)) for c in cases.ALL if getattr(c, trait)]
+  return pytest.mark.parametrize(("name", "changes"), found)
 
 
 @pytest.fixture
@@ -149,12 +139,8 @@ def test_a_step_compiles_once_for_all_tasks_of_equal_rules_and_shapes(learned):
   stages = learned.stages
   kinds = {(learned.method.rules(stage.view.index), shapes(stage)) for stage in stages}
   assert learned.trainer.num_programs() == len(kinds)
-  if not any("rank" in stage.facts and name_is_adaptive(learned) for stage in stages):
+  if learned.config.method.name != "fm_lora":  # whose bases are frozen after task 1, at any rank
     assert len(kinds) == 1
-
-
-def name_is_adaptive(learned):
-  return learned.config.method.name == "fm_lora"
 
 
 @every_method
@@ -211,7 +197,7 @@ def test_counts_of_right_answers_depend_on_classes_seen_and_not_on_the_batch_siz
   assert count(bonus=large)[:2] == [0, 0]
 
 
-@every_method
+@cases_where("folds")
 def test_the_folded_model_is_the_trained_one(learned):
   """Logits of the classes of the task just learned: unfolded, as in training, and folded."""
   for stage in learned.stages:
@@ -224,11 +210,12 @@ def test_the_folded_model_is_the_trained_one(learned):
     assert np.abs(fresh - trained).max() > 0.01
 
 
-@every_method
+@cases_where("starts_at_nothing")
 def test_a_fresh_task_changes_no_logit_of_the_model_so_far(learned, changes):
   """Bit for bit in float32: what a task adds starts from nothing, what it goes on with is kept."""
-  # a delta that is carried on is folded in one and stands beside the weights in the other
-  tolerance = 1e-6 if changes.get("mode") == "sequential" else 0
+  del changes
+  # what is carried on may be folded in one and stand beside the weights in the other
+  tolerance = 1e-6 if learned.variables.shared else 0
   for before, stage in zip(learned.stages, learned.stages[1:], strict=False):
     lo, hi = learned.spec.class_ranges[before.view.index]
     images = learned.images()
@@ -270,16 +257,19 @@ def test_rows_of_other_tasks_get_exactly_no_gradient(learned):
   assert all(np.asarray(leaf)[:2].any() for leaf in jax.tree.leaves(own))
 
 
-@every_method
-def test_stored_parameters_are_those_of_the_formula(name, changes):
-  settings = {"method": {"name": name} | changes | ({"rank": 10} if "rank" in changes else {})}
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_stored_parameters_are_those_of_the_formula(case):
+  settings = {"method": {"name": case.name} | case.changes | case.full_size}
   config = config_lib.build(config_lib.Config, settings)
   spec = SequenceSpec(
     scenario="cil", num_tasks=3, num_classes=6, class_ranges=((0, 2), (2, 4), (4, 6))
   )
   method = methods.make(config, vit.make(Sizes()), spec)
-  key = "-".join([name, *([changes["mode"]] if "mode" in changes else [])])
-  assert method.stored(FACTS) == STORED[key]
+  assert method.stored(cases.FACTS) == case.stored
+
+
+def test_every_method_has_a_case():
+  assert {case.name for case in cases.ALL} == set(methods.names())
 
 
 @every_method

@@ -10,7 +10,7 @@ from fmlora_jax.methods import frame
 
 def features_of(made, variables, images):
   model = made.method.fold(made.weights, variables)
-  return np.asarray(jax.jit(made.backbone.apply)(model["backbone"], images, model["adapters"]))
+  return np.asarray(jax.jit(made.backbone.apply)(model["backbone"], images, model["memory"]))
 
 
 def images_of(made, task):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fmlora_jax.models import layouts, low_rank, vit
-from fmlora_jax.types import Adapters, LowRank, Prefix, Sizes
+from fmlora_jax.types import Adapters, LayerAdapters, LowRank, Prefix, Sizes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOLERANCE = 2e-5
@@ -170,7 +170,7 @@ def test_the_place_of_prompts_does_not_matter_to_the_class_token(timm_vit):
   def run(x):
     for layer in range(TIMM.depth):
       block = vit.Block(TIMM, jnp.float32)
-      x = block.apply({"params": params[f"block_{layer}"]}, x, {}, None)
+      x = block.apply({"params": params[f"block_{layer}"]}, x, LayerAdapters())
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     return x * params["norm"]["scale"] + params["norm"]["bias"]
@@ -242,7 +242,7 @@ def test_a_prefix_acts_on_its_own_layers_only(timm_vit):
     out = jax.tree.map(np.zeros_like, block["attention"]["out"])
     block["attention"] = block["attention"] | {"out": out}
     hidden = hidden | {f"block_{layer}": block}
-  adapters = Adapters(prefix=Prefix(key=key, value=value))
+  adapters = Adapters(prefix=tuple(map(Prefix, key, value)))
   apply = timm_vit.backbone.apply
   np.testing.assert_array_equal(apply(hidden, images, adapters), apply(hidden, images))
   assert np.abs(apply(params, images, adapters) - apply(params, images)).max() > 1e-2

@@ -31,14 +31,16 @@ def test_the_class_token_alone_is_that_of_all_tokens_and_so_are_its_gradients():
   backbone = vit.make(SIZES)
   params = backbone.init(jax.random.key(0))
   images = normal(1, 2, 32, 32, 3)
-  heads = (SIZES.depth, 1, 5, SIZES.num_heads, SIZES.width // SIZES.num_heads)
+  heads = (1, 5, SIZES.num_heads, SIZES.width // SIZES.num_heads)
   adapters = Adapters(
     deltas={
       name: LowRank(a=0.3 * normal(2, 3, 32, 4), b=0.3 * normal(3, 3, 32, 4))
       for name in ("query", "value", "out")
     },
     prompt=normal(4, 6, 32),
-    prefix=Prefix(key=normal(5, *heads), value=normal(6, *heads)),
+    prefix=tuple(
+      Prefix(key=normal(5 + 10 * i, *heads), value=normal(6 + 10 * i, *heads)) for i in range(3)
+    ),
   )
 
   def loss(features):

@@ -42,7 +42,7 @@ def optimise(config, labels=LABELS, params=PARAMS, grads=gradients):
   update = jax.jit(optimizer.update)
   for step in range(STEPS):
     progress = jnp.float32(step / STEPS)
-    updates, state = update(grads(step), state, params, progress=progress)
+    updates, state = update(grads(step), state, params, progress=progress, epoch=0)
     params = jax.tree.map(jnp.add, params, updates)
   return params, state
 
@@ -78,7 +78,7 @@ def test_the_rate_falls_to_zero_at_the_end_of_a_task():
   state = optimizer.init(PARAMS)
 
   def size(progress):
-    updates, _ = optimizer.update(gradients(0), state, PARAMS, progress=progress)
+    updates, _ = optimizer.update(gradients(0), state, PARAMS, progress=progress, epoch=0)
     return float(jnp.abs(updates["head"]).max())
 
   full = size(0.0)
