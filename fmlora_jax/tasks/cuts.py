@@ -1,15 +1,18 @@
-"""Named cuts of published data into train, val and test: pure functions of the reading order.
+"""Named cuts of published data into train, val and test, from the reading order or from lists.
 
 None depends on a seed: TFDS reads the examples of a split sorted by a hash of their keys, so the
 first 70 % of them are the same 70 % everywhere, and the last tenth of a class the same tenth.
 """
 
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import yaml
 from jaxtyping import Int, Int8
 
+from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL
 
 Codes = Int8[np.ndarray, " n"]
@@ -23,11 +26,15 @@ class Pool:
     part: which of the splits each record is from.
     official: TRAIN, VAL or TEST of each record, as published.
     stratum: class of each record, or domain and class; >= 0.
+    names: reads the file name of each record, "class/file"; None where they have none.
+    root: the data folder.
   """
 
   part: Int[np.ndarray, " n"]
   official: Codes
   stratum: Int[np.ndarray, " n"]
+  names: Callable[[], Sequence[str]] | None = None
+  root: pathlib.Path = pathlib.Path()
 
 
 Cut = Callable[[Pool], Codes]
@@ -77,6 +84,50 @@ def val_from_test(one_in: int) -> Cut:
     return _codes(val=held, test=held & (rank >= size // one_in))
 
   return cut
+
+
+def listed(*, train: str, test: str, source: str) -> Cut:
+  """Returns the cut that two lists of file names make; without val.
+
+  Args:
+    train, test: YAML files in the data folder, {"data": [path, ...], ...}; the last two parts of a
+      path are class and file.
+    source: where the user finds them, for messages.
+  """
+
+  def cut(pool: Pool) -> Codes:
+    rows = {name: row for row, name in enumerate(pool.names())}
+    codes = np.full(len(rows), -1, np.int8)
+    for code, file in ((TRAIN, train), (TEST, test)):
+      paths = _read_list(pool.root / file, source)
+      names = ["/".join(path.split("/")[-2:]) for path in paths]
+      if unknown := [name for name in names if name not in rows]:
+        raise ConfigError(
+          f"{pool.root / file}: {len(unknown)} of {len(names)} images are not in the prepared "
+          f"data, such as {unknown[0]!r}: take the lists of {source}"
+        )
+      codes[[rows[name] for name in names]] = code
+    if left := int(np.sum(codes < 0)):
+      raise ConfigError(
+        f"{train} and {test} in {str(pool.root)!r} leave out {left} of {len(codes)} images: take "
+        f"the lists of {source}"
+      )
+    return codes
+
+  return cut
+
+
+def _read_list(path: pathlib.Path, source: str) -> list[str]:
+  try:
+    paths = yaml.load(path.read_text(), yaml.CSafeLoader)["data"]
+    if all(isinstance(each, str) for each in paths):
+      return paths
+    reason = "not all of its data are paths"
+  except FileNotFoundError:
+    reason = "no such file"
+  except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).split())
+  raise ConfigError(f"{path} can't be read ({reason}): put the list of {source} there")
 
 
 def _ranks_of_part(pool: Pool):

@@ -124,6 +124,12 @@ class Split:
       ) from error
     return np.asarray(images.keep(image, side))
 
+  def file_names(self) -> list[str]:
+    """Returns the feature `file_name` of each record, all of which are read for it."""
+    blocks = (range(lo, min(lo + CHUNK, len(self.data))) for lo in range(0, len(self.data), CHUNK))
+    records = (record for rows in blocks for record in self.data.__getitems__(rows))
+    return [record["file_name"].decode() for record in records]
+
 
 class Prepared:
   """A prepared builder and its manifest.

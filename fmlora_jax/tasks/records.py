@@ -118,6 +118,8 @@ def source(
     part=np.repeat(np.arange(len(parts)), counts),
     official=np.repeat([PARTS[part.split] for part in parts], counts).astype(np.int8),
     stratum=domains * len(used) + labels,
+    names=lambda: [name for split in splits for name in split.file_names()],
+    root=data_root(config.data_dir),
   )
   if cuts:
     cut_name = config.split or next(iter(cuts))

@@ -1,9 +1,13 @@
 """Named cuts, against counts that are known of the real data and against TFDS's own slices."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import yaml
 
+from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks import cuts
 from fmlora_jax.tasks.benchmarks import cifar100, cub200, domainnet, imagenet_r
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL
@@ -91,3 +95,47 @@ def test_official_cuts_keep_the_published_test_images():
   np.testing.assert_array_equal(codes == TRAIN, records.official == TRAIN)
   for label in range(4):  # 9 of each class for test: the first 3 are for validation
     assert codes[64:][stratum[64:] == label].tolist() == [VAL] * 3 + [TEST] * 6
+
+
+LISTED = ["n01/art_0.jpg", "n01/toy_1.jpg", "n02/art_0.jpg", "n03/sketch_5.jpg"]
+
+
+def listed_pool(root):
+  named = pool([4], [TEST], [0, 0, 1, 2])
+  return dataclasses.replace(named, names=lambda: LISTED, root=root)
+
+
+def write_lists(root, train, test):
+  for name, files in (("train", train), ("test", test)):
+    paths = [f"data/imagenet-r/{file}" for file in files]
+    lists = {"data": paths, "targets": [0] * len(files)}
+    (root / f"imagenet-r_{name}.yaml").write_text(yaml.safe_dump(lists))
+
+
+def test_lists_of_file_names_make_a_cut_in_any_order(tmp_path):
+  write_lists(tmp_path, train=[LISTED[3], LISTED[0]], test=[LISTED[2], LISTED[1]])
+  codes = imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+  assert codes.tolist() == [TRAIN, TEST, TEST, TRAIN]
+
+
+@pytest.mark.parametrize(
+  ("train", "test", "message"),
+  [
+    (LISTED[:2], [LISTED[2]], "leave out 1 of 4 images"),
+    (LISTED[:2], ["n02/art_9.jpg"], "1 of 1 images are not in the prepared data.*n02/art_9"),
+  ],
+)
+def test_lists_that_do_not_fit_the_data_are_refused(tmp_path, train, test, message):
+  write_lists(tmp_path, train, test)
+  with pytest.raises(ConfigError, match=f"{message}.*CODA-Prompt"):
+    imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["data: [1, 2]", "[]", "data: {", "targets: []"])
+def test_a_list_that_is_missing_or_damaged_is_named(tmp_path, text):
+  with pytest.raises(ConfigError, match="imagenet-r_train.yaml can't be read .no such file"):
+    imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+  write_lists(tmp_path, LISTED[:2], LISTED[2:])
+  (tmp_path / "imagenet-r_test.yaml").write_text(text)
+  with pytest.raises(ConfigError, match="imagenet-r_test.yaml can't be read .*CODA-Prompt"):
+    imagenet_r.CUTS["coda"](listed_pool(tmp_path))

@@ -12,6 +12,7 @@ import fakes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import yaml
 from PIL import Image
 
 from fmlora_jax import tasks
@@ -51,6 +52,22 @@ def test_pixels_are_those_of_pillow_whatever_the_file(prepared):
     assert not got[height:].any() and not got[:, width:].any()
     assert min(height, width) == 8
   assert modes >= {"L", "CMYK", "P", "RGBA", "LA", "1", "RGB"}
+
+
+def test_imagenet_r_is_cut_by_the_lists_of_others(prepared, tmp_path):
+  shutil.copytree(prepared / "imagenet_r", tmp_path / "imagenet_r")
+  reader = tfds.builder("imagenet_r", data_dir=prepared, file_format="array_record")
+  raw = {"image": tfds.decode.SkipDecoding()}
+  names = [r["file_name"].decode() for r in reader.as_data_source("test", decoders=raw)]
+  held = set(np.random.default_rng(0).permutation(names)[:100].tolist())
+  for name, mine in (("train", set(names) - held), ("test", held)):
+    paths = [f"data/imagenet-r/{file}" for file in sorted(mine)]
+    (tmp_path / f"imagenet-r_{name}.yaml").write_text(yaml.safe_dump({"data": paths}))
+  sequence = make(tmp_path, "imagenet_r", split="coda")
+  test = np.concatenate([task.test for task in sequence.tasks])
+  assert {names[row] for row in test} == held
+  assert sum(len(task.train) for task in sequence.tasks) == len(names) - 100
+  assert sequence.split_id == "imagenet_r/coda"
 
 
 def test_large_images_fit_their_canvas(tmp_path):

@@ -12,6 +12,11 @@ CUTS = {
   "slice": cuts.sliced(70, 80),  # its test images are those of L2P and DualPrompt
   "slice80": cuts.sliced(80, 80),  # the same, with val in train: the budget of SD-LoRA's table
   "stratified": cuts.stratified,
+  "coda": cuts.listed(  # CODA-Prompt's and InfLoRA's, whose lists are not ours to ship
+    train="imagenet-r_train.yaml",
+    test="imagenet-r_test.yaml",
+    source="github.com/GT-RIPL/CODA-Prompt, dataloaders/splits",
+  ),
 }
 
 
