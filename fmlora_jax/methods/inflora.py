@@ -38,8 +38,8 @@ class Config(config_lib.MethodConfig):
     threshold, final_threshold: share of the inputs' moment that is remembered after the first task
       and, going up by the same step at each task, after one that would follow the last. Of fourth
       powers: see `dualgpm.py`.
-    retain: whether a layer whose old tasks span more than half of its inputs goes over to
-      remembering what they left free (DualGPM); False is plain GPM, which may use up all there is.
+    retain: whether a layer whose old tasks span more than half of its inputs remembers what they
+      left free instead (DualGPM). False is plain GPM: the same directions, more numbers kept.
   """
 
   name: str = "inflora"
@@ -78,11 +78,13 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     Over all tokens of an epoch of augmented training images. Source: IL/models/vit_inflora.py:236.
     """
     trunk = frame.cast_kernels(past(view.weights, variables), jnp.dtype(config.compute_dtype))
-    total, num_tokens = jnp.zeros((sizes.depth, sizes.width, sizes.width)), jnp.int32(0)
+    sums, count = jnp.zeros((sizes.depth, sizes.width, sizes.width)), jnp.int32(0)
+    # all where the view's arrays are: other places would be other programs
+    sums, count, trunk = jax.device_put((sums, count, trunk), view.arrays.index.sharding)
     for step, batch in enumerate(view.train_batches(0)):
       key = jax.random.fold_in(view.key(f"inflora {when}"), step)
-      total, num_tokens = add_moments(total, num_tokens, trunk, *batch, key, augment=view.augment)
-    return np.asarray(total, np.float64) / float(num_tokens)
+      sums, count = add_moments(sums, count, trunk, *batch, key, augment=view.augment)
+    return np.asarray(sums, np.float64) / int(count)
 
   def begin_task(variables, view):
     spaces = dualgpm.unpack(variables.mem["gpm"])
