@@ -79,18 +79,21 @@ def update(
   still_free = np.cumsum(values[::-1] ** 2)[::-1] / np.sum(moment**2)
   count = int(np.sum(still_free > 1 - threshold))
   if not space.num_spanned:
-    count = max(
-      count - 1, 1
-    )  # as the official code: the one that reaches the threshold is left out
+    # as in the official code: without the direction that reaches the threshold
+    count = max(count - 1, 1)
   taken, basis = vectors[:, :count], space.basis
   if space.retains:
-    rest = np.linalg.svd(basis - taken @ (taken.T @ basis))[0]
-    return Subspace(basis=rest[:, : basis.shape[1] - count], retains=True)
+    return Subspace(basis=basis @ _complement(basis.T @ taken), retains=True)
   basis = np.hstack([basis, taken])
   width, columns = basis.shape
   if dual and columns > width / 2:
-    return Subspace(basis=np.linalg.qr(basis, mode="complete")[0][:, columns:], retains=True)
+    return Subspace(basis=_complement(basis), retains=True)
   return Subspace(basis=basis, retains=False)
+
+
+def _complement(columns: Float[np.ndarray, "D k"]) -> Float[np.ndarray, "D m"]:
+  """Returns an orthonormal basis of what the columns, which are independent, do not span."""
+  return np.linalg.qr(columns, mode="complete")[0][:, columns.shape[1] :]
 
 
 def empty(depth: int, width: int) -> Params:
