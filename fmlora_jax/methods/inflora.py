@@ -203,7 +203,7 @@ OFFICIAL = {
     "epochs": 20,  # IL/configs/cifar100_inflora.json
     "optim": _ADAM,
     "method": {"rank": 10, "threshold": 0.95, "final_threshold": 1.0, "retain": True},
-    "input": _INPUT,
+    "input": _INPUT,  # here alone IL does not crop test images, as "coda" does
     "tasks": {"order": "natural", "split": "full"},
   },
   # no official run: the settings of ImageNet-R, with the crops of IL's own CUB dataset class
