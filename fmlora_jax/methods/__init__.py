@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-SHARED_FILES = ("drs", "frame", "rules")
+SHARED_FILES = ("drs", "frame", "recipes", "rules")
 
 
 def names() -> list[str]:
