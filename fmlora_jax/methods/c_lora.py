@@ -50,7 +50,8 @@ def _official(benchmark: str, epochs: int, augmentation: str = "coda") -> dict:
       "head_weight_decay": 0.0,
       "schedule": "coda_cosine",  # IL/utils/schedulers.py:53-57
     },
-    "input": {"augmentation": augmentation, "normalisation": "zero_one"},  # IL/utils/data.py
+    # IL/utils/data.py:111-178, but for CIFAR's test images, which it does not crop
+    "input": {"augmentation": augmentation, "normalisation": "zero_one"},
     "weights": {"tag": "augreg_in21k"},  # IL/models/sinet_inflora.py:68
     "tasks": {"order": "natural", "split": recipes.SPLITS[benchmark]},  # IL/configs: no shuffle
   }

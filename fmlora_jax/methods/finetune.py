@@ -17,7 +17,7 @@ class Config(config_lib.MethodConfig):
   name: str = "finetune"
 
 
-# all sources mask the logits of other tasks, as `heads.local_losses` does
+# both sources mask the logits of other tasks, as `heads.local_losses` does
 _CODA = {  # "FT++": CO/configs/cifar-100_ft.yaml, CO/learners/default.py:316-334
   "epochs": 20,
   "batch_size": 128,
@@ -30,7 +30,8 @@ _CODA = {  # "FT++": CO/configs/cifar-100_ft.yaml, CO/learners/default.py:316-33
     "head_weight_decay": 0.0,
     "schedule": "coda_cosine",  # CO/utils/schedulers.py
   },
-  "input": {"augmentation": "coda", "normalisation": "zero_one"},  # CO/dataloaders/utils.py:28-65
+  # CO/dataloaders/utils.py:28-65, but for CIFAR's test images, which it does not crop
+  "input": {"augmentation": "coda", "normalisation": "zero_one"},
   "weights": {"tag": "augreg_in21k_ft_in1k"},  # CO/models/zoo.py:368-371 with timm 0.4.12
   "tasks": {"split": "full"},
 }

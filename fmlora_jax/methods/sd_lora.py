@@ -49,16 +49,16 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def fresh(key):
     return low_rank.fresh(key, sizes, settings.targets, settings.rank, draw=frame.torch_uniform)
 
-  def stacked(factors):
-    """The slot of one task in `mem`: its factors and the product of their norms per layer."""
+  def slot(factors):
+    """What `mem` keeps of one task: its factors and the product of their norms per layer."""
     return {name: f | {"norm": _norm(f["a"]) * _norm(f["b"])} for name, f in factors.items()}
 
   def init(key, weights):
     """`scales` is [T, T]: row t is what task t made of the scalars of tasks 0..t."""
     del weights
-    slots = jax.tree.map(lambda leaf: jnp.zeros((num_tasks, *leaf.shape)), stacked(fresh(key)))
+    directions = jax.tree.map(lambda leaf: jnp.zeros((num_tasks, *leaf.shape)), slot(fresh(key)))
     scales = jnp.zeros((num_tasks, num_tasks))
-    return Variables(frozen={}, shared={}, cur={}, mem={"directions": slots, "scales": scales})
+    return Variables(frozen={}, shared={}, cur={}, mem={"directions": directions, "scales": scales})
 
   def weighted(directions, scales, newest):
     """The sum of all directions, each but the newest divided by its norm and times its scalar."""
@@ -94,18 +94,17 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def end_task(variables, view):
     t, cur, mem = view.index, variables.cur, variables.mem
     seen = jnp.where(jnp.arange(num_tasks) <= t, cur["scales"], 0)
-    slots = jax.tree.map(
-      lambda stack, leaf: stack.at[t].set(leaf), mem["directions"], stacked(cur["lora"])
+    directions = jax.tree.map(
+      lambda stack, leaf: stack.at[t].set(leaf), mem["directions"], slot(cur["lora"])
     )
-    mem = mem | {"directions": slots, "scales": mem["scales"].at[t].set(seen)}
+    mem = mem | {"directions": directions, "scales": mem["scales"].at[t].set(seen)}
     return variables.replace(mem=mem), {"scales": seen[: t + 1].tolist()}
 
   def folded(weights, variables):
     scales = variables.mem["scales"]
     last = jnp.count_nonzero(scales.any(axis=1)) - 1
-    return low_rank.fold(
-      weights, weighted(variables.mem["directions"], scales[last], last)
-    ), Adapters()
+    everything = weighted(variables.mem["directions"], scales[last], last)
+    return low_rank.fold(weights, everything), Adapters()
 
   def stored(facts):
     each = low_rank.num_parameters(sizes, settings.targets, settings.rank) + 1
