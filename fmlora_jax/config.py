@@ -332,6 +332,24 @@ class MethodConfig:
   name: str = "fm_lora"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankConfig(MethodConfig):
+  """Base of the settings of methods that add dW = A·Bᵀ to projections.
+
+  Attributes:
+    rank: columns of A and B.
+    targets: the projections that are adapted.
+  """
+
+  rank: int = 10
+  targets: tuple[Projection, ...] = ("query", "value")
+
+  def __post_init__(self):
+    _require(self.rank >= 1, "rank", self.rank, ">= 1")
+    distinct = 0 < len(self.targets) == len(set(self.targets))
+    _require(distinct, "targets", self.targets, "at least one projection, each once")
+
+
 def method_config(name: str) -> type[MethodConfig]:
   """Returns the settings class of the method `name`: `Config` in fmlora_jax/methods/<name>.py.
 

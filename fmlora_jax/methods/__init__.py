@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-SHARED_FILES = ("drs", "dualgpm", "frame", "rules")
+SHARED_FILES = ("drs", "dualgpm", "frame", "recipes", "rules")
 
 
 def names() -> list[str]:

@@ -17,6 +17,47 @@ class Config(config_lib.MethodConfig):
   name: str = "finetune"
 
 
+# both sources mask the logits of other tasks, as `heads.local_losses` does
+_CODA = {  # "FT++": CO/configs/cifar-100_ft.yaml, CO/learners/default.py:316-334
+  "epochs": 20,
+  "batch_size": 128,
+  "compute_dtype": "float32",
+  "optim": {
+    "name": "adam",
+    "learning_rate": 5e-5,
+    "head_learning_rate": 5e-5,
+    "weight_decay": 0.0,
+    "head_weight_decay": 0.0,
+    "schedule": "coda_cosine",  # CO/utils/schedulers.py
+  },
+  # CO/dataloaders/utils.py:28-65, but for CIFAR's test images, which it does not crop
+  "input": {"augmentation": "coda", "normalisation": "zero_one"},
+  "weights": {"tag": "augreg_in21k_ft_in1k"},  # CO/models/zoo.py:368-371 with timm 0.4.12
+  "tasks": {"split": "full"},
+}
+_PILOT = {  # PI/exps/finetune*.json, PI/models/finetune.py:137-140
+  "epochs": 20,
+  "batch_size": 128,
+  "compute_dtype": "float32",
+  "optim": {
+    "name": "sgd",
+    "learning_rate": 1e-3,
+    "head_learning_rate": 1e-3,
+    "weight_decay": 2e-4,  # in task 1 it is 5e-4
+    "head_weight_decay": 2e-4,
+    "schedule": "constant",
+  },
+  "input": {"augmentation": "pilot", "normalisation": "zero_one"},
+  "weights": {"tag": "augreg_in21k_ft_in1k"},  # timm 0.6.12's vit_base_patch16_224
+}
+OFFICIAL = {
+  "imagenet_r": _PILOT | {"tasks": {"split": "slice80"}},
+  "cifar100": _CODA,
+  "cub200": _PILOT | {"tasks": {"split": "full"}},  # none: ImageNet-R's
+  "domainnet": _CODA | {"epochs": 5},  # none: CIFAR's, in the 5 epochs that CODA trains there
+}
+
+
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
   """Returns full fine-tuning as a Method."""
 

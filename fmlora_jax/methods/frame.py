@@ -209,6 +209,12 @@ def random_factor(key, depth: int, width: int, rank: int):
   return jax.random.normal(key, (depth, width, rank)) / jnp.sqrt(width)
 
 
+def torch_uniform(key, depth: int, width: int, rank: int):
+  """Returns [depth, width, rank] entries of U(-1/√width, 1/√width): torch's new linear layer."""
+  limit = width**-0.5
+  return jax.random.uniform(key, (depth, width, rank), minval=-limit, maxval=limit)
+
+
 def check_rank(rank: int, field: str, backbone: Backbone, targets) -> None:
   """Raises ConfigError if `rank` is above min(d_in, d_out) of a target."""
   for name in targets:

@@ -10,27 +10,28 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.config import Projection
-from fmlora_jax.methods import frame
+from fmlora_jax.methods import frame, recipes
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(config_lib.MethodConfig):
+class Config(config_lib.LowRankConfig):
   """Settings of LoRA; alpha equals the rank, so dW = A·Bᵀ.
 
   Attributes:
     mode: sequential trains one (A, B) through all tasks; incremental adds a fresh pair per task
       and keeps the old ones as they are.
-    rank: columns of A and B.
-    targets: the projections that are adapted.
   """
 
   name: str = "lora"
   mode: Literal["sequential", "incremental"] = "incremental"
   rank: int = 16
-  targets: tuple[Projection, ...] = ("query", "value")
+
+
+# SD-LoRA's, whose LoRA this is without its magnitudes (SD/backbone/lora.py:341-348); the sequential
+# LoRA of HiDe-Prompt's code adapts key and value of five blocks (HD/peft/lora/continual_lora.py:13)
+OFFICIAL = recipes.like_sd_lora(rank=10)
 
 
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
@@ -39,21 +40,17 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   Raises:
     ConfigError: if the rank is above min(d_in, d_out) of a target.
   """
-  settings, depth = config.method, backbone.sizes.depth
+  settings = config.method
   frame.check_rank(settings.rank, "method.rank", backbone, settings.targets)
   home = "cur" if settings.mode == "incremental" else "shared"
 
   def fresh(key):
-    """A random, B zero: dW = 0."""
-    factors = {}
-    for i, name in enumerate(settings.targets):
-      d_in, d_out = backbone.sizes.projection(name)
-      a = frame.random_factor(jax.random.fold_in(key, i), depth, d_in, settings.rank)
-      factors[name] = {"a": a, "b": jnp.zeros((depth, d_out, settings.rank))}
-    return factors
+    return low_rank.fresh(
+      key, backbone.sizes, settings.targets, settings.rank, draw=frame.random_factor
+    )
 
   def deltas(factors):
-    return {name: LowRank(a=f["a"], b=f["b"]) for name, f in factors.items()}
+    return {name: LowRank(**f) for name, f in factors.items()}
 
   def init(key, weights):
     del weights
@@ -86,11 +83,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     if home == "shared":
       return weights
     # tasks to come are zero; their ranks are stacked next to those of the past
-    stacked = {
-      name: LowRank(a=_join_ranks(f["a"]), b=_join_ranks(f["b"]))
-      for name, f in variables.mem["lora"].items()
-    }
-    return low_rank.fold(weights, stacked)
+    stacked = jax.tree.map(low_rank.join_ranks, variables.mem["lora"])
+    return low_rank.fold(weights, deltas(stacked))
 
   def folded(weights, variables):
     if home == "shared":
@@ -98,7 +92,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     return past(weights, variables), Adapters()
 
   def stored(facts):
-    each = depth * settings.rank * sum(sum(backbone.sizes.projection(n)) for n in settings.targets)
+    each = low_rank.num_parameters(backbone.sizes, settings.targets, settings.rank)
     growing = home == "cur"
     return {"shared": 0 if growing else each, "per_task": [each if growing else 0] * len(facts)}
 
@@ -115,8 +109,3 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     rules=lambda task: ((f"{home}/lora/.*", "adapter"),),
     stored=stored,
   )
-
-
-def _join_ranks(stack):
-  """[T, L, D, R] -> [L, D, T·R]."""
-  return jnp.concatenate(list(stack), axis=-1)

@@ -8,13 +8,44 @@ What is computed once per task multiplies in full float32 precision; a GPU's def
 TPU's bfloat16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from einops import rearrange
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from fmlora_jax.types import LowRank, Params
+from fmlora_jax.types import LowRank, Params, Sizes
+
+
+def fresh(
+  key: PRNGKeyArray,
+  sizes: Sizes,
+  targets: Sequence[str],
+  rank: int,
+  draw: Callable[..., Float[Array, "L D_in R"]],
+) -> dict[str, dict[str, Array]]:
+  """Returns factors a and b of each target, B zero: dW = 0.
+
+  Args:
+    draw: (key, depth, d_in, rank) -> A.
+  """
+  factors = {}
+  for i, name in enumerate(targets):
+    d_in, d_out = sizes.projection(name)
+    a = draw(jax.random.fold_in(key, i), sizes.depth, d_in, rank)
+    factors[name] = {"a": a, "b": jnp.zeros((sizes.depth, d_out, rank))}
+  return factors
+
+
+def num_parameters(sizes: Sizes, targets: Sequence[str], rank: int) -> int:
+  """Returns how many numbers A and B of the targets hold over all layers."""
+  return sizes.depth * rank * sum(sum(sizes.projection(name)) for name in targets)
+
+
+def join_ranks(stack: Float[Array, "T L D R"]) -> Float[Array, "L D T*R"]:
+  """Returns the factors of T deltas side by side: one delta of rank T·R, which is their sum."""
+  return rearrange(stack, "t l d r -> l d (t r)")
 
 
 def apply(x: Float[Array, "*B D_in"], delta: LowRank) -> Float[Array, "*B D_out"]:
@@ -41,7 +72,11 @@ def dense(delta: LowRank) -> Float[Array, "L D_in D_out"]:
 
 def fold(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
   """Returns the ViT's parameters with W + dW in place of W; other leaves are shared, not copied."""
-  changes = {name: dense(delta) for name, delta in deltas.items()}
+  return add(backbone, {name: dense(delta) for name, delta in deltas.items()})
+
+
+def add(backbone: Params, changes: Mapping[str, Float[Array, "L D_in D_out"]]) -> Params:
+  """Returns the same for each dW as a dense matrix."""
   folded = dict(backbone)
   for layer in range(sum(name.startswith("block_") for name in backbone)):
     block = dict(backbone[f"block_{layer}"])

@@ -20,6 +20,7 @@ class Case:
     stored: what `Method.stored` says of three tasks on a ViT-B/16, by hand from the formula.
     starts_at_nothing: whether a fresh task leaves every logit as it is, bit for bit.
     folds: whether the folded model gives the logits of training to the task just learned.
+    kept_in_mem: the entry of `mem` that `stored` counts as shared, of constant size.
   """
 
   name: str
@@ -28,12 +29,37 @@ class Case:
   stored: dict[str, Any]
   starts_at_nothing: bool = True
   folds: bool = True
+  kept_in_mem: str | None = None
 
   def __str__(self):
     return "-".join([self.name, *(v for v in self.changes.values() if isinstance(v, str))])
 
 
 ALL = [
+  # 12 layers, 2·768·64 weights and 64 + 768 biases: beside the MLP, with dropout
+  Case(
+    name="adapter",
+    changes={"kind": "adaptformer", "width": 3},
+    full_size={"width": 64},
+    stored={"shared": 1_189_632, "per_task": [0, 0, 0]},
+    starts_at_nothing=False,
+    folds=False,
+  ),
+  # the same behind both branches
+  Case(
+    name="adapter",
+    changes={"kind": "houlsby", "width": 3},
+    full_size={"width": 64},
+    stored={"shared": 2_379_264, "per_task": [0, 0, 0]},
+  ),
+  # the sum of the past, 12 layers, key and value: 768² each
+  Case(
+    name="c_lora",
+    changes={"rank": 3},
+    full_size={"rank": 64},
+    stored={"shared": 14_155_776, "per_task": [0, 0, 0]},
+    kept_in_mem="merged",
+  ),
   Case(name="finetune", stored={"shared": 85_798_656, "per_task": [0, 0, 0]}),
   # at r_max = 32, with 10 prompt tokens: 12·2·(768 + 768)·32 + 10·768 once, 12·2·2·r² per task
   Case(name="fm_lora", stored={"shared": 1_187_328, "per_task": [49_152, 12_288, 768]}),
@@ -57,5 +83,13 @@ ALL = [
     changes={"mode": "sequential", "rank": 3},
     full_size={"rank": 10},
     stored={"shared": 368_640, "per_task": [0, 0, 0]},
+  ),
+  # lora's 368,640 and a scalar; its scalars start at 0.8 again, where the task before left others
+  Case(
+    name="sd_lora",
+    changes={"rank": 3},
+    full_size={"rank": 10},
+    stored={"shared": 0, "per_task": [368_641] * 3},
+    starts_at_nothing=False,
   ),
 ]

@@ -272,11 +272,13 @@ def test_every_method_has_a_case():
   assert {case.name for case in cases.ALL} == set(methods.names())
 
 
-@every_method
-def test_stored_parameters_are_those_that_the_variables_hold(learned):
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_stored_parameters_are_those_that_the_variables_hold(lab, case):
   """Shared leaves as they are; mem holds what grows, at the largest size a task may have."""
+  learned = lab(case.name, method=case.changes)
   stored = learned.method.stored([stage.facts for stage in learned.stages])
-  shared = sum(leaf.size for leaf in jax.tree.leaves(learned.variables.shared))
+  kept = learned.variables.mem[case.kept_in_mem] if case.kept_in_mem else {}
+  shared = sum(leaf.size for leaf in jax.tree.leaves((learned.variables.shared, kept)))
   assert stored["shared"] == shared
   assert len(stored["per_task"]) == 3
 

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,72 @@ def test_applying_a_delta_is_multiplying_by_its_dense_form(has_core):
   got = low_rank.apply(x, layer_of(delta, 1))
   np.testing.assert_allclose(got, x @ low_rank.dense(delta)[1], rtol=1e-5, atol=1e-4)
   assert low_rank.apply(x.astype(jnp.bfloat16), layer_of(delta, 1)).dtype == jnp.bfloat16
+
+
+def test_a_diagonal_core_is_the_whole_matrix_with_that_diagonal():
+  diagonal = draw(LAYERS, RANK, seed=8)
+  short = random_delta().replace(core=diagonal)
+  whole = short.replace(core=diagonal[:, None] * jnp.eye(RANK))
+  expected = [short.a[i] @ np.diag(diagonal[i]) @ short.b[i].T for i in range(LAYERS)]
+  np.testing.assert_allclose(low_rank.dense(short), expected, rtol=1e-5, atol=1e-5)
+  x = draw(3, 5, D_IN, seed=7)
+  for layer in range(LAYERS):
+    got = low_rank.apply(x, layer_of(short, layer))
+    np.testing.assert_allclose(got, low_rank.apply(x, layer_of(whole, layer)), rtol=1e-5, atol=1e-4)
+  assert low_rank.apply(x.astype(jnp.bfloat16), layer_of(short, 1)).dtype == jnp.bfloat16
+
+
+def test_the_gradient_of_a_diagonal_core_is_one_number_per_rank():
+  delta, x, pull = layer_of(random_delta(), 0), draw(6, D_IN, seed=7), draw(6, D_OUT, seed=9)
+  diagonal = draw(RANK, seed=8)
+  got = jax.grad(lambda core: jnp.sum(low_rank.apply(x, delta.replace(core=core)) * pull))(diagonal)
+  expected = np.sum(np.asarray(x @ delta.a) * np.asarray(pull @ delta.b), axis=0)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_deltas_of_one_projection_add_up():
+  backbone = vit.make(SIZES)
+  weights = backbone.init(jax.random.key(0))
+  parts = (
+    LowRank(a=draw(2, 16, 3, seed=1), b=0.1 * draw(2, 16, 3, seed=2)),
+    LowRank(a=draw(2, 16, 5, seed=3), b=0.1 * draw(2, 16, 5, seed=4), core=draw(2, 5, seed=5)),
+  )
+  images = draw(2, 16, 16, 3, seed=3)
+  adapted = backbone.apply(weights, images, Adapters(deltas={"query": parts, "fc1": ()}))
+  folded = weights
+  for part in parts:
+    folded = low_rank.fold(folded, {"query": part})
+  np.testing.assert_allclose(adapted, backbone.apply(folded, images), rtol=0, atol=1e-4)
+  one = backbone.apply(weights, images, Adapters(deltas={"query": parts[:1]}))
+  assert np.abs(adapted - one).max() > 0.01
+
+
+def test_joined_ranks_are_the_sum_of_the_deltas():
+  a, b = draw(3, LAYERS, D_IN, RANK, seed=1), draw(3, LAYERS, D_OUT, RANK, seed=2)
+  magnitudes = np.asarray(draw(3, LAYERS, seed=3))
+  joined = LowRank(
+    a=low_rank.join_ranks(a),
+    b=low_rank.join_ranks(b),
+    core=jnp.asarray(np.repeat(magnitudes.T, RANK, axis=1)),
+  )
+  expected = np.einsum("tl,tldr,tler->lde", magnitudes, a, b)
+  np.testing.assert_allclose(low_rank.dense(joined), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fresh_factors_change_nothing_and_differ_by_target_and_layer():
+  sizes = Sizes(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
+
+  def fill(key, depth, width, rank):
+    return jax.random.normal(key, (depth, width, rank))
+
+  factors = low_rank.fresh(jax.random.key(0), sizes, ("value", "fc2"), 3, fill)
+  shapes = {name: (f["a"].shape, f["b"].shape) for name, f in factors.items()}
+  assert shapes == {"value": ((2, 16, 3), (2, 16, 3)), "fc2": ((2, 64, 3), (2, 16, 3))}
+  assert not any(f["b"].any() for f in factors.values())
+  drawn = [factors["value"]["a"][0], factors["value"]["a"][1], factors["fc2"]["a"][0, :16]]
+  assert all((x != y).all() for x, y in itertools.pairwise(drawn))
+  held = sum(leaf.size for leaf in jax.tree.leaves(factors))
+  assert low_rank.num_parameters(sizes, ("value", "fc2"), 3) == held
 
 
 @pytest.mark.parametrize("name", vit.PROJECTIONS)
