@@ -87,7 +87,7 @@ def test_the_norm_is_that_of_the_gradients_of_trained_leaves(ready):
   np.testing.assert_allclose(stats["grad_norm"], norm, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps_per_epoch", [1, 7, 13, 750, 12_345])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 750, 12_345])
 def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, steps_per_epoch):
   """The last step of an epoch and the first of the next, which schedules by epochs tell apart."""
   made, _, state, fixed, batch = ready
@@ -114,7 +114,7 @@ def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, ste
     stepper.step(state.replace(step=step), fixed.replace(total_steps=total), batch)
     return seen[-1]
 
-  for epoch in (1, 3, 29, 48):
+  for epoch in range(1, epochs):
     first = epoch * steps_per_epoch
     for step, expected in ((first - 1, epoch - 1), (first, epoch)):
       progress, got = now(jnp.int32(step))
