@@ -4,7 +4,6 @@ A wrong setting ends with exit code 2 and its message, Ctrl-C with 130; what onl
 its trace.
 """
 
-import dataclasses
 import logging
 import os
 import pathlib
@@ -16,77 +15,14 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from fmlora_jax import methods
-from fmlora_jax.config import Config, ConfigError, build
+from fmlora_jax import settings
+from fmlora_jax.config import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for what is run; the same again resumes it. Default: in runs/."
 )
 DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error that has a message.")
-
-PARSERS_ERRORS = (
-  flags.Error,
-  AttributeError,
-  KeyError,
-  TypeError,
-  ValueError,
-  OSError,
-  ImportError,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """A method to run, with settings of its own.
-
-  Attributes:
-    settings: (field, value) as a command line has them; a field without a dot is the method's.
-  """
-
-  name: str
-  settings: tuple[tuple[str, str], ...] = ()
-
-  def __str__(self) -> str:
-    return ":".join([self.name, *("=".join(setting) for setting in self.settings)])
-
-  def flags(self) -> list[str]:
-    """Returns the settings as --config.FIELD=VALUE."""
-    return [
-      f"--config.{field if '.' in field else f'method.{field}'}={value}"
-      for field, value in self.settings
-    ]
-
-
-def parse_methods(text: str) -> list[Choice]:
-  """Returns what --methods names: NAME or NAME:FIELD=VALUE:..., each once.
-
-  They stand between commas or blanks, but for those within brackets; "all" is every method in every
-  variant that its file declares.
-
-  Raises:
-    UsageError: if a part is no method of ours or a setting no FIELD=VALUE.
-  """
-  known, chosen = methods.names(), []
-  for part in filter(None, re.split(r"[,\s]+(?![^(]*\))", text)):
-    name, *settings = part.split(":")
-    if part == "all":
-      for each in known:
-        for variant in methods.variants(each):
-          chosen.append(Choice(each, tuple((k, str(v)) for k, v in variant.items())))
-      continue
-    if name not in known:
-      raise app.UsageError(
-        f"--methods has {part!r}: must be all, NAME or NAME:FIELD=VALUE, where NAME is one of "
-        f"{', '.join(known)}"
-      )
-    pairs = [setting.partition("=") for setting in settings]
-    if any(not (field and equals) for field, equals, _ in pairs):
-      raise app.UsageError(f"--methods has {part!r}: must be like lora:mode=sequential:rank=8")
-    chosen.append(Choice(name, tuple((field, value) for field, _, value in pairs)))
-  if not chosen:
-    raise app.UsageError("--methods names none: all, or such as fm_lora,lora:mode=sequential")
-  return list(dict.fromkeys(chosen))
 
 
 def start(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
@@ -118,8 +54,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   check_files(argv[1:])
   try:
     return flags.FLAGS(argv)
-  except PARSERS_ERRORS as error:
-    fail(_explain(error, argv))
+  except settings.PARSERS_ERRORS as error:
+    fail(settings.explain(error, argv))
 
 
 def check_files(arguments: Sequence[str]) -> None:
@@ -128,21 +64,6 @@ def check_files(arguments: Sequence[str]) -> None:
     file = re.match(r"--?config=([^:]+)", argument)
     if file and not pathlib.Path(file[1]).is_file():
       fail(f"--config is {file[1]!r}: no such file; see configs/, such as configs/digits.py")
-
-
-def read_config(arguments: Sequence[str]) -> Config:
-  """Returns what --config=FILE[:VARIANT] and any --config.FIELD=VALUE make.
-
-  Raises:
-    ConfigError: if they can't be read or a setting can't be, in one line.
-  """
-  argv, values = ["", *arguments], flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-  except PARSERS_ERRORS as error:
-    raise ConfigError(_explain(error, argv)) from None
-  return build(Config, values["config"].value.to_dict())
 
 
 def check_workdir() -> None:
@@ -180,23 +101,6 @@ def reason(error: Exception, batch_size: int | None) -> str | None:
   if isinstance(error, (ValueError, OSError)):
     return f"{message} (--debug shows where)"
   return None
-
-
-def _explain(error: Exception, argv: Sequence[str]) -> str:
-  """Returns what the parsers of flags and config files say, as one line about our fields."""
-  message = str(error)
-  if "Traceback" in message:  # raised in the config file: the flag, then the last line says all
-    flag, why = message.partition(" Error whilst")[0], message.strip().splitlines()[-1]
-    return f"{flag} {why.partition(': ')[2]}"
-  unknown = re.search(r"\.(\w+) does not exist", message) or re.search(r"'(\w+)\W", message)
-  if unknown and isinstance(error, (AttributeError, KeyError)):
-    near = re.search(r'Did you mean "(\w+)"', message)
-    hint = f"; did you mean {near[1]!r}?" if near else ""
-    flag = next((a for a in argv if re.match(rf"--?config\..*\b{unknown[1]}\b", a)), "--config")
-    if not near and flag.lstrip("-").startswith("config.method."):
-      hint = "; fields of another method need --config=FILE:method=NAME"
-    return f"{flag.partition('=')[0]}: {unknown[1]!r} is not a field{hint}"
-  return " ".join(message.split())
 
 
 def fail(message: str, code: int = 2):

@@ -27,9 +27,9 @@ from typing import Any
 
 from absl import app, flags
 
-from fmlora_jax import command_line
-from fmlora_jax.command_line import Choice
+from fmlora_jax import command_line, settings
 from fmlora_jax.config import Config, ConfigError
+from fmlora_jax.settings import Choice
 
 flags.adopt_module_key_flags(command_line)
 _METHODS = flags.DEFINE_string("methods", "all", "NAME or NAME:FIELD=VALUE..., between commas.")
@@ -87,7 +87,7 @@ def plan(
       label = re.sub(r"[^\w=.+-]+", "-", str(choice)).strip("-")
       place = {"label": label, "seed": seed, "workdir": folder / label / str(seed)}
       try:
-        planned.append(Planned(config=command_line.read_config(arguments), **place))
+        planned.append(Planned(config=settings.read_config(arguments), **place))
       except ConfigError as error:
         planned.append(Planned(config=None, problem=str(error), **place))
   return planned
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> None:
   file, variant, _ = _split_flags(config_flags)
   name = re.sub(r"[^\w=.-]+", "-", f"compare-{pathlib.Path(file).stem}-{variant}").strip("-")
   folder = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
-  planned = plan(config_flags, command_line.parse_methods(_METHODS.value), seeds, folder)
+  planned = plan(config_flags, settings.parse_methods(_METHODS.value), seeds, folder)
   from rich.console import Console
   from rich.text import Text
 

@@ -11,8 +11,8 @@ from absl import app
 from made_up import result
 
 from fmlora_jax import command_line, compare, methods, runs
-from fmlora_jax.command_line import Choice, parse_methods
 from fmlora_jax.config import ConfigError
+from fmlora_jax.settings import Choice, parse_methods
 from fmlora_jax.types import NonFiniteError
 
 # how ml_collections loads config files
@@ -54,7 +54,7 @@ def test_all_is_every_method_in_every_variant_that_it_declares(monkeypatch):
   ],
 )
 def test_methods_that_can_not_be_are_refused(text, message):
-  with pytest.raises(app.UsageError) as error:
+  with pytest.raises(ConfigError) as error:
     parse_methods(text)
   assert str(error.value).startswith(message)
 
