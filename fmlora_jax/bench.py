@@ -398,28 +398,31 @@ def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> 
 def count_methods(setting: Setting, choices: Sequence[Choice]) -> dict[str, Any]:
   """Returns what XLA says of each method's compiled training step at TASKS; none is run.
 
-  Raises:
-    ConfigError: if a method's settings can't be.
+  "left_out" says why of those whose settings can't be, at this size for instance.
   """
   backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
   weights = jax.jit(backbone.init)(jax.random.key(0))
   base = Lab(setting).plain_forward(weights).facts
-  counted = {}
+  counted, left_out = {}, {}
   for choice in choices:
-    lab = Lab(setting, choice)
-    rows, programs = {}, {}
-    for task in TASKS:
-      shapes = lab.shapes(weights, task - 1)
-      # tasks of equal rules and shapes run one program
-      same = lab.method.rules(task - 1), str(shapes)
-      if same not in programs:
-        step = lab.stepper(task - 1).step
-        programs[same] = Program(step, setting.batch, *shapes, donate=(0,)).facts
-      rows[f"task_{task}"] = _with_ratios(programs[same], base) | {
-        "trained": lab.num_trained(shapes[0], task - 1)
-      }
-    counted[str(choice)] = rows
-  return _circumstances(setting) | {"forward": base, "methods": counted}
+    try:
+      counted[str(choice)] = _count_method(Lab(setting, choice), weights, base)
+    except config_lib.ConfigError as error:
+      left_out[str(choice)] = str(error)
+  return _circumstances(setting) | {"forward": base, "methods": counted, "left_out": left_out}
+
+
+def _count_method(lab: Lab, weights: Params, base: Mapping[str, Any]) -> dict[str, dict]:
+  rows, programs = {}, {}
+  for task in TASKS:
+    shapes = lab.shapes(weights, task - 1)
+    same = lab.method.rules(task - 1), str(shapes)  # then both tasks run one program
+    if same not in programs:
+      step = lab.stepper(task - 1).step
+      programs[same] = Program(step, lab.setting.batch, *shapes, donate=(0,)).facts
+    trained = {"trained": lab.num_trained(shapes[0], task - 1)}
+    rows[f"task_{task}"] = _with_ratios(programs[same], base) | trained
+  return rows
 
 
 def _with_ratios(facts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -474,8 +477,9 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def methods_table(result: Mapping[str, Any]) -> Table:
   """Returns what `count_methods` counted for people."""
-  caption = f"{_where(result)}\nx: over the plain forward; as written: before XLA's passes"
-  shown = _empty_table(result, caption, METHOD_COLUMNS)
+  lines = [_where(result), "x: over the plain forward; as written: before XLA's passes"]
+  lines += [f"left out: {label}: {reason}" for label, reason in result["left_out"].items()]
+  shown = _empty_table(result, "\n".join(lines), METHOD_COLUMNS)
   shown.add_row("plain forward", "-", f"{result['forward']['flops_per_image'] / 1e9:.2f}")
   for label, rows in result["methods"].items():
     first, last = (rows[f"task_{task}"] for task in TASKS)
