@@ -8,14 +8,7 @@ from fmlora_jax import config
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper."""
-  chosen = config.parse_variant(variant, "method", "tasks", "split")
-  return config.defaults(
-    method={"name": chosen.get("method", "fm_lora")},
-    tasks={
-      "benchmark": "cifar100",
-      "num_tasks": int(chosen.get("tasks", 10)),
-      "split": chosen.get("split", "official"),
-    },
-    input={"source_size": 32, "augmentation": "pilot", "normalisation": "zero_one"},
-  )
+  """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper,
+  recipe=unified|official.
+  """
+  return config.paper(variant, benchmark="cifar100", num_tasks=10, split="official", source_size=32)

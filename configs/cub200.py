@@ -11,14 +11,7 @@ from fmlora_jax import config
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=N, split=paper|full|official."""
-  chosen = config.parse_variant(variant, "method", "tasks", "split")
-  return config.defaults(
-    method={"name": chosen.get("method", "fm_lora")},
-    tasks={
-      "benchmark": "cub200",
-      "num_tasks": int(chosen.get("tasks", 10)),
-      "split": chosen.get("split", "paper"),
-    },
-    input={"source_size": 256, "augmentation": "pilot", "normalisation": "zero_one"},
-  )
+  """Returns the config; variants: method=NAME, tasks=N, split=paper|full|official,
+  recipe=unified|official.
+  """
+  return config.paper(variant, benchmark="cub200", num_tasks=10, split="paper")

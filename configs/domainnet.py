@@ -11,14 +11,7 @@ from fmlora_jax import config
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper."""
-  chosen = config.parse_variant(variant, "method", "tasks", "split")
-  return config.defaults(
-    method={"name": chosen.get("method", "fm_lora")},
-    tasks={
-      "benchmark": "domainnet",
-      "num_tasks": int(chosen.get("tasks", 5)),
-      "split": chosen.get("split", "official"),
-    },
-    input={"source_size": 256, "augmentation": "pilot", "normalisation": "zero_one"},
-  )
+  """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper,
+  recipe=unified|official.
+  """
+  return config.paper(variant, benchmark="domainnet", num_tasks=5, split="official")

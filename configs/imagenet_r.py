@@ -12,14 +12,7 @@ from fmlora_jax import config
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=5|10|20, split=slice|slice80|stratified."""
-  chosen = config.parse_variant(variant, "method", "tasks", "split")
-  return config.defaults(
-    method={"name": chosen.get("method", "fm_lora")},
-    tasks={
-      "benchmark": "imagenet_r",
-      "num_tasks": int(chosen.get("tasks", 10)),
-      "split": chosen.get("split", "slice"),
-    },
-    input={"source_size": 256, "augmentation": "pilot", "normalisation": "zero_one"},
-  )
+  """Returns the config; variants: method=NAME, tasks=5|10|20, split=slice|slice80|stratified,
+  recipe=unified|official.
+  """
+  return config.paper(variant, benchmark="imagenet_r", num_tasks=10, split="slice")

@@ -1,10 +1,13 @@
-"""What a training step of FM-LoRA costs early and late in a sequence: FLOPs, time, memory.
+"""What a training step costs early and late in a sequence: FLOPs, time, memory.
 
 python -m fmlora_jax.bench [--architecture=vit_b16] [--batch=8] [--dtype=float32] [--rank=16]
   [--prompts=10] [--repeats=5] [--peers [--peers_python=FILE]] [--json=FILE]
+python -m fmlora_jax.bench --methods=all|NAME,NAME:FIELD=VALUE,... [--batch=8] [--json=FILE]
 
-The ViT and the images are random; method, step and optimiser are those of a run. With --peers the
-same work is done by Hugging Face's ViT with PEFT's LoRA in PyTorch (bench_peer.py), turn by turn.
+The ViT and the images are random; method, step and optimiser are those of a run. The first command
+measures FM-LoRA; with --peers the same work is done by Hugging Face's ViT with PEFT's LoRA in
+PyTorch (bench_peer.py), turn by turn. With --methods, named as for fmlora_jax.compare, XLA counts
+the FLOPs of each method's compiled step; no step is done.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import app, flags, logging
 from rich import box
@@ -28,17 +32,21 @@ from rich.console import Console
 from rich.table import Table
 
 from fmlora_jax import config as config_lib
-from fmlora_jax import methods, tasks
+from fmlora_jax import methods, settings, tasks
 from fmlora_jax.bench_peer import Peer
 from fmlora_jax.config import Config
 from fmlora_jax.methods import frame
+from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import pretrained, vit
+from fmlora_jax.settings import Choice
+from fmlora_jax.tasks import augment
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
-from fmlora_jax.train.step import Fixed, Stepper
+from fmlora_jax.train.step import Fixed, Stepper, TrainState
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import (
   Batch,
+  Examples,
   Params,
   SequenceSpec,
   Sizes,
@@ -52,6 +60,11 @@ TASKS = (2, 20)  # counted from 1
 RANKS = (32, 4, 8, 16, 32, 4, 8, 16, 32, 4)  # of the ten tasks whose programs are counted
 TURN_SECONDS = 0.5  # a turn has as many steps as take this long
 
+FM_LORA = Choice("fm_lora")
+METHOD_COLUMNS = (
+  *("trained", "GFLOP/image", *(f"x at task {task}" for task in TASKS)),
+  *("as written", "temp MiB"),
+)
 COLUMNS = ("GFLOP/image", "x forward", "compile s", "ms", "images/s", "temp MiB", "MFU", "ours/it")
 
 PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as the makers state; first match
@@ -81,16 +94,18 @@ class Setting:
   def sizes(self) -> Sizes:
     return vit.architecture(self.architecture)
 
-  def config(self) -> Config:
-    """Returns the config of a run that gives every task from the second on the rank `rank`."""
+  def config(self, choice: Choice = FM_LORA) -> Config:
+    """Returns the config of a run that gives FM-LoRA's tasks from the second on the rank `rank`."""
     values = {
+      "epochs": 1,
+      "method": {"name": choice.name},
       "batch_size": self.batch,
       "compute_dtype": self.dtype,
       "bases": {"max_rank": max(32, self.rank)},
       "drs": {"strategy": "fixed", "rank": self.rank},
       "prompt": {"num_tokens": self.prompts},
     }
-    return config_lib.build(Config, values)
+    return settings.read_config(choice.flags(), config_lib.defaults(**values))
 
 
 class Program:
@@ -125,13 +140,13 @@ class Program:
 
 
 class Lab:
-  """FM-LoRA on 20 tasks of 10 new classes, at the start of any of them.
+  """A method on 20 tasks of 10 new classes, at the start of any of them.
 
   Tasks are counted from 0 here.
   """
 
-  def __init__(self, setting: Setting):
-    self.setting, self.config = setting, setting.config()
+  def __init__(self, setting: Setting, choice: Choice = FM_LORA):
+    self.setting, self.config = setting, setting.config(choice)
     starts = range(0, NUM_TASKS * TASK_CLASSES, TASK_CLASSES)
     self.spec = SequenceSpec(
       scenario="cil",
@@ -142,6 +157,14 @@ class Lab:
     self.backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
     self.method = methods.make(self.config, self.backbone, self.spec)
     self._root = jax.random.key(0)
+    pixels = {
+      "size": setting.sizes.image_size,
+      "augmentation": self.config.input.augmentation,
+      "normalisation": "half",
+      "dtype": jnp.dtype(setting.dtype),
+    }
+    self._augment = functools.partial(augment.train_batch, **pixels)
+    self._center = functools.partial(augment.test_batch, **pixels)
 
   def variables(self, weights: Params, task: int) -> Variables:
     """Returns the variables at the start of a task, behind tasks that learned noise."""
@@ -159,15 +182,28 @@ class Lab:
     return self.method.begin_task(variables, self._view(weights, task))[0]
 
   def _view(self, weights: Params, task: int) -> TaskView:
-    """A task without images: with a fixed rank and a linear head FM-LoRA looks at none."""
-    absent = dict.fromkeys(("train_batches", "val_batches", "train_chunks", "augment", "center"))
+    """Returns a task with one image of noise for each class, for methods that look at some."""
+    side, (lo, hi) = self.setting.sizes.image_size, self.spec.class_ranges[task]
+    count = hi - lo
+    noise = np.random.default_rng(task).integers(0, 256, (count, side, side, 3), np.uint8)
+    examples = Examples(
+      images=noise,
+      sizes=np.full((count, 2), side, np.int32),
+      labels=np.arange(lo, hi, dtype=np.int32),
+      valid=np.ones(count, bool),
+    )
+    rows = np.arange(count, dtype=np.int32)
     return TaskView(
       index=task,
-      num_classes=TASK_CLASSES,
+      num_classes=count,
       arrays=self._arrays(task),
       weights=weights,
+      train_batches=lambda epoch: iter([(examples, rows)]),
+      val_batches=lambda epoch: iter([(examples, rows)]),
+      train_chunks=lambda first: iter([(examples, rows[None])]),
+      augment=self._augment,
+      center=self._center,
       key=lambda name: stream_key(self._root, name, task=task),
-      **absent,
     )
 
   def _arrays(self, task: int) -> TaskArrays:
@@ -202,6 +238,22 @@ class Lab:
     """Returns the training step of a run at a task, compiled."""
     arguments = self.arguments(weights, self.variables(weights, task), task)
     return Program(self.stepper(task).step, self.setting.batch, *arguments, donate=(0,))
+
+  def shapes(self, weights: Params, task: int) -> tuple:
+    """Returns `arguments` as shapes, for any method.
+
+    `begin_task` is run for them, without the tasks before: it may do what has no shape before it is
+    done, such as a decomposition on the host, and so decides what `cur` holds.
+    """
+    variables = self.begin(weights, self.method.init(self._root, weights), task)
+    return jax.eval_shape(
+      functools.partial(self.arguments, task=task), weights=weights, variables=variables
+    )
+
+  def num_trained(self, state: TrainState, task: int) -> int:
+    """Returns how many parameters a step at a task changes."""
+    trained, _ = partition(state.params, label_leaves(state.params, self.method.rules(task)))
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
   def plain_forward(self, weights: Params) -> Program:
     """Returns the features of the frozen ViT without adapters, compiled."""
@@ -320,13 +372,9 @@ def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> 
         f"peer_{name}": functools.partial(peer.run, name) for name in peer.facts["variants"]
       }
       seconds, peers = take_turns(programs | runners, repeats), dict(peer.facts)
-  device = jax.devices()[0]
-  peak = peak_flops(device.device_kind, setting.dtype)
+  peak = peak_flops(jax.devices()[0].device_kind, setting.dtype)
   least = floor(setting)
-  result = {
-    "setting": dataclasses.asdict(setting),
-    "device": f"{device.device_kind} ({jax.default_backend()}), {os.cpu_count()} CPU threads",
-    "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+  result = _circumstances(setting) | {
     "floor_flops_per_image": least,
     "floor_ratio": least["step"] / least["forward"],
     "rank_of_10_tasks": list(RANKS),
@@ -334,9 +382,7 @@ def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> 
   }
   base = programs["forward"].facts
   for name, program in programs.items():
-    facts = program.facts | _speed(seconds[name], setting.batch)
-    for kind in ("flops_per_image", "flops_per_image_as_written"):
-      facts[kind.replace("flops_per_image", "ratio")] = facts[kind] / base[kind]
+    facts = _with_ratios(program.facts, base) | _speed(seconds[name], setting.batch)
     rate = facts["flops_per_image_as_written"] * facts["images_per_second"]
     result[name] = facts | {"mfu": None if peak is None else rate / peak}
   if peers is not None:
@@ -349,6 +395,53 @@ def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> 
   return result
 
 
+def count_methods(setting: Setting, choices: Sequence[Choice]) -> dict[str, Any]:
+  """Returns what XLA says of each method's compiled training step at TASKS; none is run.
+
+  "left_out" says why of those whose settings can't be, at this size for instance.
+  """
+  backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
+  weights = jax.jit(backbone.init)(jax.random.key(0))
+  base = Lab(setting).plain_forward(weights).facts
+  counted, left_out = {}, {}
+  for choice in choices:
+    try:
+      counted[str(choice)] = _count_method(Lab(setting, choice), weights, base)
+    except config_lib.ConfigError as error:
+      left_out[str(choice)] = str(error)
+  return _circumstances(setting) | {"forward": base, "methods": counted, "left_out": left_out}
+
+
+def _count_method(lab: Lab, weights: Params, base: Mapping[str, Any]) -> dict[str, dict]:
+  rows, programs = {}, {}
+  for task in TASKS:
+    shapes = lab.shapes(weights, task - 1)
+    same = lab.method.rules(task - 1), str(shapes)  # then both tasks run one program
+    if same not in programs:
+      step = lab.stepper(task - 1).step
+      programs[same] = Program(step, lab.setting.batch, *shapes, donate=(0,)).facts
+    trained = {"trained": lab.num_trained(shapes[0], task - 1)}
+    rows[f"task_{task}"] = _with_ratios(programs[same], base) | trained
+  return rows
+
+
+def _with_ratios(facts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+  ratios = {
+    kind.replace("flops_per_image", "ratio"): facts[kind] / base[kind]
+    for kind in ("flops_per_image", "flops_per_image_as_written")
+  }
+  return dict(facts) | ratios
+
+
+def _circumstances(setting: Setting) -> dict[str, Any]:
+  kind = jax.devices()[0].device_kind
+  return {
+    "setting": dataclasses.asdict(setting),
+    "device": f"{kind} ({jax.default_backend()}), {os.cpu_count()} CPU threads",
+    "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+  }
+
+
 def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
   middle = statistics.median(seconds)
   return {"step_seconds": middle, "images_per_second": batch / middle, "all_step_seconds": seconds}
@@ -356,16 +449,7 @@ def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> Table:
   """Returns the result for people."""
-  setting = result["setting"]
-  shown = Table(
-    title=", ".join(f"{name} {value}" for name, value in setting.items()),
-    caption=_caption(result),
-    caption_justify="left",
-    box=box.SIMPLE,
-  )
-  shown.add_column("", no_wrap=True)
-  for name in COLUMNS:
-    shown.add_column(name, justify="right", no_wrap=True)
+  shown = _empty_table(result, _caption(result), COLUMNS)
   rows = {"plain forward": "forward"} | {
     f"step at task {t} of {NUM_TASKS}": f"task_{t}" for t in TASKS
   }
@@ -391,6 +475,39 @@ def table(result: Mapping[str, Any]) -> Table:
   return shown
 
 
+def methods_table(result: Mapping[str, Any]) -> Table:
+  """Returns what `count_methods` counted for people."""
+  lines = [_where(result), "x: over the plain forward; as written: before XLA's passes"]
+  lines += [f"left out: {label}: {reason}" for label, reason in result["left_out"].items()]
+  shown = _empty_table(result, "\n".join(lines), METHOD_COLUMNS)
+  shown.add_row("plain forward", "-", f"{result['forward']['flops_per_image'] / 1e9:.2f}")
+  for label, rows in result["methods"].items():
+    first, last = (rows[f"task_{task}"] for task in TASKS)
+    shown.add_row(
+      label,
+      f"{first['trained']:,}",
+      f"{first['flops_per_image'] / 1e9:.2f}",
+      f"{first['ratio']:.3f}",
+      f"{last['ratio']:.3f}",
+      f"{first['ratio_as_written']:.3f}",
+      f"{first['temp_bytes'] / 2**20:.0f}",
+    )
+  return shown
+
+
+def _empty_table(result: Mapping[str, Any], caption: str, columns: Sequence[str]) -> Table:
+  shown = Table(
+    title=", ".join(f"{name} {value}" for name, value in result["setting"].items()),
+    caption=caption,
+    caption_justify="left",
+    box=box.SIMPLE,
+  )
+  shown.add_column("", no_wrap=True)
+  for name in columns:
+    shown.add_column(name, justify="right", no_wrap=True)
+  return shown
+
+
 def _timing(facts) -> tuple[str, str]:
   return f"{facts['step_seconds'] * 1e3:.1f}", f"{facts['images_per_second']:.1f}"
 
@@ -398,7 +515,7 @@ def _timing(facts) -> tuple[str, str]:
 def _caption(result: Mapping[str, Any]) -> str:
   first, last = (result[f"task_{task}"]["flops_per_image"] for task in TASKS)
   lines = [
-    f"{result['device']}, {versions(result['versions'])}",
+    _where(result),
     f"FLOPs at task {TASKS[1]} over task {TASKS[0]}: {last / first:.4f}",
     f"{len(RANKS)} tasks of {len(set(RANKS[1:]))} ranks compile "
     f"{result['programs_of_10_tasks']} training steps, one of them task 1's",
@@ -410,6 +527,10 @@ def _caption(result: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def _where(result: Mapping[str, Any]) -> str:
+  return f"{result['device']}, {versions(result['versions'])}"
+
+
 def versions(packages: Mapping[str, str]) -> str:
   return ", ".join(f"{name} {version}" for name, version in packages.items())
 
@@ -419,11 +540,16 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
   setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
   try:
-    result = measure(setting, values.repeats, values.peers_python if values.peers else None)
+    if values.methods:
+      result = count_methods(setting, settings.parse_methods(values.methods))
+      shown = methods_table(result)
+    else:
+      result = measure(setting, values.repeats, values.peers_python if values.peers else None)
+      shown = table(result)
   except (ValueError, OSError) as error:
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     sys.exit(2)
-  Console(width=None if sys.stdout.isatty() else 110).print(table(result))
+  Console(width=None if sys.stdout.isatty() else 110).print(shown)
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
 
@@ -435,6 +561,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("rank", Setting.rank, "Rank of the tasks from the second on.", lower_bound=1)
   flags.DEFINE_integer("prompts", Setting.prompts, "Prompt tokens.", lower_bound=0)
   flags.DEFINE_integer("repeats", 5, "Timed rounds; medians are shown.", lower_bound=1)
+  flags.DEFINE_string("methods", None, "Count the FLOPs of these, as in fmlora_jax.compare.")
   flags.DEFINE_bool("peers", False, "Time PyTorch beside it; needs torch, transformers and peft.")
   flags.DEFINE_string("peers_python", sys.executable, "The Python that has them.")
   flags.DEFINE_string("json", None, "File for all numbers.")

@@ -452,7 +452,7 @@ def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.Config
       method's own code has for the benchmark, where they differ from `groups`.
 
   Raises:
-    ConfigError: if there is no such recipe, or none for this method and benchmark.
+    ConfigError: if there is no such recipe, or none for this method, benchmark and scenario.
   """
   _require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
   config = build(Config, groups)
@@ -461,9 +461,39 @@ def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.Config
   return _to_config_dict(config)
 
 
+def paper(
+  variant: str | None, *, source_size: int = 256, **tasks: Any
+) -> ml_collections.ConfigDict:
+  """Returns the config of one of the paper's benchmarks; for config files.
+
+  Args:
+    variant: the file's argument: method=NAME, tasks=N, split=NAME, recipe=unified|official. A split
+      that it names wins over the recipe's.
+    source_size: of `InputConfig`, pixels.
+    tasks: of `TasksConfig`, where the variant says nothing else.
+  """
+  chosen = parse_variant(variant, "method", "tasks", "split", "recipe")
+  if "tasks" in chosen:
+    tasks["num_tasks"] = int(chosen["tasks"])
+  tree = defaults(
+    recipe=chosen.get("recipe", "unified"),
+    method={"name": chosen.get("method", "fm_lora")},
+    tasks=tasks,
+    input={"source_size": source_size, "augmentation": "pilot", "normalisation": "zero_one"},
+  )
+  if "split" in chosen:
+    tree.tasks.split = chosen["split"]
+  return tree
+
+
 def _official(config: Config) -> dict[str, Any]:
   """Returns the groups that the official code of the method has for the benchmark."""
   name, tasks = config.method.name, config.tasks
+  if tasks.scenario != "cil":  # under this name; domainnet_dil has the same images as domainnet
+    raise ConfigError(
+      "recipe is 'official': must be unified, the official codes learn new classes in each task "
+      f"(cil), and the scenario is {tasks.scenario}"
+    )
   module = importlib.import_module(f"fmlora_jax.methods.{name}")
   known = getattr(module, "OFFICIAL", {})
   if tasks.benchmark not in known:

@@ -26,11 +26,15 @@ from fmlora_jax.writer import duration
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
 SCORES = {"Acc": "acc", "AAA": "aaa", "forgetting": "forgetting", "learning": "learning_accuracy"}
-HEADER = ("run", "seeds", *SCORES, "stored", "trained", "rank", "wall time")
+COSTS = ("stored", "trained", "statistics", "passes")
+HEADER = ("run", "seeds", *SCORES, *COSTS, "rank", "wall time")
 LEGEND = (
   "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
   "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
-  "stored, trained: numbers of parameters. rank: of each task, the most frequent over seeds."
+  "stored, trained: numbers of parameters. statistics: bytes of numbers computed from the data\n"
+  "and kept, such as means of features; images never are. passes: forward passes for an image in\n"
+  "training/at test time, +n over a task's images between tasks. rank: of each task, the most\n"
+  "frequent over seeds."
 )
 
 
@@ -49,6 +53,8 @@ def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
       cells.append((mean_std([run[field] for run in runs]), is_best))
     for name in ("stored_total", "trained"):
       cells.append((_count(mean([run["params"][name] for run in runs])), False))
+    cells.append((_bytes(mean([run["rehearsal_bytes"] for run in runs])), False))
+    cells.append((_passes(runs[0]["passes"]), False))
     cells.append((_ranks([run["ranks"] for run in runs]), False))
     cells.append((duration(mean([run["wall_seconds"]["total"] for run in runs])), False))
     table.append(cells)
@@ -56,7 +62,10 @@ def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
 
 
 def warnings(groups: Mapping[str, Group]) -> list[str]:
-  """Returns what makes the rows of one table unfit to be compared, one line each."""
+  """Returns what a reader must know of the rows of one table, one line each.
+
+  What makes them unfit to be compared, and the caveats of their methods.
+  """
   looks = {
     "weights": lambda run: " ".join(weights(run)),
     "split": lambda run: f"{run['split_id']} {str(run['manifest_sha256'])[:8]}",
@@ -77,7 +86,23 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
     twice = ", ".join(map(str, repeated_seeds(runs)))
     if twice:
       lines.append(f"{label} has several runs of seed {twice}: ± is not over seeds alone")
+    caveats = dict.fromkeys(caveat for run in runs for caveat in run["caveats"])
+    lines += [f"{label}: {caveat}" for caveat in caveats]
   return lines
+
+
+def costs(run: Result) -> list[str]:
+  """Returns what a run costs and keeps, in two lines."""
+  params, passes = run["params"], run["passes"]
+  added = " ".join(map(_count, params["stored_per_task"]))
+  kept = "no image and no statistics of the data (rehearsal-free)"
+  if run["rehearsal_bytes"]:
+    kept = f"no image, but {_bytes(run['rehearsal_bytes'])} of statistics of the data"
+  return [
+    f"parameters {_count(params['trained'])} trained in the last task, "
+    f"{_count(params['stored_total'])} stored beside the backbone; added by each task: {added}",
+    f"keeps      {kept}; forward passes {_passes(passes)}",
+  ]
 
 
 def show(results: Iterable[Result], console: Console, notes: Iterable[str] = ()) -> None:
@@ -138,6 +163,20 @@ def _count(number: float) -> str:
     if number >= size:
       return f"{number / size:.3g}{unit}"
   return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+  """Returns 0 B, 950 B, 12.0 kB or 1.23 MB."""
+  for unit, size in (("MB", 1e6), ("kB", 1e3)):
+    if number >= size:
+      return f"{number / size:.3g} {unit}"
+  return f"{number:.0f} B"
+
+
+def _passes(passes: Mapping[str, int]) -> str:
+  """Returns "2/2", in training and at test time, or "1/1 +1" with one between tasks."""
+  between = f" +{passes['between']}" if passes["between"] else ""
+  return f"{passes['train']}/{passes['test']}{between}"
 
 
 def _ranks(ranks: Sequence[Sequence[int] | None]) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
-from fmlora_jax import checkpoint, methods, metrics, plots, tasks, writer
+from fmlora_jax import checkpoint, methods, metrics, plots, report, tasks, writer
 from fmlora_jax.config import Config
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
@@ -63,8 +64,11 @@ class Progress:
   trained: int = 0
 
 
-def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -> dict[str, Any]:
   """Runs, resumes or re-reads the experiment in `workdir`; returns what result.json holds.
+
+  Args:
+    console: where to show what goes on; None takes the standard output.
 
   Raises:
     ConfigError: if a setting, a file or the workdir can't be used, in one line for the user.
@@ -101,7 +105,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   }
   checkpoint.claim(workdir, identity)
   writer.replace(workdir / replay.FILE, stream_json)
-  with writer.open_run(workdir) as log:
+  with writer.open_run(workdir, console=console) as log:
     log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {sizes.depth} blocks")
     log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
@@ -113,13 +117,16 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       log.note(f"caveat     {caveat}")
     if (workdir / writer.RESULT).exists():
       log.note("finished before; its result:")
-      return writer.read_result(workdir)
-    with checkpoint.Store(workdir, mesh_lib.replicated(mesh)) as store:
-      experiment = Experiment(config, trainer, store, log)
-      experiment.learn()
-    result = experiment.result(info, normalisation, identity["config"])
-    plots.write_plots(result, workdir)
-    writer.write_result(workdir, result)  # last: it says that the run is finished
+      result = writer.read_result(workdir)
+    else:
+      with checkpoint.Store(workdir, mesh_lib.replicated(mesh)) as store:
+        experiment = Experiment(config, trainer, store, log)
+        experiment.learn()
+      result = experiment.result(info, normalisation, identity["config"])
+      plots.write_plots(result, workdir)
+      writer.write_result(workdir, result)  # last: it says that the run is finished
+    for line in report.costs(result):
+      log.note(line)
   return result
 
 

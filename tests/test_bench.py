@@ -10,6 +10,7 @@ import pytest
 from fmlora_jax import bench, bench_peer
 from fmlora_jax.bench import Lab, Setting
 from fmlora_jax.models import vit
+from fmlora_jax.settings import Choice, parse_methods
 
 MICRO = Setting(architecture="micro", batch=2, rank=4, prompts=3)
 
@@ -101,6 +102,54 @@ def test_the_result_is_json_and_a_table(monkeypatch, capsys):
   shown = capsys.readouterr().out
   for text in ("step at task 20 of 20", "HF + PEFT, eager", "0.50", "compile 5 training steps"):
     assert text in shown
+
+
+@pytest.mark.parametrize("text", ["fm_lora", "lora", "lora:mode=sequential", "finetune"])
+def test_shapes_are_those_of_a_task_behind_others(text):
+  (choice,) = parse_methods(text)
+  lab, params = Lab(MICRO, choice), weights(MICRO)
+  real = lab.arguments(params, lab.variables(params, 2), 2)
+
+  def shapes(tree):
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+  assert shapes(lab.shapes(params, 2)) == shapes(real)
+  assert jax.tree.structure(lab.shapes(params, 2)) == jax.tree.structure(real)
+
+
+def test_a_method_may_look_at_images_before_its_shapes_are_known():
+  """Here the head's rows start at class means; a decomposition on the host would do too."""
+  lab, params = Lab(MICRO, Choice("lora", (("head.start", "class_mean"),))), weights(MICRO)
+  variables = lab.begin(params, lab.method.init(jax.random.key(0), params), 1)
+  assert jnp.isfinite(variables.cur["head"]["kernel"]).all()
+  assert jnp.abs(variables.cur["head"]["kernel"]).max() > 0.1
+  state, _, batch = lab.shapes(params, 1)
+  assert isinstance(batch.images, jax.ShapeDtypeStruct)
+  assert state.params["cur"]["head"]["kernel"].shape == variables.cur["head"]["kernel"].shape
+
+
+def test_methods_are_counted_in_one_table(capsys):
+  chosen = parse_methods("linear_probe,lora:rank=97,lora:mode=sequential:rank=4,finetune")
+  result = bench.count_methods(MICRO, chosen)
+  assert json.loads(json.dumps(result)) == result
+  counted = result["methods"]
+  assert list(counted) == ["linear_probe", "lora:mode=sequential:rank=4", "finetune"]
+  (problem,) = result["left_out"].values()
+  assert problem.startswith("config.method.rank is 97: must be at most 96")
+  ratios = [counted[label]["task_2"]["ratio"] for label in counted]
+  assert ratios[0] == pytest.approx(1, abs=0.02)  # the head alone has a gradient
+  assert 1.9 < ratios[1] < 2.3 and 2.8 < ratios[2] < 3.3
+  for rows in counted.values():
+    assert rows["task_2"] == rows["task_20"]  # one program
+  head = 10 * 96 + 10
+  # 6 blocks of width 96, query and value: 2 factors of rank 4
+  expected = [head, head + 6 * 2 * 2 * 96 * 4]
+  assert [counted[label]["task_2"]["trained"] for label in list(counted)[:2]] == expected
+  bench.Console(width=110).print(bench.methods_table(result))
+  shown = capsys.readouterr().out
+  for text in ("x at task 20", "lora:mode=sequential:rank=4", f"{expected[1]:,}", "plain forward"):
+    assert text in shown
+  assert "left out: lora:rank=97: config.method.rank is 97" in shown
 
 
 def test_runners_take_turns():

@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fmlora_jax import config, methods
+from fmlora_jax.methods import linear_probe, lora
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.types import SequenceSpec
 
@@ -87,6 +88,35 @@ def test_every_config_file_fits_its_vit(path):
     ({"optim": {"learning_rate": 0.0}}, "config.optim.learning_rate is 0.0: must be > 0"),
     ({"optim": {"weight_decay": -0.1}}, "config.optim.weight_decay is -0.1: must be >= 0"),
     ({"optim": {"clip_norm": 0.0}}, "config.optim.clip_norm is 0.0: must be > 0"),
+    ({"optim": {"name": "lion"}}, "config.optim.name is 'lion': must be one of adamw, adam, sgd"),
+    ({"optim": {"momentum": 1.0}}, "config.optim.momentum is 1.0: must be in [0, 1)"),
+    ({"optim": {"decay": 1.0}}, "config.optim.decay is 1.0: must be in [0, 1)"),
+    ({"optim": {"head_learning_rate": 0.0}}, "config.optim.head_learning_rate is 0.0: must be > 0"),
+    ({"optim": {"head_weight_decay": -1.0}}, "config.optim.head_weight_decay is -1.0: must be >= "),
+    (
+      {"optim": {"final_learning_rate": -1.0}},
+      "config.optim.final_learning_rate is -1.0: must be >= 0",
+    ),
+    (
+      {"optim": {"schedule": "linear"}},
+      "config.optim.schedule is 'linear': must be one of cosine, constant, steps, coda_cosine, tim",
+    ),
+    (
+      {"optim": {"schedule": "steps", "milestones": (4, 2)}},
+      "config.optim.milestones is (4, 2): must be ascending epochs >= 1",
+    ),
+    (
+      {"optim": {"schedule": "steps", "milestones": (0, 2)}},
+      "config.optim.milestones is (0, 2): must be ascending epochs >= 1",
+    ),
+    (
+      {"optim": {"schedule": "steps"}},
+      "config.optim.milestones is (): must be given with schedule=steps only",
+    ),
+    (
+      {"optim": {"milestones": (4,)}},
+      "config.optim.milestones is (4,): must be given with schedule=steps only",
+    ),
     ({"optim": {"learning_rate": True}}, "config.optim.learning_rate is True: must be of type fl"),
     ({"optim": 3}, "config.optim is 3: must be a group of fields"),
     ({"tasks": {"scenario": "online"}}, "config.tasks.scenario is 'online': must be one of cil, "),
@@ -218,3 +248,86 @@ def test_a_variant_is_read_as_pairs():
     config.parse_variant("lora")
   with pytest.raises(config.ConfigError, match="the key must be one of method"):
     config.parse_variant("metod=lora", "method")
+
+
+OFFICIAL = {
+  "imagenet_r": {
+    "epochs": 50,
+    "optim": {"name": "sgd", "schedule": "steps", "milestones": (20,)},
+    "method": {"rank": 10},
+    "input": {"augmentation": "coda"},
+    "tasks": {"order": "natural", "split": "slice80"},
+    "weights": {"tag": "augreg_in21k"},
+  },
+  "cifar100": lambda num_tasks: {"epochs": 2 * num_tasks},
+}
+PAPER = [path for path in CONFIGS if "config.paper(" in path.read_text()]
+
+
+@pytest.fixture
+def official(monkeypatch):
+  """As if lora had official settings for two benchmarks."""
+  monkeypatch.setattr(lora, "OFFICIAL", OFFICIAL, raising=False)
+
+
+def paper_config(name, variant) -> config.Config:
+  (path,) = [path for path in CONFIGS if path.stem == name]
+  return config.build(config.Config, load(path).get_config(variant).to_dict())
+
+
+def test_the_official_recipe_changes_what_it_names_and_nothing_else(official):
+  unified = paper_config("imagenet_r", "method=lora,tasks=20")
+  built = paper_config("imagenet_r", "method=lora,tasks=20,recipe=official")
+  assert (built.epochs, built.method.rank, built.weights.tag) == (50, 10, "augreg_in21k")
+  assert (built.optim.name, built.optim.milestones) == ("sgd", (20,))
+  assert (built.tasks.order, built.tasks.split, built.tasks.num_tasks) == ("natural", "slice80", 20)
+  assert built.input == dataclasses.replace(unified.input, augmentation="coda")
+  assert built.optim.learning_rate == unified.optim.learning_rate
+  assert built.method.mode == unified.method.mode and built.bases == unified.bases
+  assert unified == paper_config("imagenet_r", "method=lora,tasks=20,recipe=unified")
+
+
+def test_the_official_recipe_may_depend_on_the_number_of_tasks(official):
+  assert paper_config("cifar100", "method=lora,tasks=20,recipe=official").epochs == 40
+  assert paper_config("cifar100", "method=lora,recipe=official").epochs == 20
+
+
+def test_a_split_that_is_asked_for_wins_over_the_recipe_s(official):
+  built = paper_config("imagenet_r", "method=lora,recipe=official,split=stratified")
+  assert (built.tasks.split, built.tasks.order) == ("stratified", "natural")
+
+
+@pytest.mark.parametrize(
+  ("name", "variant", "message"),
+  [
+    ("cifar100", "recipe=best", "recipe is 'best': must be one of unified, official"),
+    ("cub200", "recipe=official", "recipe is 'official': must be unified, lora has none for 'cub2"),
+    (
+      "domainnet_dil",
+      "recipe=official",
+      "learn new classes in each task (cil), and the scenario i",
+    ),
+    ("cub200", "recpe=official", "the key must be one of method, tasks, split, recipe"),
+  ],
+)
+def test_a_recipe_that_there_is_not_is_refused(official, name, variant, message):
+  with pytest.raises(config.ConfigError) as error:
+    paper_config(name, f"method=lora,{variant}")
+  assert message in str(error.value)
+
+
+def test_a_method_without_official_settings_says_so(monkeypatch):
+  monkeypatch.delattr(linear_probe, "OFFICIAL", raising=False)
+  with pytest.raises(config.ConfigError, match="must be unified, linear_probe has none$"):
+    paper_config("cub200", "method=linear_probe,recipe=official")
+
+
+def test_every_config_of_the_paper_takes_a_recipe_and_its_own_number_of_tasks():
+  counts = {path.stem: paper_config(path.stem, "recipe=unified").tasks.num_tasks for path in PAPER}
+  assert counts == {
+    "cifar100": 10,
+    "cub200": 10,
+    "domainnet": 5,
+    "domainnet_dil": 6,
+    "imagenet_r": 10,
+  }

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmlora_jax import config, main, writer
+from fmlora_jax import command_line, config, writer
 from fmlora_jax.run import run
 from fmlora_jax.types import NonFiniteError
 
@@ -182,17 +182,16 @@ def test_ctrl_c_says_how_to_go_on(guarded, capsys):
 
 @pytest.fixture
 def guarded(monkeypatch):
-  """Returns a function that calls `guarded_main` of a run that raises its argument."""
+  """Returns a function that guards a program which raises its argument."""
 
   def call(error, debug=False):
     def fail(argv):
       raise error
 
-    monkeypatch.setattr(main, "main", fail)
     values = types.SimpleNamespace(batch_size=512)
-    monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=values))
-    monkeypatch.setattr(main, "_DEBUG", types.SimpleNamespace(value=debug))
-    main.guarded_main([])
+    monkeypatch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=values))
+    monkeypatch.setattr(command_line, "DEBUG", types.SimpleNamespace(value=debug))
+    command_line.guarded(fail, [])
 
   return call
 
@@ -260,6 +259,9 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert not done.stderr
   for start in ("devices    1 x", "backbone   random", "benchmark  digits", "scenario   cil, 2"):
     assert start in done.stdout
+  # 2 tasks of 5 classes, width 96; the rows start at the means of their classes
+  costs = "485 trained in the last task, 970 stored beside the backbone; added by each task: 0 0"
+  assert f"parameters {costs}\nkeeps      no image and no statistics of the data" in done.stdout
   workdir = tmp_path / "runs" / "digits-linear_probe-1993"  # where no --workdir is given
   result = json.loads((workdir / "result.json").read_text())
   assert set(writer.FIELDS) <= set(result)

@@ -88,7 +88,8 @@ def test_a_row_holds_mean_and_deviation_over_seeds():
     "3",
     f"{np.mean(accs):.2f} ± {np.std(accs, ddof=1):.2f}",
   ]
-  assert row.split()[-9:] == ["1.23M", "346k", "8", "8", "4", "4", "4", "13:32", "min"]
+  costs = ["1.23M", "346k", "0", "B", "1/1"]
+  assert row.split()[-12:] == [*costs, "8", "8", "4", "4", "4", "13:32", "min"]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,31 @@ def test_unfair_comparisons_are_warned_about():
 def test_the_same_seed_twice_is_warned_about():
   (line,) = report.warnings({"fm_lora": [result(), result()]})
   assert line == "fm_lora has several runs of seed 1993: ± is not over seeds alone"
+
+
+def test_what_a_method_keeps_and_computes_besides_has_its_columns():
+  passes = {"train": 1, "test": 2, "between": 3}
+  (cells,) = report.rows({"hide": [result(passes=passes, rehearsal_bytes=61_440)]})
+  assert cells[report.HEADER.index("statistics")][0] == "61.4 kB"
+  assert cells[report.HEADER.index("passes")][0] == "1/2 +3"
+
+
+def test_caveats_stand_below_the_table_once():
+  odd = [result("hide", seed=seed, caveats=["the batch votes"]) for seed in (1, 2)]
+  text = text_of([result(), *odd])
+  assert text.count("warning: hide: the batch votes\n") == 1
+  assert "> warning: hide: the batch votes" in report.markdown([result(), *odd])
+
+
+def test_costs_are_two_lines():
+  assert report.costs(result(tasks=2)) == [
+    "parameters 346k trained in the last task, 1.23M stored beside the backbone; added by each "
+    "task: 12.3k 12.3k",
+    "keeps      no image and no statistics of the data (rehearsal-free); forward passes 1/1",
+  ]
+  passes = {"train": 2, "test": 2, "between": 1}
+  line = report.costs(result(passes=passes, rehearsal_bytes=2_500_000))[1]
+  assert line == "keeps      no image, but 2.5 MB of statistics of the data; forward passes 2/2 +1"
 
 
 def test_plain_text_is_never_cut():

@@ -11,6 +11,12 @@ def names() -> list[str]:
   return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED_FILES]
 
 
+def variants(name: str) -> tuple[dict, ...]:
+  """Returns the settings in which a comparison of all methods runs `name`; most have one."""
+  module = importlib.import_module(f"fmlora_jax.methods.{name}")
+  return getattr(module, "VARIANTS", ({},))
+
+
 def make(config, backbone, spec):
   """Returns the Method that `config.method.name` names, for a Backbone and a SequenceSpec.
 

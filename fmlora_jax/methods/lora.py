@@ -14,6 +14,8 @@ from fmlora_jax.methods import frame, recipes
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
 
+VARIANTS = ({"mode": "incremental"}, {"mode": "sequential"})  # of a comparison of all methods
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(config_lib.LowRankConfig):

@@ -35,14 +35,18 @@ def gradients(step):
   return {name: draw(10 + step, *leaf.shape) for name, leaf in PARAMS.items()}
 
 
-def optimise(config, labels=LABELS, params=PARAMS, grads=gradients):
-  """Returns the parameters after STEPS of a task of STEPS, and the state of the optimiser."""
+def optimise(config, labels=LABELS, params=PARAMS, grads=gradients, epochs=(0,) * STEPS):
+  """Returns the parameters after STEPS of a task of STEPS, and the state of the optimiser.
+
+  Args:
+    epochs: of each step.
+  """
   optimizer = optim.make(config, labels)
   state = optimizer.init(params)
   update = jax.jit(optimizer.update)
   for step in range(STEPS):
     progress = jnp.float32(step / STEPS)
-    updates, state = update(grads(step), state, params, progress=progress, epoch=0)
+    updates, state = update(grads(step), state, params, progress=progress, epoch=epochs[step])
     params = jax.tree.map(jnp.add, params, updates)
   return params, state
 
@@ -116,6 +120,81 @@ def test_clipping_is_by_the_norm_over_all_trained_leaves():
   for name in TRAINED:
     np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-7)
     assert np.abs(got[name] - unclipped[name]).max() > 1e-4
+
+
+def torch_adam(w, grads, rates, weight_decay):
+  """torch.optim.Adam: the decay is part of the gradient, and so of both moments; in float64."""
+  w, m, v = w.astype(np.float64), 0.0, 0.0
+  for i, (g, rate) in enumerate(zip(grads, rates, strict=True)):
+    g = g + weight_decay * w
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.999 ** (i + 1))
+    w = w - rate * m_hat / (np.sqrt(v_hat) + 1e-8)
+  return w
+
+
+def torch_sgd(w, grads, rates, weight_decay, momentum):
+  """torch.optim.SGD, no dampening: the first buffer is the first decayed gradient; in float64."""
+  w, buffer = w.astype(np.float64), 0.0
+  for g, rate in zip(grads, rates, strict=True):
+    buffer = momentum * buffer + g + weight_decay * w
+    w = w - rate * buffer
+  return w
+
+
+EPOCHS = (0, 0, 1, 1, 1, 2, 2)
+FACTORS = (1, 1, 0.5, 0.5, 0.5, 0.25, 0.25)  # halved at epochs 1 and 2
+BY_STEPS = {"schedule": "steps", "milestones": (1, 2), "decay": 0.5}
+
+
+def rates_of(peak):
+  return [peak * factor for factor in FACTORS]
+
+
+def test_adam_takes_its_decay_into_the_gradient():
+  got, _ = optimise(make_config(name="adam", **BY_STEPS), epochs=EPOCHS)
+  for name, rate, decay in (("core", 3e-3, 0.1), ("prompt", 1.5e-3, 0.1), ("head", 2e-2, 0.0)):
+    grads = [gradients(step)[name] for step in range(STEPS)]
+    expected = torch_adam(PARAMS[name], grads, rates_of(rate), decay)
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+  decoupled, _ = optimise(make_config(name="adamw", **BY_STEPS), epochs=EPOCHS)
+  assert np.abs(got["core"] - decoupled["core"]).max() > 1e-4
+  assert np.abs(got["head"] - decoupled["head"]).max() < 1e-6  # which has no decay
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_has_momentum_and_takes_its_decay_into_the_gradient(momentum):
+  got, _ = optimise(make_config(name="sgd", momentum=momentum, **BY_STEPS), epochs=EPOCHS)
+  for name, rate, decay in (("core", 3e-3, 0.1), ("prompt", 1.5e-3, 0.1), ("head", 2e-2, 0.0)):
+    grads = [gradients(step)[name] for step in range(STEPS)]
+    expected = torch_sgd(PARAMS[name], grads, rates_of(rate), decay, momentum)
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - PARAMS[name]).max() > rate
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adam", "sgd"])
+def test_factors_whose_neutral_value_is_not_zero_do_not_decay(optimiser):
+  """The group "scale": the adapters' rate, and no decay however large it is elsewhere."""
+  labels = LABELS | {"core": "scale"}
+  got, _ = optimise(make_config(name=optimiser, weight_decay=5.0), labels)
+  expected, _ = optimise(make_config(name=optimiser, weight_decay=0.0))
+  decayed, _ = optimise(make_config(name=optimiser, weight_decay=5.0))
+  np.testing.assert_array_equal(got["core"], expected["core"])
+  assert np.abs(decayed["core"] - got["core"]).max() > 1e-3
+
+
+def test_a_floor_of_the_rate_is_each_group_s_own():
+  """timm_cosine ends at one rate, which is another factor of the head's peak."""
+  floor = 1e-3
+  config = make_config(name="sgd", momentum=0.0, schedule="timm_cosine", final_learning_rate=floor)
+  optimizer = optim.make(config, LABELS)
+  state = optimizer.init(PARAMS)
+  grads = gradients(0)
+  late = {"progress": 0.0, "epoch": 1 + config.epochs}  # half a wave: the floor itself
+  updates, _ = optimizer.update(grads, state, PARAMS, **late)
+  np.testing.assert_allclose(updates["head"], -floor * grads["head"], rtol=1e-4)
+  decayed = grads["core"] + 0.1 * PARAMS["core"]
+  np.testing.assert_allclose(updates["core"], -floor * decayed, rtol=1e-4)
 
 
 def test_a_label_that_is_no_group_is_refused():

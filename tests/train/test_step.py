@@ -1,8 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from fmlora_jax.train import optim
 from fmlora_jax.train.step import Fixed, Stepper
 from fmlora_jax.types import Batch
 
@@ -81,3 +85,38 @@ def test_the_norm_is_that_of_the_gradients_of_trained_leaves(ready):
   assert sum(leaf.size for leaf in moments) == trained
   norm = np.sqrt(sum(np.sum((np.asarray(leaf) / 0.1) ** 2) for leaf in moments))
   np.testing.assert_allclose(stats["grad_norm"], norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 750, 12_345])
+def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, steps_per_epoch):
+  """The last step of an epoch and the first of the next, which schedules by epochs tell apart."""
+  made, _, state, fixed, batch = ready
+  epochs, seen = 50, []
+
+  def recorded(config, labels):
+    chosen = original(config, labels)
+
+    def update(updates, state, params, *, progress, epoch):
+      seen.append((progress, epoch))
+      return chosen.update(updates, state, params, progress=progress, epoch=epoch)
+
+    return optax.GradientTransformationExtraArgs(chosen.init, update)
+
+  original = optim.make
+  monkeypatch.setattr(optim, "make", recorded)
+  config = dataclasses.replace(made.config, epochs=epochs)
+  stepper = Stepper(made.method, config, made.method.rules(1))
+  total = jnp.int32(epochs * steps_per_epoch)
+
+  @jax.jit
+  def now(step):
+    seen.clear()
+    stepper.step(state.replace(step=step), fixed.replace(total_steps=total), batch)
+    return seen[-1]
+
+  for epoch in range(1, epochs):
+    first = epoch * steps_per_epoch
+    for step, expected in ((first - 1, epoch - 1), (first, epoch)):
+      progress, got = now(jnp.int32(step))
+      assert int(got) == expected
+      np.testing.assert_allclose(progress, step / (epochs * steps_per_epoch), rtol=1e-6)

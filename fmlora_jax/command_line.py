@@ -1,0 +1,109 @@
+"""What the programs that run experiments share: flags, and errors that are one line.
+
+A wrong setting ends with exit code 2 and its message, Ctrl-C with 130; what only we can mend shows
+its trace.
+"""
+
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from fmlora_jax import settings
+from fmlora_jax.config import ConfigError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for what is run; the same again resumes it. Default: in runs/."
+)
+DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error that has a message.")
+
+
+def start(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
+  """Runs `main` as a program that shows what the package logs as plain lines."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  log = logging.getLogger("fmlora_jax")
+  log.setLevel(logging.INFO)
+  log.addHandler(logging.StreamHandler(sys.stdout))
+  log.propagate = False
+  app.run(lambda argv: guarded(main, argv), flags_parser=parse)
+
+
+def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+  """Runs `main`; what a user can mend is one last line and exit code 2, a stop exit code 130."""
+  try:
+    main(argv)
+  except KeyboardInterrupt:
+    sys.stderr.write("stopped; the same command resumes\n")
+    sys.exit(130)
+  except Exception as error:
+    line = reason(error, CONFIG.value and CONFIG.value.batch_size)
+    if DEBUG.value or not line:
+      raise
+    fail(line)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a wrong setting is one line, not a trace."""
+  check_files(argv[1:])
+  try:
+    return flags.FLAGS(argv)
+  except settings.PARSERS_ERRORS as error:
+    fail(settings.explain(error, argv))
+
+
+def check_files(arguments: Sequence[str]) -> None:
+  """Ends the program where --config names no file."""
+  for argument in arguments:
+    file = re.match(r"--?config=([^:]+)", argument)
+    if file and not pathlib.Path(file[1]).is_file():
+      fail(f"--config is {file[1]!r}: no such file; see configs/, such as configs/digits.py")
+
+
+def check_workdir() -> None:
+  """Refuses a bucket as --workdir."""
+  if "://" in (WORKDIR.value or ""):
+    raise app.UsageError(
+      f"--workdir is {WORKDIR.value!r}: must be a local or mounted folder, buckets are not "
+      "supported yet"
+    )
+
+
+def keep_programs() -> None:
+  """Keeps what XLA compiles in the user's cache."""
+  import jax  # after the flags: --help and a typo answer at once
+
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache, "fmlora_jax", "xla")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def reason(error: Exception, batch_size: int | None) -> str | None:
+  """Returns in one line what a user may be able to mend; None where only we can."""
+  from fmlora_jax.types import NonFiniteError  # which imports jax
+
+  message = " ".join(str(error).split())
+  if isinstance(error, (app.UsageError, ConfigError, NonFiniteError)):
+    return message
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+    detail = str(error).partition("\n")[0]
+    return (
+      f"config.batch_size is {batch_size}: out of memory; lower it, config.eval_batch_size or "
+      f"config.input.source_size ({detail})"
+    )
+  if isinstance(error, (ValueError, OSError)):
+    return f"{message} (--debug shows where)"
+  return None
+
+
+def fail(message: str, code: int = 2):
+  """Ends the program with one line on the standard error."""
+  sys.stderr.write(f"error: {message}\n")
+  sys.exit(code)
