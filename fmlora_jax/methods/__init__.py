@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-SHARED_FILES = ("drs", "frame", "rules")
+SHARED_FILES = ("alignment", "class_statistics", "drs", "frame", "rules", "task_identity")
 
 
 def names() -> list[str]:
