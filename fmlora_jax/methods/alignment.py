@@ -48,7 +48,7 @@ class Aligner:
     settings: of the descent.
     field: where they stand in the config.
     logits: (params, features [B, D]) -> [B, O] over all outputs; all of `params` is trained.
-    output: of each row of the statistics, in [0, O).
+    output: of each row of the statistics; every output has a row.
   """
 
   def __init__(
@@ -63,8 +63,8 @@ class Aligner:
 
   def align(
     self, params: Params, statistics: Params, rows: Bool[np.ndarray, " R"], num_old: int, key
-  ) -> tuple[Params, float]:
-    """Returns the trained params and the loss of the last minibatch in nats.
+  ) -> tuple[Params, float | None]:
+    """Returns the trained params and the loss of the last minibatch in nats, None of 0 epochs.
 
     Args:
       rows: whose classes are known by now; other outputs are masked.
@@ -73,6 +73,8 @@ class Aligner:
     Raises:
       NonFiniteError: if the loss gets NaN or infinite.
     """
+    if not self.settings.epochs:
+      return params, None
     params, loss = self._descend(params, statistics, rows, jnp.int32(num_old), key)
     if not np.isfinite(loss):
       raise NonFiniteError(
@@ -86,11 +88,11 @@ class Aligner:
     momentum = optax.trace(decay=settings.momentum)
     chances = class_statistics.chances(statistics, rows)
     output = jnp.asarray(self._output)
+    known = jnp.zeros(self._output.max() + 1, bool).at[output].max(rows)
 
     def loss_of(params, key):
       features, row = class_statistics.draw(statistics, chances, key, settings.batch_size)
       logits = self._logits(params, features)
-      known = jnp.zeros(logits.shape[-1], bool).at[output].max(rows)
       masked = jnp.where(known, logits, -1e9)  # finite: -inf would make NaN gradients
       return optax.softmax_cross_entropy_with_integer_labels(masked, output[row]).mean()
 
@@ -98,8 +100,8 @@ class Aligner:
       params, state, _ = carry
       loss, grads = jax.value_and_grad(loss_of)(params, jax.random.fold_in(key, i))
       updates, state = momentum.update(grads, state)
-      rate = 0.5 * (1 + jnp.cos(jnp.pi * (i // num_old) / settings.epochs))
-      rate = settings.learning_rate * rate
+      annealed = 0.5 * (1 + jnp.cos(jnp.pi * (i // num_old) / settings.epochs))
+      rate = settings.learning_rate * annealed
       params = jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates)
       return params, state, loss
 

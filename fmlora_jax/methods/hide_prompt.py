@@ -25,6 +25,11 @@ from fmlora_jax.methods.task_identity import IdentityConfig
 from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
+_SHARED_CLASSES = (
+  "HiDe-Prompt is made for tasks that share no classes; here its task classifier has an output for "
+  "each class of each task",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(config_lib.MethodConfig):
@@ -180,6 +185,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     rules=lambda task: (("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")),
     stored=stored,
     feature_epochs=settings.identity.epochs + 2,
+    caveats=_SHARED_CLASSES if spec.shares_classes else (),
   )
 
 

@@ -6,6 +6,7 @@ task-identity inference.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class IdentityConfig:
     config_lib._require(rate > 0, "learning_rate", rate, "> 0")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:
   """Returns a new task classifier."""
   shapes = {
@@ -100,6 +102,9 @@ class Learner:
       optax.adam(self.settings.learning_rate),
     )
     self._features = backbone.apply
+    # jitted, as `fresh` is: all their leaves are placed where the task's images are, so that the
+    # step compiles once
+    self._start = jax.jit(self._optimizer.init)
     self._step = jax.jit(self._train_step, static_argnames="augment")
     self._collect = class_statistics.make_collector(backbone.apply)
     field = "method.identity.alignment"
@@ -117,7 +122,7 @@ class Learner:
     Raises:
       NonFiniteError: if the training gives NaN or infinity.
     """
-    state = self._optimizer.init(identity)
+    state = self._start(identity)
     for epoch in range(self.settings.epochs):
       key = jax.random.fold_in(view.key("identity"), epoch)
       for step, (examples, rows) in enumerate(view.train_batches(epoch)):
