@@ -6,7 +6,6 @@ task-identity inference.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,6 @@ class IdentityConfig:
     config_lib._require(rate > 0, "learning_rate", rate, "> 0")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:
   """Returns a new task classifier."""
   shapes = {
@@ -102,9 +100,6 @@ class Learner:
       optax.adam(self.settings.learning_rate),
     )
     self._features = backbone.apply
-    # jitted, as `fresh` is: all their leaves are placed where the task's images are, so that the
-    # step compiles once
-    self._start = jax.jit(self._optimizer.init)
     self._step = jax.jit(self._train_step, static_argnames="augment")
     self._collect = class_statistics.make_collector(backbone.apply)
     field = "method.identity.alignment"
@@ -122,7 +117,9 @@ class Learner:
     Raises:
       NonFiniteError: if the training gives NaN or infinity.
     """
-    state = self._start(identity)
+    # where the task is: what lies elsewhere at the first step would compile it twice
+    state = self._optimizer.init(identity)
+    identity, state = jax.device_put((identity, state), view.arrays.index.sharding)
     for epoch in range(self.settings.epochs):
       key = jax.random.fold_in(view.key("identity"), epoch)
       for step, (examples, rows) in enumerate(view.train_batches(epoch)):
