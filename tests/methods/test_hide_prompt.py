@@ -12,7 +12,8 @@ from fmlora_jax import checkpoint, methods
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import hide_prompt
-from fmlora_jax.models import vit
+from fmlora_jax.methods.alignment import Aligner
+from fmlora_jax.models import heads, vit
 from fmlora_jax.train.step import Fixed
 from fmlora_jax.types import Adapters, Prefix, SequenceSpec, Sizes, Variables
 
@@ -107,6 +108,23 @@ def test_the_end_of_a_task_trains_nothing_but_the_head(learned, changed):
       assert np.abs(new[lo:hi] - trained[: hi - lo]).max() > 1e-3
       assert (np.abs(new - old)[:lo].max(1) > 1e-4).all()
     np.testing.assert_array_equal(new[seen:], old[seen:])
+
+
+def test_the_head_is_aligned_by_the_statistics_of_all_classes_so_far(learned):
+  """With one minibatch per class of earlier tasks in an epoch."""
+  labels = np.arange(7)
+  settings = learned.config.method.alignment
+  align = Aligner(settings, "method.alignment", heads.linear, labels).align
+  for stage in learned.stages[1:]:
+    lo, hi = learned.spec.class_ranges[stage.view.index]
+    own = {name: leaf[: hi - lo] for name, leaf in stage.trained.cur["head"].items()}
+    head = {name: stage.before.mem["head"][name].at[lo:hi].set(own[name]) for name in own}
+    expected, loss = align(
+      head, stage.ended.mem["statistics"], labels < hi, lo, stage.view.key("alignment")
+    )
+    assert loss == pytest.approx(stage.facts["alignment_loss"], rel=1e-4)
+    for name, leaf in expected.items():
+      np.testing.assert_allclose(stage.ended.mem["head"][name], leaf, atol=1e-5)
 
 
 def test_without_alignment_the_head_is_as_trained(lab):
