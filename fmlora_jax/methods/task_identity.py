@@ -30,7 +30,8 @@ class IdentityConfig:
   Attributes:
     epochs: before each task; every one is a forward pass over its images, augmented.
     learning_rate: of Adam.
-    alignment: afterwards, on the statistics of all classes so far; from task 2 on.
+    alignment: of the whole network afterwards, on the statistics of all classes so far; from task 2
+      on. HD/engines/hide_tii_engine.py trains all but the ViT, too.
   """
 
   epochs: int = 20
