@@ -317,7 +317,7 @@ class Method:
     init: (key, weights) -> Variables with `frozen` empty.
     begin_task: (variables, view) -> (variables, facts); facts is a JSON-able dict for the log.
     freeze: (weights, variables) -> the `frozen` group for training at the current task.
-    apply: (variables, images, task: TaskArrays, key) -> Output.
+    apply: (variables, images, task: TaskArrays, key, valid [B] = all) -> Output.
     end_task: (variables, view) -> (variables, facts).
     fold: (weights, variables) -> a pytree for inference; the whole past folded in.
     predict: (folded, images) -> logits [B, C] over all classes; unseen ones are masked outside.

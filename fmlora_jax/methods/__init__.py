@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-SHARED_FILES = ("drs", "dualgpm", "frame", "recipes", "rules")
+SHARED_FILES = ("alignment", "class_statistics", "drs", "dualgpm", "frame", "recipes", "rules", "task_identity")
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.models import heads
@@ -37,12 +37,14 @@ class StepInputs:
   Attributes:
     task: the current one.
     key: of this step alone.
+    valid: False for padding rows.
     query: class tokens of the untouched ViT, float32, without a gradient; None where the method
       asks for none.
   """
 
   task: TaskArrays
   key: PRNGKeyArray
+  valid: Bool[Array, " B"]
   query: Float[Array, "B D"] | None = None
 
 
@@ -86,12 +88,15 @@ def with_head(
   read = read or backbone.apply
   dtype = jnp.dtype(config.compute_dtype)
   starts_at_means = config.head.start == "class_mean"
+  passes_at_test = 1 + (query != "never")
 
-  def step_inputs(variables, images, task, key):
+  def step_inputs(variables, images, task, key, valid):
     seen = None
     if query == "always":
       seen = jax.lax.stop_gradient(backbone.apply(variables.frozen["backbone"], images))
-    return StepInputs(task=task, key=key, query=seen)
+    if valid is None:
+      valid = jnp.ones(len(images), bool)
+    return StepInputs(task=task, key=key, valid=valid, query=seen)
 
   def features_so_far(model, images):
     """Of the folded model."""
@@ -118,8 +123,8 @@ def with_head(
       return {}
     return {"backbone": cast_kernels(past(weights, variables), dtype)}
 
-  def apply(variables, images, task, key):
-    inputs = step_inputs(variables, images, task, key)
+  def apply(variables, images, task, key, valid=None):
+    inputs = step_inputs(variables, images, task, key, valid)
     trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
     features = read(trunk, images, adapters(variables, inputs))
     return Output(
@@ -167,8 +172,8 @@ def with_head(
     stored=stored,
     passes=Passes(
       train=1 + (query == "always"),
-      test=1 + (query != "never"),
-      between=feature_epochs + starts_at_means + head.needs_means,
+      test=passes_at_test,
+      between=feature_epochs + passes_at_test * (starts_at_means + head.needs_means),
     ),
     caveats=caveats,
   )

@@ -75,7 +75,7 @@ class Stepper:
     def loss_fn(trained):
       params = combine(trained, still)
       variables = Variables(frozen=fixed.frozen, mem=fixed.mem, **params)
-      output = self.method.apply(variables, batch.images, fixed.task, key)
+      output = self.method.apply(variables, batch.images, fixed.task, key, batch.valid)
       losses = heads.local_losses(output.logits, batch.labels, fixed.task)
       return heads.weighted_mean(losses, batch.valid) + output.penalty
 

@@ -21,6 +21,7 @@ class Case:
     starts_at_nothing: whether a fresh task leaves every logit as it is, bit for bit.
     folds: whether the folded model gives the logits of training to the task just learned.
     kept_in_mem: the entry of `mem` that `stored` counts as shared, of constant size.
+    keeps_old_rows: whether only the rows of a task's own classes change in the head.
   """
 
   name: str
@@ -30,6 +31,7 @@ class Case:
   starts_at_nothing: bool = True
   folds: bool = True
   kept_in_mem: str | None = None
+  keeps_old_rows: bool = True
 
   def __str__(self):
     return "-".join([self.name, *(v for v in self.changes.values() if isinstance(v, str))])
@@ -69,6 +71,27 @@ ALL = [
     changes={"rank": 3},
     full_size={"rank": 10},
     stored={"shared": 0, "per_task": [276_480] * 3, "statistics": 1_824_000},
+  ),
+  # task classifier: 768·1536·2 + 1536 + 768, LayerNorm 2·768, 769 for each of 6 classes; a task's
+  # prefixes: 5 layers, 2·20·768; statistics of a class: 2 kinds of features, 10·2·768 each
+  Case(
+    name="hide_prompt",
+    changes={
+      "layers": (0, 1),
+      "prompt_length": 2,
+      "num_centroids": 4,
+      "repulsion": 0.05,
+      "identity": {"epochs": 3, "learning_rate": 0.01},
+    },
+    full_size={"layers": (0, 1, 2, 3, 4), "prompt_length": 20, "num_centroids": 10},
+    stored={
+      "shared": 2_363_136 + 6 * 769,
+      "per_task": [153_600] * 3,
+      "statistics": 6 * 30_720,
+    },
+    starts_at_nothing=False,  # a hundredth of its prefixes is the mean of the others
+    folds=False,  # the folded model may name another task, and its head was aligned
+    keeps_old_rows=False,
   ),
   Case(name="linear_probe", stored={"shared": 0, "per_task": [0, 0, 0]}),
   # 12 layers, query and value: (768 + 768)·r each
