@@ -3,12 +3,11 @@
 Source: Smith et al., CODA-Prompt, arXiv:2211.13218; settings from the official code (CO).
 
 On purpose unlike the official code: the slots of earlier tasks are data, not trained leaves that
-are detached, so neither moments nor weight decay touch them, and slots of tasks to come are zero and
-add exactly nothing.
+are detached, so neither moments nor weight decay touch them, and slots of tasks to come are zero
+and add exactly nothing.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +57,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   slots, depth = settings.pool_size // num_tasks, len(settings.layers)
   if not num_tasks <= num_tasks * slots <= width:
     raise ConfigError(
-      f"config.method.pool_size is {settings.pool_size}: must give each of {num_tasks} tasks a slot "
-      f"and all of them at most {width}, as many as can be orthonormal"
+      f"config.method.pool_size is {settings.pool_size}: must give each of {num_tasks} tasks a "
+      f"slot, and all together at most {width}, as many as can be orthonormal"
     )
   shapes = {"prompt": (settings.length, width), "key": (width,), "attention": (width,)}
 
@@ -72,11 +71,11 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     """Draws the task's slots, orthonormal to each other."""
     fresh = {}
     for i, (name, shape) in enumerate(shapes.items()):
-      key = jax.random.fold_in(view.key("components"), i)
-      drawn = jax.random.normal(key, (depth, slots, math.prod(shape)))
       earlier = _vectors(variables.mem["components"][name])
+      key = jax.random.fold_in(view.key("components"), i)
+      drawn = jax.random.normal(key, (depth, slots, earlier.shape[-1]))
       fresh[name] = prompts.gram_schmidt(earlier, drawn).reshape(depth, slots, *shape)
-    return variables.replace(cur=variables.cur | {"components": fresh}), {"slots": slots}
+    return variables.replace(cur=variables.cur | {"components": fresh}), {}
 
   def joined(variables, task):
     """Returns the slots of all tasks, those of `task` the ones in training."""
@@ -130,8 +129,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
 def _vectors(stack):
   """[T, L, M, ...] -> [L, T·M, D]: each slot a vector."""
-  t, depth, m, *shape = stack.shape
-  return jnp.moveaxis(stack, 0, 1).reshape(depth, t * m, math.prod(shape))
+  return rearrange(stack, "t l m ... -> l (t m) (...)")
 
 
 # CO/configs/imnet-r_prompt.yaml, CO/experiments/imagenet-r.sh (`--prompt_param 100 8 0.0`); classes

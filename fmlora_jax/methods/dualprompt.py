@@ -4,11 +4,11 @@ Source: Wang et al., DualPrompt, arXiv:2204.04799; settings from the official JA
 HiDe-Prompt (HD).
 
 On purpose unlike the public codes: a query is compared with the keys of learned tasks only, where
-they look at the untrained keys of tasks to come too; keys and values of a prefix are kept apart from
-samples, where the PyTorch ports mix them by a reshape; each sample chooses its own expert, where
-LP's CIFAR-100 and the ports let the batch vote, whose images are of one task (`batchwise` brings the
-vote back). A length counts the tokens before the keys, and as many again stand before the values,
-as in LP; CODA-Prompt's port splits it between the two.
+they look at the untrained keys of tasks to come too; keys and values of a prefix are kept apart
+from samples, where the PyTorch ports mix them by a reshape; each sample chooses its own expert,
+where LP's CIFAR-100 and the ports let the batch vote, whose images are of one task (`batchwise`
+brings the vote back). A length counts the tokens before the keys, and as many again stand before
+the values, as in LP; CODA-Prompt's port splits it between the two.
 """
 
 import dataclasses
