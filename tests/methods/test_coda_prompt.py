@@ -23,7 +23,7 @@ def learned(lab):
 def slots_of(stack, tasks):
   """[T, L, M, ...] -> [L, tasks·M, D] in float64."""
   stack = np.asarray(stack, np.float64)[:tasks]
-  return np.concatenate(list(stack), axis=1).reshape(2, tasks * SLOTS, -1)
+  return np.moveaxis(stack, 0, 1).reshape(2, tasks * SLOTS, np.prod(stack.shape[3:], dtype=int))
 
 
 def mixed(components, query, tasks):
