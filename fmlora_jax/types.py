@@ -249,10 +249,13 @@ class TaskArrays:
 
 @flax.struct.dataclass
 class Output:
-  """What a training step needs: logits over the K slots of the current task, and a penalty."""
+  """What a training step needs: logits over the K slots of the current task, and a penalty.
+
+  A penalty of each sample is averaged like its cross-entropy, without the padding.
+  """
 
   logits: Float[Array, "B K"]
-  penalty: Float[Array, ""]
+  penalty: Float[Array, "*B"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

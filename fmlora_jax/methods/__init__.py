@@ -3,7 +3,16 @@
 import importlib
 import pkgutil
 
-SHARED_FILES = ("alignment", "class_statistics", "drs", "dualgpm", "frame", "recipes", "rules", "task_identity")
+SHARED_FILES = (
+  "alignment",
+  "class_statistics",
+  "drs",
+  "dualgpm",
+  "frame",
+  "recipes",
+  "rules",
+  "task_identity",
+)
 
 
 def names() -> list[str]:

@@ -5,6 +5,7 @@ Most methods differ only in the `Adapters` they give the ViT and in what they do
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,6 +28,11 @@ from fmlora_jax.types import (
   TaskArrays,
   TaskView,
   Variables,
+)
+
+BATCH_VOTE = (
+  "batchwise: a batch votes on its prompts, so a prediction depends on the batch it is in, and "
+  "batches of one task's images tell which task it is"
 )
 
 
@@ -73,7 +79,8 @@ def with_head(
   Args:
     init, begin_task, end_task, rules, stored, caveats: the method's own, without the head.
     adapters: what the ViT is handed during training.
-    penalty: (variables, inputs, features [B, D]) -> what is added to the loss.
+    penalty: (variables, inputs, features [B, D]) -> what is added to the loss: a number, or one for
+      each sample.
     past: (weights, variables) -> the backbone that a task trains on, the past folded in; float32.
       Unless `shared` holds a backbone: then that one is trained.
     folded: (weights, variables) -> backbone and memory for inference; None takes `past` and no
@@ -228,3 +235,25 @@ def check_rank(rank: int, field: str, backbone: Backbone, targets) -> None:
       raise ConfigError(
         f"config.{field} is {rank}: must be at most {limit}, the smaller side of {name!r}"
       )
+
+
+def check_layers(layers: tuple[int, ...], field: str, backbone: Backbone) -> None:
+  """Raises ConfigError unless `layers` are numbers of blocks, from 0, ascending."""
+  depth = backbone.sizes.depth
+  ascending = all(a < b for a, b in itertools.pairwise((-1, *layers)))
+  if not (layers and ascending and layers[-1] < depth):
+    raise ConfigError(
+      f"config.{field} is {layers}: must be ascending numbers of blocks in 0..{depth - 1}"
+    )
+
+
+def adam(learning_rate: float, **changes: Any) -> dict[str, Any]:
+  """Returns `config.optim` of Adam at one constant rate for all, without weight decay."""
+  return {
+    "name": "adam",
+    "learning_rate": learning_rate,
+    "weight_decay": 0.0,
+    "head_learning_rate": learning_rate,
+    "head_weight_decay": 0.0,
+    "schedule": "constant",
+  } | changes

@@ -1,11 +1,19 @@
-"""Learned prompts as what attention sees: prefixes of keys and values for some of the layers."""
+"""Learned prompts: which of them a sample sees, and prefixes of keys and values for some layers.
+
+What selects and weighs prompts is computed in full float32 precision, whatever the ViT runs in: the
+order of two close similarities decides what a sample sees.
+"""
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from fmlora_jax.types import Prefix
+
+EPS = 1e-12
 
 
 def prefixes(
@@ -26,3 +34,95 @@ def prefixes(
   for layer, (key, value) in zip(layers, split, strict=True):
     found[layer] = Prefix(key=key, value=value)
   return tuple(found)
+
+
+@jax.default_matmul_precision("highest")
+def similarity(query: Float[Array, "B D"], keys: Float[Array, "M D"]) -> Float[Array, "B M"]:
+  """Returns the cosine of each query and key. Source: L2P (arXiv:2112.08654) Sec. 4.2."""
+  return _unit(query) @ _unit(keys).T
+
+
+def choose(similarities: Float[Array, "B M"], count: int, *, batchwise: bool) -> Int[Array, "B n"]:
+  """Returns the `count` most similar of M for each sample; the lower number where two are equal.
+
+  Args:
+    batchwise: all samples get the same ones, those that most of the batch chose: what a sample gets
+      then depends on the batch it is in.
+
+  Source: L2P (arXiv:2112.08654) Sec. 4.2; the vote is its official code's,
+  google-research/l2p models/prompt.py:211.
+  """
+  chosen = jax.lax.top_k(similarities, count)[1]
+  if not batchwise:
+    return chosen
+  votes = jnp.bincount(chosen.ravel(), length=similarities.shape[1])
+  return jnp.broadcast_to(jax.lax.top_k(votes, count)[1], chosen.shape)
+
+
+@jax.default_matmul_precision("highest")
+def attended_similarity(
+  query: Float[Array, "B D"], attention: Float[Array, "L M D"], keys: Float[Array, "L M D"]
+) -> Float[Array, "B L M"]:
+  """Returns cos(q * a, k) of each query with each slot's attention a and key k; 0 of a zero slot.
+
+  Two products over D give numerator and squared norm, so no [B, L, M, D] is made.
+  Source: CODA-Prompt (arXiv:2211.13218) Sec. 4.2.
+  """
+  inner = jnp.einsum("bd,lmd->blm", query, attention * _unit(keys))
+  squares = jnp.einsum("bd,lmd->blm", query**2, attention**2)
+  return inner * jax.lax.rsqrt(squares + EPS)
+
+
+@jax.default_matmul_precision("highest")
+def mix(
+  weights: Float[Array, "B L M"], components: Float[Array, "L M P D"]
+) -> Float[Array, "B L P D"]:
+  """Returns the sums of components by weight. Source: CODA-Prompt (arXiv:2211.13218) Sec. 4.1."""
+  return jnp.einsum("blm,lmpd->blpd", weights, components)
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def gram_schmidt(
+  earlier: Float[Array, "L K D"], drawn: Float[Array, "L M D"]
+) -> Float[Array, "L M D"]:
+  """Returns the drawn vectors v as unit vectors along v - sum_j (v·u_j / u_j·u_j) u_j, in turn.
+
+  The u_j are all `earlier` ones, as they are, and those that came before v. This is orthogonal to
+  the earlier ones where they are orthogonal to each other: single projections are taken off, not
+  that on their span. Zero vectors, slots still to come, take off nothing.
+
+  Source: CODA-Prompt (arXiv:2211.13218) Sec. 4.3; the start is its official code's,
+  GT-RIPL/CODA-Prompt models/zoo.py:75.
+  """
+
+  def of_layer(earlier, drawn):
+    def place(known, item):
+      row, v = item
+      squares = jnp.sum(known**2, axis=-1)
+      shares = jnp.where(squares > 0, known @ v / jnp.where(squares > 0, squares, 1), 0)
+      rest = v - shares @ known
+      u = rest / jnp.linalg.norm(rest)
+      return known.at[row].set(u), u
+
+    known = jnp.concatenate([earlier, jnp.zeros_like(drawn)])
+    rows = len(earlier) + jnp.arange(len(drawn))
+    return jax.lax.scan(place, known, (rows, drawn))[1]
+
+  return jax.vmap(of_layer)(earlier, drawn)
+
+
+@jax.default_matmul_precision("highest")
+def orthogonality(vectors: Float[Array, "L M D"], used: Bool[Array, " M"]) -> Float[Array, ""]:
+  """Returns the mean of (X·Xᵀ - I)² over pairs of used rows, summed over layers.
+
+  Source: CODA-Prompt (arXiv:2211.13218) Sec. 4.3, as a mean over entries, which its official code
+  takes.
+  """
+  gram = jnp.einsum("lmd,lnd->lmn", vectors, vectors)
+  pairs = used[:, None] & used
+  return jnp.sum(jnp.where(pairs, gram - jnp.eye(len(used)), 0) ** 2) / pairs.sum()
+
+
+def _unit(x):
+  return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + EPS)

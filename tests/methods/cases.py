@@ -62,6 +62,29 @@ ALL = [
     stored={"shared": 14_155_776, "per_task": [0, 0, 0]},
     kept_in_mem="merged",
   ),
+  # 5 layers x floor(100 / 3) slots: 8·768 of a component, 768 of a key, 768 of an attention
+  Case(
+    name="coda_prompt",
+    changes={"pool_size": 10, "length": 4, "layers": (0, 1), "orthogonality": 0.1},
+    full_size={"pool_size": 100, "length": 8, "layers": (0, 1, 2, 3, 4)},
+    stored={"shared": 0, "per_task": [1_267_200] * 3},
+    starts_at_nothing=False,
+  ),
+  # 2 layers of 5 + 5 general tokens, 3 layers of 20 + 20 expert tokens and a key per task
+  Case(
+    name="dualprompt",
+    changes={
+      "general_layers": (0,),
+      "general_length": 2,
+      "expert_layers": (1,),
+      "expert_length": 3,
+    },
+    full_size={"general_layers": (0, 1), "general_length": 5}
+    | {"expert_layers": (2, 3, 4), "expert_length": 20},
+    stored={"shared": 15_360, "per_task": [92_928] * 3},
+    starts_at_nothing=False,
+    folds=False,  # at test time the query chooses the task
+  ),
   Case(name="finetune", stored={"shared": 85_798_656, "per_task": [0, 0, 0]}),
   # at r_max = 32, with 10 prompt tokens: 12·2·(768 + 768)·32 + 10·768 once, 12·2·2·r² per task
   Case(name="fm_lora", stored={"shared": 1_187_328, "per_task": [49_152, 12_288, 768]}),
@@ -92,6 +115,14 @@ ALL = [
     starts_at_nothing=False,  # a hundredth of its prefixes is the mean of the others
     folds=False,  # the folded model may name another task, and its head was aligned
     keeps_old_rows=False,
+  ),
+  # 10 prompts of 5 tokens, and their keys
+  Case(
+    name="l2p",
+    changes={"pool_size": 6, "length": 2, "top_n": 2},
+    full_size={"pool_size": 10, "length": 5, "top_n": 5},
+    stored={"shared": 46_080, "per_task": [0, 0, 0]},
+    starts_at_nothing=False,
   ),
   Case(name="linear_probe", stored={"shared": 0, "per_task": [0, 0, 0]}),
   # 12 layers, query and value: (768 + 768)·r each
