@@ -7,6 +7,9 @@ from fmlora_jax.models import vit
 # lora's is that of mode=sequential, and the better of two for incremental; linear_probe has none
 LEARNING_RATES = {"fm_lora": 1e-3, "lora": 3e-4, "finetune": 3e-5}
 
+# of methods whose defaults are for wider networks: at most 96 components can be orthonormal
+SETTINGS = {"coda_prompt": {"pool_size": 50}}
+
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N."""
@@ -15,7 +18,7 @@ def get_config(variant: str | None = None):
   return config.defaults(
     batch_size=32,
     compute_dtype="float32",
-    method={"name": method},
+    method={"name": method} | SETTINGS.get(method, {}),
     tasks={"benchmark": "digits", "num_tasks": int(chosen.get("tasks", 5))},
     input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},

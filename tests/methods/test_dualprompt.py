@@ -49,23 +49,35 @@ def prefix(tokens):
   return Prefix(key=key, value=value)
 
 
+def logits_of(made, variables, images, expert, head):
+  """Of the ViT with the general prompt and one expert [S, 2, P, D]."""
+  adapters = Adapters(prefix=(prefix(variables.shared["general"][0]), prefix(expert[0])))
+  features = made.backbone.apply(made.weights, images, adapters)
+  return np.asarray(features) @ np.asarray(head["kernel"]).T + head["bias"]
+
+
 def test_each_sample_sees_the_general_prompt_and_the_expert_of_the_nearest_key(learned, spread):
   variables, images = spread
   query, keys = queries(learned, images), np.asarray(variables.mem["key"])
   norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(keys, axis=1)
   chosen = (query @ keys.T / norms).argmax(1)
   assert set(chosen) == {0, 1, 2}
-  head = variables.mem["head"]
   got = learned.predictions(variables, images)
   for sample, slot in enumerate(chosen):
-    adapters = Adapters(
-      prefix=(prefix(variables.shared["general"][0]), prefix(variables.mem["expert"][slot, 0]))
-    )
-    feature = learned.backbone.apply(learned.weights, images[sample][None], adapters)
-    expected = np.asarray(feature) @ np.asarray(head["kernel"]).T + head["bias"]
+    image, expert = images[sample][None], variables.mem["expert"][slot]
+    expected = logits_of(learned, variables, image, expert, variables.mem["head"])
     np.testing.assert_allclose(got[sample], expected[0], atol=1e-5)
-    alone = learned.predictions(variables, images[sample][None])
+    alone = learned.predictions(variables, image)
     np.testing.assert_allclose(alone[0], expected[0], atol=1e-5)
+
+
+def test_training_sees_the_expert_of_its_task_whatever_the_keys(learned, spread):
+  images, stage = spread[1], learned.stages[1]
+  cur = stage.trained.cur | {"expert": 100 * stage.trained.cur["expert"]}
+  variables = stage.trained.replace(cur=cur)
+  got = learned.training_logits(variables, stage, images)
+  expected = logits_of(learned, variables, images, cur["expert"], cur["head"])
+  np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_given_the_right_key_the_folded_model_is_the_trained_one(learned):
