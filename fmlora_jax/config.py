@@ -35,7 +35,8 @@ class ConfigError(ValueError):
   """A setting that can't be: the message names the field, the value, what is allowed, the mend."""
 
 
-def _require(ok: bool, field: str, value: Any, allowed: str) -> None:
+def require(ok: bool, field: str, value: Any, allowed: str) -> None:
+  """Raises ConfigError unless `ok`; `field` is relative to the dataclass that checks it."""
   if not ok:
     raise ConfigError(f"{field} is {value!r}: must be {allowed}")
 
@@ -85,13 +86,13 @@ class TasksConfig:
   max_pixels: int = 178_956_970  # Pillow's own limit for an error
 
   def __post_init__(self):
-    _require(self.num_tasks >= 1, "num_tasks", self.num_tasks, ">= 1")
-    _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
-    _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
-    _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
-    _require(len(set(self.domains)) == len(self.domains), "domains", self.domains, "distinct")
+    require(self.num_tasks >= 1, "num_tasks", self.num_tasks, ">= 1")
+    require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
+    require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
+    require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
+    require(len(set(self.domains)) == len(self.domains), "domains", self.domains, "distinct")
     if self.evaluate_on == "val":
-      _require(self.val_fraction > 0, "val_fraction", self.val_fraction, "> 0 to evaluate_on val")
+      require(self.val_fraction > 0, "val_fraction", self.val_fraction, "> 0 to evaluate_on val")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,8 @@ class InputConfig:
   def __post_init__(self):
     for name in ("image_size", "source_size", "steps_per_dispatch"):
       value = getattr(self, name)
-      _require(value is None or value >= 1, name, value, ">= 1")
-    _require(self.workers >= 0, "workers", self.workers, ">= 0")
+      require(value is None or value >= 1, name, value, ">= 1")
+    require(self.workers >= 0, "workers", self.workers, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ class WeightsConfig:
   gelu: Literal["erf", "tanh"] | None = None
 
   def __post_init__(self):
-    _require(self.depth is None or self.depth >= 1, "depth", self.depth, ">= 1")
+    require(self.depth is None or self.depth >= 1, "depth", self.depth, ">= 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,21 +188,21 @@ class OptimConfig:
 
   def __post_init__(self):
     for name in ("learning_rate", "head_learning_rate"):
-      _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+      require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
     for name in ("weight_decay", "head_weight_decay", "final_learning_rate"):
-      _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+      require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     for name in ("momentum", "decay"):
-      _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+      require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
     marks = self.milestones
     ascending = all(a < b for a, b in itertools.pairwise((0, *marks)))
-    _require(ascending, "milestones", marks, "ascending epochs >= 1")
-    _require(
+    require(ascending, "milestones", marks, "ascending epochs >= 1")
+    require(
       bool(marks) == (self.schedule == "steps"),
       "milestones",
       marks,
       "given with schedule=steps only",
     )
-    _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
+    require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
 
 
 Projection = Literal["query", "key", "value", "out", "fc1", "fc2"]
@@ -226,10 +227,10 @@ class BasesConfig:
   lr_scale: float = 1.0
 
   def __post_init__(self):
-    _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "> 0")
-    _require(self.max_rank >= 1, "max_rank", self.max_rank, ">= 1")
-    _require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
-    _require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
+    require(self.lr_scale > 0, "lr_scale", self.lr_scale, "> 0")
+    require(self.max_rank >= 1, "max_rank", self.max_rank, ">= 1")
+    require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
+    require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,15 +264,15 @@ class DrsConfig:
     ranks = self.candidate_ranks
     ascending = all(a < b for a, b in itertools.pairwise(ranks))
     ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
-    _require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
-    _require(self.rank >= 1, "rank", self.rank, ">= 1")
-    _require(self.price >= 0, "price", self.price, ">= 0")
-    _require(self.tau > 0, "tau", self.tau, "> 0")
-    _require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
+    require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
+    require(self.rank >= 1, "rank", self.rank, ">= 1")
+    require(self.price >= 0, "price", self.price, ">= 0")
+    require(self.tau > 0, "tau", self.tau, "> 0")
+    require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
     for name in ("epochs", "selector_steps"):
-      _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+      require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     lr = self.selector_learning_rate
-    _require(lr > 0, "selector_learning_rate", lr, "> 0")
+    require(lr > 0, "selector_learning_rate", lr, "> 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,8 +288,8 @@ class PromptConfig:
   lr_scale: float = 1.0
 
   def __post_init__(self):
-    _require(self.num_tokens >= 0, "num_tokens", self.num_tokens, ">= 0")
-    _require(self.lr_scale >= 0, "lr_scale", self.lr_scale, ">= 0")
+    require(self.num_tokens >= 0, "num_tokens", self.num_tokens, ">= 0")
+    require(self.lr_scale >= 0, "lr_scale", self.lr_scale, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,7 +309,7 @@ class HeadConfig:
 
   def __post_init__(self):
     fits = self.start == "zero" or self.kind != "cosine"
-    _require(fits, "kind", self.kind, "linear or class_mean where start is class_mean")
+    require(fits, "kind", self.kind, "linear or class_mean where start is class_mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,7 +323,7 @@ class CheckpointConfig:
   every_steps: int = 0
 
   def __post_init__(self):
-    _require(self.every_steps >= 0, "every_steps", self.every_steps, ">= 0")
+    require(self.every_steps >= 0, "every_steps", self.every_steps, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,9 +346,9 @@ class LowRankConfig(MethodConfig):
   targets: tuple[Projection, ...] = ("query", "value")
 
   def __post_init__(self):
-    _require(self.rank >= 1, "rank", self.rank, ">= 1")
+    require(self.rank >= 1, "rank", self.rank, ">= 1")
     distinct = 0 < len(self.targets) == len(set(self.targets))
-    _require(distinct, "targets", self.targets, "at least one projection, each once")
+    require(distinct, "targets", self.targets, "at least one projection, each once")
 
 
 def method_config(name: str) -> type[MethodConfig]:
@@ -357,7 +358,7 @@ def method_config(name: str) -> type[MethodConfig]:
     ConfigError: if there is no such file.
   """
   names = importlib.import_module("fmlora_jax.methods").names()  # by name: methods import config
-  _require(name in names, "config.method.name", name, f"one of {', '.join(names)}")
+  require(name in names, "config.method.name", name, f"one of {', '.join(names)}")
   return importlib.import_module(f"fmlora_jax.methods.{name}").Config
 
 
@@ -382,9 +383,9 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
 
   def __post_init__(self):
-    _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+    require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
     for name in ("epochs", "batch_size", "eval_batch_size"):
-      _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+      require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
 
 
 def build(cls: type, values: dict, path: str = "config") -> Any:
@@ -454,7 +455,7 @@ def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.Config
   Raises:
     ConfigError: if there is no such recipe, or none for this method, benchmark and scenario.
   """
-  _require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+  require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
   config = build(Config, groups)
   if recipe == "official":
     config = build(Config, _merged(groups, _official(config)))

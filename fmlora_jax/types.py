@@ -249,13 +249,10 @@ class TaskArrays:
 
 @flax.struct.dataclass
 class Output:
-  """What a training step needs: logits over the K slots of the current task, and a penalty.
-
-  A penalty of each sample is averaged like its cross-entropy, without the padding.
-  """
+  """What a training step needs: logits over the K slots of the current task, and a penalty."""
 
   logits: Float[Array, "B K"]
-  penalty: Float[Array, "*B"]
+  penalty: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

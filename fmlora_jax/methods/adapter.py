@@ -50,9 +50,9 @@ class Config(config_lib.MethodConfig):
   dropout: float | None = None
 
   def __post_init__(self):
-    config_lib._require(self.width >= 1, "width", self.width, ">= 1")
+    config_lib.require(self.width >= 1, "width", self.width, ">= 1")
     fits = self.dropout is None or 0 <= self.dropout < 1
-    config_lib._require(fits, "dropout", self.dropout, "in [0, 1)")
+    config_lib.require(fits, "dropout", self.dropout, "in [0, 1)")
 
 
 OFFICIAL = recipes.like_sd_lora()  # there are none of its own

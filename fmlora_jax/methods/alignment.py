@@ -34,7 +34,7 @@ class AlignmentConfig:
   momentum: float = 0.9
 
   def __post_init__(self):
-    require = config_lib._require
+    require = config_lib.require
     require(self.epochs >= 0, "epochs", self.epochs, ">= 0")
     require(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1")
     require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")

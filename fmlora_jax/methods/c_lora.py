@@ -32,7 +32,7 @@ class Config(config_lib.LowRankConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    config_lib._require(self.penalty_weight >= 0, "penalty_weight", self.penalty_weight, ">= 0")
+    config_lib.require(self.penalty_weight >= 0, "penalty_weight", self.penalty_weight, ">= 0")
 
 
 def _official(benchmark: str, epochs: int, augmentation: str = "coda") -> dict:

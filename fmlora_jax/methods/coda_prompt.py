@@ -40,9 +40,9 @@ class Config(config_lib.MethodConfig):
 
   def __post_init__(self):
     even = self.length >= 2 and self.length % 2 == 0
-    config_lib._require(even, "length", self.length, "even and >= 2: half keys, half values")
+    config_lib.require(even, "length", self.length, "even and >= 2: half keys, half values")
     mu = self.orthogonality
-    config_lib._require(mu >= 0, "orthogonality", mu, ">= 0")
+    config_lib.require(mu >= 0, "orthogonality", mu, ">= 0")
 
 
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:

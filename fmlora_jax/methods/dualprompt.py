@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods import frame
-from fmlora_jax.models import prompts
+from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
 
@@ -45,12 +45,12 @@ class Config(config_lib.MethodConfig):
 
   def __post_init__(self):
     for name in ("general_length", "expert_length"):
-      config_lib._require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+      config_lib.require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     apart = not set(self.general_layers) & set(self.expert_layers)
-    config_lib._require(
+    config_lib.require(
       apart, "expert_layers", self.expert_layers, f"none of general_layers = {self.general_layers}"
     )
-    config_lib._require(self.pull >= 0, "pull", self.pull, ">= 0")
+    config_lib.require(self.pull >= 0, "pull", self.pull, ">= 0")
 
 
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
@@ -90,7 +90,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     """Pulls the task's key to the queries: arXiv:2204.04799 Sec. 4.3."""
     del features
     key = variables.cur["key"][None]
-    return -settings.pull * prompts.similarity(inputs.query, key)[:, 0]
+    pulled = prompts.similarity(inputs.query, key)[:, 0]
+    return -settings.pull * heads.weighted_mean(pulled, inputs.valid)
 
   def begin_task(variables, view):
     """The expert goes on from that of the task before; the key is as it was drawn."""

@@ -79,8 +79,7 @@ def with_head(
   Args:
     init, begin_task, end_task, rules, stored, caveats: the method's own, without the head.
     adapters: what the ViT is handed during training.
-    penalty: (variables, inputs, features [B, D]) -> what is added to the loss: a number, or one for
-      each sample.
+    penalty: (variables, inputs, features [B, D]) -> what is added to the loss.
     past: (weights, variables) -> the backbone that a task trains on, the past folded in; float32.
       Unless `shared` holds a backbone: then that one is trained.
     folded: (weights, variables) -> backbone and memory for inference; None takes `past` and no

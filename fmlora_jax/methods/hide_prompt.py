@@ -57,7 +57,7 @@ class Config(config_lib.MethodConfig):
   alignment: AlignmentConfig = dataclasses.field(default_factory=AlignmentConfig)
 
   def __post_init__(self):
-    require, layers = config_lib._require, self.layers
+    require, layers = config_lib.require, self.layers
     require(self.prompt_length >= 1, "prompt_length", self.prompt_length, ">= 1")
     ascending = bool(layers) and layers[0] >= 0 and tuple(sorted(set(layers))) == layers
     require(ascending, "layers", layers, "ascending layers, the first is 0")

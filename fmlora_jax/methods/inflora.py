@@ -49,10 +49,10 @@ class Config(config_lib.MethodConfig):
   retain: bool = True
 
   def __post_init__(self):
-    config_lib._require(self.rank >= 1, "rank", self.rank, ">= 1")
-    config_lib._require(0 < self.threshold < 1, "threshold", self.threshold, "in (0, 1)")
+    config_lib.require(self.rank >= 1, "rank", self.rank, ">= 1")
+    config_lib.require(0 < self.threshold < 1, "threshold", self.threshold, "in (0, 1)")
     rises = self.threshold <= self.final_threshold <= 1
-    config_lib._require(rises, "final_threshold", self.final_threshold, "in [threshold, 1]")
+    config_lib.require(rises, "final_threshold", self.final_threshold, "in [threshold, 1]")
 
 
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:

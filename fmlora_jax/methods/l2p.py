@@ -17,7 +17,7 @@ from einops import rearrange
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods import frame
-from fmlora_jax.models import prompts
+from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
 
@@ -43,10 +43,10 @@ class Config(config_lib.MethodConfig):
 
   def __post_init__(self):
     for name in ("pool_size", "length"):
-      config_lib._require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+      config_lib.require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     fits = 1 <= self.top_n <= self.pool_size
-    config_lib._require(fits, "top_n", self.top_n, f"in 1..pool_size = {self.pool_size}")
-    config_lib._require(self.pull >= 0, "pull", self.pull, ">= 0")
+    config_lib.require(fits, "top_n", self.top_n, f"in 1..pool_size = {self.pool_size}")
+    config_lib.require(self.pull >= 0, "pull", self.pull, ">= 0")
 
 
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
@@ -76,7 +76,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     """Pulls the chosen keys to their queries: arXiv:2112.08654 Sec. 4.3."""
     del features
     similarities, chosen = match(variables.shared["pool"], inputs.query)
-    return -settings.pull * jnp.take_along_axis(similarities, chosen, axis=1).sum(1)
+    pulled = jnp.take_along_axis(similarities, chosen, axis=1).sum(1)
+    return -settings.pull * heads.weighted_mean(pulled, inputs.valid)
 
   def read(trunk, images, adapted):
     tokens = backbone.tokens(trunk, images, adapted, 1 + adapted.prompt.shape[1])

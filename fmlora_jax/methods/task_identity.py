@@ -39,9 +39,9 @@ class IdentityConfig:
   alignment: AlignmentConfig = dataclasses.field(default_factory=AlignmentConfig)
 
   def __post_init__(self):
-    config_lib._require(self.epochs >= 1, "epochs", self.epochs, ">= 1")
+    config_lib.require(self.epochs >= 1, "epochs", self.epochs, ">= 1")
     rate = self.learning_rate
-    config_lib._require(rate > 0, "learning_rate", rate, "> 0")
+    config_lib.require(rate > 0, "learning_rate", rate, "> 0")
 
 
 def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:

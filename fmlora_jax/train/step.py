@@ -77,7 +77,7 @@ class Stepper:
       variables = Variables(frozen=fixed.frozen, mem=fixed.mem, **params)
       output = self.method.apply(variables, batch.images, fixed.task, key, batch.valid)
       losses = heads.local_losses(output.logits, batch.labels, fixed.task)
-      return heads.weighted_mean(losses + output.penalty, batch.valid)
+      return heads.weighted_mean(losses, batch.valid) + output.penalty
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
     stats = {"loss": loss, "grad_norm": optax.tree.norm(grads)}

@@ -38,7 +38,7 @@ def with_pool(variables, pool):
   return variables.replace(shared={"pool": pool})
 
 
-def penalties(made, variables, stage, images):
+def penalty_of(made, variables, stage, images):
   frozen = made.method.freeze(made.weights, variables)
   arguments = variables.replace(frozen=frozen), images, stage.view.arrays, stage.view.key("method")
   return made.method.apply(*arguments).penalty
@@ -60,12 +60,12 @@ def test_a_sample_is_classified_by_the_mean_output_of_its_nearest_prompts(learne
   np.testing.assert_allclose(alone, got, atol=1e-5)
 
 
-def test_the_penalty_of_a_sample_is_the_sum_of_its_cosines(learned):
+def test_the_penalty_is_the_mean_over_samples_of_the_sum_of_their_cosines(learned):
   images, stage = learned.images(8), learned.stages[1]
   pool = spread(stage.trained.shared["pool"])
   cosines, chosen = nearest(learned.backbone.apply(learned.weights, images), pool["key"])
-  expected = -0.5 * np.take_along_axis(cosines, chosen, axis=1).sum(1)
-  got = penalties(learned, with_pool(stage.trained, pool), stage, images)
+  expected = -0.5 * np.take_along_axis(cosines, chosen, axis=1).sum(1).mean()
+  got = penalty_of(learned, with_pool(stage.trained, pool), stage, images)
   np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
@@ -134,8 +134,8 @@ def test_a_vote_makes_a_prediction_depend_on_its_batch_and_says_so(make_lab, lea
   np.testing.assert_allclose(alone[0], own[outvoted[0]], atol=1e-5)
   cosines, _ = nearest(made.backbone.apply(made.weights, images), pool["key"])
   stage = learned.stages[1]
-  got = penalties(made, with_pool(stage.trained, pool), stage, images)
-  np.testing.assert_allclose(got, -0.5 * cosines[:, winners].sum(1), atol=1e-6)
+  got = penalty_of(made, with_pool(stage.trained, pool), stage, images)
+  np.testing.assert_allclose(got, -0.5 * cosines[:, winners].sum(1).mean(), atol=1e-6)
 
 
 def test_the_pool_starts_in_the_range_of_the_official_code(make_lab):
