@@ -182,20 +182,19 @@ class Lab:
     return self.method.begin_task(variables, self._view(weights, task))[0]
 
   def _view(self, weights: Params, task: int) -> TaskView:
-    """Returns a task with one image of noise for each class, for methods that look at some."""
-    side, (lo, hi) = self.setting.sizes.image_size, self.spec.class_ranges[task]
-    count = hi - lo
+    """Returns a task of two images of noise, for methods that look at some."""
+    side, (lo, _), count = self.setting.sizes.image_size, self.spec.class_ranges[task], 2
     noise = np.random.default_rng(task).integers(0, 256, (count, side, side, 3), np.uint8)
     examples = Examples(
       images=noise,
       sizes=np.full((count, 2), side, np.int32),
-      labels=np.arange(lo, hi, dtype=np.int32),
+      labels=np.arange(lo, lo + count, dtype=np.int32),
       valid=np.ones(count, bool),
     )
     rows = np.arange(count, dtype=np.int32)
     return TaskView(
       index=task,
-      num_classes=count,
+      num_classes=TASK_CLASSES,
       arrays=self._arrays(task),
       weights=weights,
       train_batches=lambda epoch: iter([(examples, rows)]),
@@ -395,16 +394,20 @@ def measure(setting: Setting, repeats: int, peers_python: str | None = None) -> 
   return result
 
 
-def count_methods(setting: Setting, choices: Sequence[Choice]) -> dict[str, Any]:
+def count_methods(
+  setting: Setting, choices: Sequence[Choice], note: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
   """Returns what XLA says of each method's compiled training step at TASKS; none is run.
 
-  "left_out" says why of those whose settings can't be, at this size for instance.
+  "left_out" says why of those whose settings can't be, at this size for instance; `note` is told
+  which method's turn it is: some train a while before their first step.
   """
   backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
   weights = jax.jit(backbone.init)(jax.random.key(0))
   base = Lab(setting).plain_forward(weights).facts
   counted, left_out = {}, {}
   for choice in choices:
+    note(f"counting {choice}")
     try:
       counted[str(choice)] = _count_method(Lab(setting, choice), weights, base)
     except config_lib.ConfigError as error:
@@ -537,11 +540,11 @@ def versions(packages: Mapping[str, str]) -> str:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  values = flags.FLAGS
+  values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 110)
   setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
   try:
     if values.methods:
-      result = count_methods(setting, settings.parse_methods(values.methods))
+      result = count_methods(setting, settings.parse_methods(values.methods), console.print)
       shown = methods_table(result)
     else:
       result = measure(setting, values.repeats, values.peers_python if values.peers else None)
@@ -549,7 +552,7 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, OSError) as error:
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     sys.exit(2)
-  Console(width=None if sys.stdout.isatty() else 110).print(shown)
+  console.print(shown)
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
 

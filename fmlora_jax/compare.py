@@ -30,6 +30,7 @@ from absl import app, flags
 from fmlora_jax import command_line, settings
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.settings import Choice
+from fmlora_jax.writer import RESULT, duration, replace
 
 flags.adopt_module_key_flags(command_line)
 _METHODS = flags.DEFINE_string("methods", "all", "NAME or NAME:FIELD=VALUE..., between commas.")
@@ -37,6 +38,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["1993", "1994", "1995"], "Between commas.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and run nothing.")
 
 TABLE, PLOT = "compare.md", "compare.png"
+CONFIG_FLAG = re.compile(r"--?config(\.|=|$)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Planned:
   @property
   def state(self) -> str:
     """What an earlier session left: "finished", "begun", or nothing."""
-    if (self.workdir / "result.json").exists():
+    if (self.workdir / RESULT).exists():
       return "finished"
     return "begun" if (self.workdir / "config.json").exists() else ""
 
@@ -173,8 +175,6 @@ def duration_left(
 
   A run is expected to take as long as its method with other seeds took, or else as all so far.
   """
-  from fmlora_jax.writer import duration
-
   took = {place: result["wall_seconds"]["total"] for place, result in results.items()}
   waiting = [run for run in planned if run.config and run.state != "finished"]
   if not took or not waiting:
@@ -187,7 +187,7 @@ def duration_left(
 
 
 def main(argv: list[str]) -> None:
-  config_flags = [argument for argument in argv[1:] if _name(argument).startswith("config")]
+  config_flags = [argument for argument in argv[1:] if CONFIG_FLAG.match(argument)]
   if stray := [argument for argument in argv[1:] if argument not in config_flags]:
     raise app.UsageError(
       f"unexpected argument {stray[0]!r}: settings are given as --config.FIELD=VALUE"
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> None:
     note(line)
   if _DRY_RUN.value:
     return
-  from fmlora_jax import plots, report, writer
+  from fmlora_jax import plots, report
   from fmlora_jax.run import run
 
   def run_one(one):  # of a finished run no more is said than that it is
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
   results, problems = run_all(planned, run_one, note)
   if results:
     report.show(results, console, problems)
-    writer.replace(folder / TABLE, report.markdown(results, problems) + "\n")
+    replace(folder / TABLE, report.markdown(results, problems) + "\n")
     plots.plot_accuracy_over_tasks(report.group(results), folder / PLOT)
     note(f"written: {folder / TABLE}, {folder / PLOT}")
   if problems:
@@ -234,7 +234,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   config_flags, others = [], [argv[0]]
   arguments = iter(argv[1:])
   for argument in arguments:
-    if re.match(r"--?config(\.|=|$)", argument):
+    if CONFIG_FLAG.match(argument):
       config_flags.append(argument if "=" in argument else f"{argument}={next(arguments, '')}")
     else:
       others.append(argument)

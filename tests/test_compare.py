@@ -265,6 +265,7 @@ def test_a_comparison_goes_on_where_it_was_and_says_what_it_left_out(tmp_path):
     (["--config=nope.py"], "--config is 'nope.py': no such file"),
     ([DIGITS, "--seeds=1,x"], "--seeds is ['1', 'x']: must be whole numbers"),
     ([DIGITS, "epochs=3"], "unexpected argument 'epochs=3'"),
+    (["configs/digits.py"], "unexpected argument 'configs/digits.py'"),
     ([DIGITS, "--methds=lora"], "Unknown command line flag 'methds'. Did you mean: methods"),
     ([DIGITS, "--workdir=gs://x"], "--workdir is 'gs://x': must be a local or mounted folder"),
   ],
