@@ -3,9 +3,22 @@
 from fmlora_jax import config
 from fmlora_jax.models import vit
 
-# the best of three on validation images (--config.tasks.evaluate_on=val, seeds 1993 and 1994);
-# lora's is that of mode=sequential, and the better of two for incremental; linear_probe has none
-LEARNING_RATES = {"fm_lora": 1e-3, "lora": 3e-4, "finetune": 3e-5}
+# the best of two or three on validation images (--config.tasks.evaluate_on=val, seeds 1993 and 1994);
+# lora's is that of mode=sequential, adapter's that of kind=houlsby, and both are the better of two
+# for the other kind; linear_probe has none
+LEARNING_RATES = {
+  "adapter": 1e-4,
+  "c_lora": 1e-4,
+  "coda_prompt": 3e-3,
+  "dualprompt": 3e-3,
+  "finetune": 3e-5,
+  "fm_lora": 1e-3,
+  "hide_prompt": 1e-2,
+  "inflora": 1e-3,
+  "l2p": 1e-5,
+  "lora": 3e-4,
+  "sd_lora": 1e-3,
+}
 
 # of methods whose defaults are for wider networks: at most 96 components can be orthonormal
 SETTINGS = {"coda_prompt": {"pool_size": 50}}

@@ -12,7 +12,7 @@ from fmlora_jax import config
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=5|10|20, split=slice|slice80|stratified,
+  """Returns the config; variants: method=NAME, tasks=5|10|20, split=slice|slice80|stratified|coda,
   recipe=unified|official.
   """
   return config.paper(variant, benchmark="imagenet_r", num_tasks=10, split="slice")

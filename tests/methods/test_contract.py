@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmlora_jax import checkpoint, methods
 from fmlora_jax import config as config_lib
-from fmlora_jax import methods
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import heads, vit
@@ -198,6 +198,35 @@ def test_counts_of_right_answers_depend_on_classes_seen_and_not_on_the_batch_siz
   large = np.where(seen, 0.0, 1e6)
   assert count(bonus=large, mask=seen) == masked
   assert count(bonus=large)[:2] == [0, 0]
+
+
+@every_method
+def test_a_run_that_resumes_within_a_task_ends_bit_equal(learned, make_lab, changed, name, changes):
+  """Variables and optimiser state as a checkpoint has them say all, to a method made anew."""
+  stage, groups = learned.stages[1], ("shared", "cur", "mem")
+  first = learned.trainer.train(learned.trainer.init(stage.begun, 1), stage.begun, stage.view)
+  stopped, _, _ = next(first)
+  assert 0 < int(stopped.step) < int(stage.state.step)
+  kept = stage.begun.replace(**stopped.params)
+  tree = {group: getattr(kept, group) for group in groups} | {"opt_state": stopped.opt_state}
+  saved = {path: np.asarray(leaf) for path, leaf in checkpoint.flatten(tree).items()}
+  step = np.asarray(stopped.step)
+  first.close()
+
+  made = make_lab(method={"name": name} | changes)
+  restored = made.trainer.put({group: checkpoint.unflatten(saved, group) for group in groups})
+  variables, view = Variables(frozen={}, **restored), made.trainer.view(1)
+  state = jax.eval_shape(lambda v: made.trainer.init(v, 1), variables)
+  state = state.replace(
+    params={group: restored[group] for group in ("shared", "cur")},
+    opt_state=checkpoint.fill(state.opt_state, saved, "opt_state"),
+    step=step,
+  )
+  for state, _, _ in made.trainer.train(state, variables, view):  # noqa: B020
+    last = state
+  ended, _ = made.method.end_task(variables.replace(**last.params), view)
+  for group in groups:
+    assert not changed(getattr(ended, group), getattr(stage.ended, group))
 
 
 @cases_where("folds")

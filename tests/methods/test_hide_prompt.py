@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from test_task_identity import by_hand as identity_by_hand
 
-from fmlora_jax import checkpoint, methods
 from fmlora_jax import config as config_lib
+from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import hide_prompt
 from fmlora_jax.methods.alignment import Aligner
 from fmlora_jax.models import heads, vit
 from fmlora_jax.train.step import Fixed
-from fmlora_jax.types import Adapters, Prefix, SequenceSpec, Sizes, Variables
+from fmlora_jax.types import Adapters, Prefix, SequenceSpec, Sizes
 
 SETTINGS = {
   "name": "hide_prompt",
@@ -235,22 +235,6 @@ def test_a_step_does_not_depend_on_padding(learned, changed):
   one, two, whole = (step(state, fixed, b)[0].params for b in (padded, other, batch))
   assert not changed(one, two)
   assert "cur/prompt" in changed(one, whole)
-
-
-def test_all_that_was_learned_before_the_steps_is_in_the_variables(learned, make_lab, changed):
-  """A run that resumes inside a task, with a method made anew, ends with the same bits."""
-  stage = learned.stages[2]
-  groups = {name: getattr(stage.begun, name) for name in ("shared", "cur", "mem")}
-  saved = {path: np.asarray(leaf) for path, leaf in checkpoint.flatten(groups).items()}
-  made = make_lab(method=SETTINGS)
-  restored = {name: checkpoint.unflatten(saved, name) for name in groups}
-  variables = Variables(frozen={}, **made.trainer.put(restored))
-  view = made.trainer.view(2)
-  for state, _, _ in made.trainer.train(made.trainer.init(variables, 2), variables, view):
-    last = state
-  ended, _ = made.method.end_task(variables.replace(**last.params), view)
-  for name in groups:
-    assert not changed(getattr(ended, name), getattr(stage.ended, name))
 
 
 def test_domains_that_share_classes_have_an_identity_of_their_own(lab):
