@@ -3,9 +3,9 @@
 from fmlora_jax import config
 from fmlora_jax.models import vit
 
-# the best of two or three on validation images (--config.tasks.evaluate_on=val, seeds 1993 and 1994);
-# lora's is that of mode=sequential, adapter's that of kind=houlsby, and both are the better of two
-# for the other kind; linear_probe has none
+# the best of two or three on validation images (--config.tasks.evaluate_on=val) of seeds 1993 and
+# 1994; lora's is that of mode=sequential, adapter's of kind=houlsby, and both are the better of
+# two for the other kind; linear_probe has none
 LEARNING_RATES = {
   "adapter": 1e-4,
   "c_lora": 1e-4,

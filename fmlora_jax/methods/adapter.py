@@ -16,6 +16,8 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.methods import frame, recipes
 from fmlora_jax.types import Adapters, Backbone, Bottleneck, Method, SequenceSpec, Variables
 
+VARIANTS = ({"kind": "houlsby"}, {"kind": "adaptformer"})  # of a comparison of all methods
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
