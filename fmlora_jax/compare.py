@@ -32,11 +32,6 @@ from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.settings import Choice
 from fmlora_jax.writer import RESULT, duration, replace
 
-flags.adopt_module_key_flags(command_line)
-_METHODS = flags.DEFINE_string("methods", "all", "NAME or NAME:FIELD=VALUE..., between commas.")
-_SEEDS = flags.DEFINE_list("seeds", ["1993", "1994", "1995"], "Between commas.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and run nothing.")
-
 TABLE, PLOT = "compare.md", "compare.png"
 CONFIG_FLAG = re.compile(r"--?config(\.|=|$)")
 
@@ -192,14 +187,15 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(
       f"unexpected argument {stray[0]!r}: settings are given as --config.FIELD=VALUE"
     )
+  values = flags.FLAGS
   command_line.check_workdir()
-  if not all(seed.isdecimal() for seed in _SEEDS.value) or not _SEEDS.value:
-    raise app.UsageError(f"--seeds is {_SEEDS.value}: must be whole numbers, such as 1993,1994")
-  seeds = list(dict.fromkeys(map(int, _SEEDS.value)))
+  if not all(seed.isdecimal() for seed in values.seeds) or not values.seeds:
+    raise app.UsageError(f"--seeds is {values.seeds}: must be whole numbers, such as 1993,1994")
+  seeds = list(dict.fromkeys(map(int, values.seeds)))
   file, variant, _ = _split_flags(config_flags)
   name = re.sub(r"[^\w=.-]+", "-", f"compare-{pathlib.Path(file).stem}-{variant}").strip("-")
   folder = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
-  planned = plan(config_flags, settings.parse_methods(_METHODS.value), seeds, folder)
+  planned = plan(config_flags, settings.parse_methods(values.methods), seeds, folder)
   from rich.console import Console
   from rich.text import Text
 
@@ -210,7 +206,7 @@ def main(argv: list[str]) -> None:
 
   for line in listing(planned, folder):
     note(line)
-  if _DRY_RUN.value:
+  if values.dry_run:
     return
   from fmlora_jax import plots, report
   from fmlora_jax.run import run
@@ -244,4 +240,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+  flags.adopt_module_key_flags(command_line)
+  flags.DEFINE_string("methods", "all", "NAME or NAME:FIELD=VALUE..., between commas.")
+  flags.DEFINE_list("seeds", ["1993", "1994", "1995"], "Between commas.")
+  flags.DEFINE_bool("dry_run", False, "Say what would be run, and run nothing.")
   command_line.start(main, parse_flags)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import cases
 import jax
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from fmlora_jax import checkpoint, config, tasks, writer
 from fmlora_jax import run as run_lib
 from fmlora_jax.evaluate import Evaluator
-from fmlora_jax.methods import names
 from fmlora_jax.models import pretrained
 from fmlora_jax.run import params_sha256, run
 from fmlora_jax.tasks import resident
@@ -47,11 +47,13 @@ def tiny_vit(make_lab):
     yield
 
 
-def small(method="fm_lora", **changes) -> config.Config:
+def small(method="fm_lora", *, method_settings=None, **changes) -> config.Config:
   values = dict(SMALL)
   for group, value in changes.items():
     values[group] = values[group] | value if isinstance(values.get(group), dict) else value
-  return config.build(config.Config, values | {"method": {"name": method}})
+  return config.build(
+    config.Config, values | {"method": {"name": method} | (method_settings or {})}
+  )
 
 
 def lines(workdir) -> list[str]:
@@ -407,10 +409,14 @@ def test_hyper_parameters_are_chosen_on_validation_images(tmp_path, monkeypatch)
   assert decoded >= set(sequence.tasks[1].val.tolist())
 
 
-@pytest.mark.parametrize("method", sorted(set(names()) - {"fm_lora", "lora", "linear_probe"}))
-def test_every_other_method_runs_end_to_end(tmp_path, method):
-  result = run(small(method, optim={"learning_rate": 1e-4}), tmp_path / "run")
-  assert set(writer.FIELDS) <= set(result) and result["method"] == method
+OTHERS = [case for case in cases.ALL if case.name not in ("fm_lora", "lora", "linear_probe")]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_every_other_method_runs_end_to_end(tmp_path, case):
+  settings = small(case.name, method_settings=case.changes, optim={"learning_rate": 1e-4})
+  result = run(settings, tmp_path / "run")
+  assert set(writer.FIELDS) <= set(result) and result["method"] == case.name
 
 
 def test_the_hash_of_parameters_sees_names_shapes_types_and_bits():
