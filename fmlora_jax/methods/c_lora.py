@@ -35,33 +35,14 @@ class Config(config_lib.LowRankConfig):
     config_lib.require(self.penalty_weight >= 0, "penalty_weight", self.penalty_weight, ">= 0")
 
 
-def _official(benchmark: str, epochs: int, augmentation: str = "coda") -> dict:
-  """No official settings: from memory of InfLoRA's supplement, on what InfLoRA's code runs."""
-  return {
-    "epochs": epochs,
-    "batch_size": 128,
-    "compute_dtype": "float32",
-    "method": {"rank": 64, "penalty_weight": 0.5},
-    "optim": {
-      "name": "adam",
-      "learning_rate": 1e-3,
-      "head_learning_rate": 1e-3,
-      "weight_decay": 0.0,
-      "head_weight_decay": 0.0,
-      "schedule": "coda_cosine",  # IL/utils/schedulers.py:53-57
-    },
-    # IL/utils/data.py:111-178, but for CIFAR's test images, which it does not crop
-    "input": {"augmentation": augmentation, "normalisation": "zero_one"},
-    "weights": {"tag": "augreg_in21k"},  # IL/models/sinet_inflora.py:68
-    "tasks": {"order": "natural", "split": recipes.SPLITS[benchmark]},  # IL/configs: no shuffle
-  }
-
-
+# no official settings: from memory of InfLoRA's supplement, on what InfLoRA's code runs
 OFFICIAL = {
-  "imagenet_r": _official("imagenet_r", epochs=50),
-  "cifar100": _official("cifar100", epochs=20),
-  "cub200": _official("cub200", epochs=50, augmentation="pilot"),  # none: ImageNet-R's
-  "domainnet": _official("domainnet", epochs=5),
+  benchmark: recipes.like_inflora(
+    benchmark,
+    optim=recipes.optim("adam", 1e-3, schedule="coda_cosine"),
+    method={"rank": 64, "penalty_weight": 0.5},
+  )
+  for benchmark in recipes.SPLITS
 }
 
 

@@ -15,7 +15,7 @@ from einops import rearrange
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import ConfigError
-from fmlora_jax.methods import frame
+from fmlora_jax.methods import frame, recipes
 from fmlora_jax.models import prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
@@ -138,7 +138,7 @@ _IMAGENET_R = {
   "epochs": 50,
   "batch_size": 128,
   "compute_dtype": "float32",
-  "optim": frame.adam(1e-3, schedule="coda_cosine"),
+  "optim": recipes.optim("adam", 1e-3, schedule="coda_cosine"),
   "method": {"pool_size": 100, "length": 8, "orthogonality": 0.0},
   "input": {"augmentation": "coda", "normalisation": "zero_one"},
   "weights": {"tag": "augreg_in21k_ft_in1k"},  # timm 0.4.12's, CO/models/zoo.py:368-371

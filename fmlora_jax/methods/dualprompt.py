@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame
+from fmlora_jax.methods import frame, recipes
 from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
@@ -148,7 +148,7 @@ _CIFAR100 = {
   "epochs": 5,
   "batch_size": 192,  # 8 devices x 24
   "compute_dtype": "float32",
-  "optim": frame.adam(0.0225, clip_norm=1.0),  # 0.03 · 192 / 256
+  "optim": recipes.optim("adam", 0.0225, clip_norm=1.0),  # 0.03 · 192 / 256
   "method": {"general_length": 5, "expert_length": 5, "pull": 1.0},
   "input": _PIXELS,
   "weights": _WEIGHTS,
@@ -161,7 +161,7 @@ OFFICIAL = {
   "imagenet_r": _CIFAR100
   | {
     "epochs": 50,
-    "optim": frame.adam(0.00375, clip_norm=1.0),  # 0.005 · 192 / 256
+    "optim": recipes.optim("adam", 0.00375, clip_norm=1.0),  # 0.005 · 192 / 256
     "method": {"general_length": 5, "expert_length": 20, "pull": 1.0},
     "tasks": {"order": "natural", "split": "slice80"},
   },
@@ -169,7 +169,7 @@ OFFICIAL = {
   "cub200": _CIFAR100
   | {
     "batch_size": 24,  # of one device
-    "optim": frame.adam(0.0028125, clip_norm=1.0),  # 0.03 · 24 / 256
+    "optim": recipes.optim("adam", 0.0028125, clip_norm=1.0),  # 0.03 · 24 / 256
     "method": {"general_length": 5, "expert_length": 20, "pull": 1.0},
   },
   "domainnet": _CIFAR100,  # no official settings; as suggested, CIFAR-100's with 5 epochs

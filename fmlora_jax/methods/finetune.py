@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame
+from fmlora_jax.methods import frame, recipes
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
 
@@ -22,14 +22,7 @@ _CODA = {  # "FT++": CO/configs/cifar-100_ft.yaml, CO/learners/default.py:316-33
   "epochs": 20,
   "batch_size": 128,
   "compute_dtype": "float32",
-  "optim": {
-    "name": "adam",
-    "learning_rate": 5e-5,
-    "head_learning_rate": 5e-5,
-    "weight_decay": 0.0,
-    "head_weight_decay": 0.0,
-    "schedule": "coda_cosine",  # CO/utils/schedulers.py
-  },
+  "optim": recipes.optim("adam", 5e-5, schedule="coda_cosine"),  # CO/utils/schedulers.py
   # CO/dataloaders/utils.py:28-65, but for CIFAR's test images, which it does not crop
   "input": {"augmentation": "coda", "normalisation": "zero_one"},
   "weights": {"tag": "augreg_in21k_ft_in1k"},  # CO/models/zoo.py:368-371 with timm 0.4.12
@@ -39,14 +32,8 @@ _PILOT = {  # PI/exps/finetune*.json, PI/models/finetune.py:137-140
   "epochs": 20,
   "batch_size": 128,
   "compute_dtype": "float32",
-  "optim": {
-    "name": "sgd",
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-3,
-    "weight_decay": 2e-4,  # in task 1 it is 5e-4
-    "head_weight_decay": 2e-4,
-    "schedule": "constant",
-  },
+  # weight decay is 5e-4 in task 1
+  "optim": recipes.optim("sgd", 1e-3, weight_decay=2e-4, head_weight_decay=2e-4),
   "input": {"augmentation": "pilot", "normalisation": "zero_one"},
   "weights": {"tag": "augreg_in21k_ft_in1k"},  # timm 0.6.12's vit_base_patch16_224
 }

@@ -244,15 +244,3 @@ def check_layers(layers: tuple[int, ...], field: str, backbone: Backbone) -> Non
     raise ConfigError(
       f"config.{field} is {layers}: must be ascending numbers of blocks in 0..{depth - 1}"
     )
-
-
-def adam(learning_rate: float, **changes: Any) -> dict[str, Any]:
-  """Returns `config.optim` of Adam at one constant rate for all, without weight decay."""
-  return {
-    "name": "adam",
-    "learning_rate": learning_rate,
-    "weight_decay": 0.0,
-    "head_learning_rate": learning_rate,
-    "head_weight_decay": 0.0,
-    "schedule": "constant",
-  } | changes

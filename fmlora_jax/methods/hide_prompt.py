@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import ConfigError
-from fmlora_jax.methods import class_statistics, frame, task_identity
+from fmlora_jax.methods import class_statistics, frame, recipes, task_identity
 from fmlora_jax.methods.alignment import Aligner, AlignmentConfig
 from fmlora_jax.methods.task_identity import IdentityConfig
 from fmlora_jax.models import heads, prompts
@@ -258,15 +258,9 @@ def _official(
       "alignment": alignment | {"batch_size": 120, "learning_rate": 5e-3},
     }
     | method,
-    "optim": {
-      "name": "adam",
-      "learning_rate": _PROMPT,
-      "head_learning_rate": _PROMPT * head,
-      "weight_decay": 0.0,
-      "head_weight_decay": 0.0,
-      "clip_norm": 1.0,
-    }
-    | schedule,
+    "optim": recipes.optim(
+      "adam", _PROMPT, head_learning_rate=_PROMPT * head, clip_norm=1.0, **schedule
+    ),
     "input": {"augmentation": "pilot", "normalisation": "zero_one"},
     "weights": {"tag": "orig_in21k"},
     "tasks": {"order": "natural", "split": split},

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import dualgpm, frame
+from fmlora_jax.methods import dualgpm, frame, recipes
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, TaskView, Variables
 
@@ -173,63 +173,23 @@ def make_add_moments(backbone: Backbone):
   return add_moments
 
 
-_ADAM = {  # IL/configs/mimg{5,10,20}_inflora.json, cifar100_inflora.json; one rate for B and head
-  "name": "adam",
-  "learning_rate": 5e-4,
-  "head_learning_rate": 5e-4,
-  "weight_decay": 0.0,
-  "head_weight_decay": 0.0,
-  "schedule": "coda_cosine",
-  "clip_norm": None,
-}
-_RUN = {  # what all runs of the official code share
-  "batch_size": 128,
-  "compute_dtype": "float32",
-  "weights": {"tag": "augreg_in21k"},  # IL/models/sinet_inflora.py:68
-}
-_INPUT = {"augmentation": "coda", "normalisation": "zero_one"}  # IL/utils/data.py:111-178, 281-292
-_IMAGENET_R = _RUN | {
-  "epochs": 50,  # IL/configs/mimg{5,10,20}_inflora.json, the same for every number of tasks
-  "optim": _ADAM,
-  "method": {"rank": 10, "threshold": 0.98, "final_threshold": 1.0, "retain": True},
-  "input": _INPUT,
-  "tasks": {"order": "natural", "split": "slice80"},  # "shuffle": false
-}
+def _official(benchmark: str, threshold: float) -> dict:
+  # IL/configs/mimg{5,10,20}_inflora.json, cifar100_inflora.json
+  method = {"rank": 10, "threshold": threshold, "final_threshold": 1.0, "retain": True}
+  optim = recipes.optim("adam", 5e-4, schedule="coda_cosine")
+  return recipes.like_inflora(benchmark, optim=optim, method=method)
+
 
 OFFICIAL = {
-  "imagenet_r": _IMAGENET_R,
-  "cifar100": _RUN
-  | {
-    "epochs": 20,  # IL/configs/cifar100_inflora.json
-    "optim": _ADAM,
-    "method": {"rank": 10, "threshold": 0.95, "final_threshold": 1.0, "retain": True},
-    "input": _INPUT,  # here alone IL does not crop test images, as "coda" does
-    "tasks": {"order": "natural", "split": "full"},
-  },
-  # no official run: the settings of ImageNet-R, with the crops of IL's own CUB dataset class
-  "cub200": _IMAGENET_R
-  | {
-    "input": _INPUT | {"augmentation": "pilot"},
-    "tasks": {"order": "natural", "split": "full"},
-  },
-  "domainnet": _RUN
-  | {
-    "epochs": 5,  # IL/configs/domainnet_inflora.json
-    "optim": {
-      "name": "sgd",
-      "momentum": 0.9,  # IL/methods/inflora_domain.py
-      "learning_rate": 5e-3,
-      "head_learning_rate": 1e-2,
-      "weight_decay": 0.0,
-      "head_weight_decay": 0.0,
-      "schedule": "steps",
-      "milestones": (4,),
-      "decay": 0.1,
-      "clip_norm": None,
-    },
-    # plain GPM: `update_GPM` of IL/methods/inflora_domain.py
-    "method": {"rank": 30, "threshold": 0.95, "final_threshold": 1.0, "retain": False},
-    "input": _INPUT,
-    "tasks": {"order": "natural", "split": "full"},
-  },
+  "imagenet_r": _official("imagenet_r", 0.98),
+  "cifar100": _official("cifar100", 0.95),
+  "cub200": _official("cub200", 0.98),
+  # IL/configs/domainnet_inflora.json, IL/methods/inflora_domain.py: `update_GPM` is plain GPM
+  "domainnet": recipes.like_inflora(
+    "domainnet",
+    optim=recipes.optim(
+      "sgd", 5e-3, head_learning_rate=1e-2, schedule="steps", milestones=(4,), decay=0.1
+    ),
+    method={"rank": 30, "threshold": 0.95, "final_threshold": 1.0, "retain": False},
+  ),
 }

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame
+from fmlora_jax.methods import frame, recipes
 from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
@@ -111,7 +111,7 @@ _LP = {
   "epochs": 5,
   "batch_size": 128,  # 8 devices x 16
   "compute_dtype": "float32",
-  "optim": frame.adam(0.015, clip_norm=1.0),  # 0.03 · 128 / 256
+  "optim": recipes.optim("adam", 0.015, clip_norm=1.0),  # 0.03 · 128 / 256
   "method": {"pool_size": 10, "length": 10, "top_n": 4, "pull": 1.0},
   "input": _PIXELS,
   "weights": {"tag": "orig_in21k"},  # LP/README "Getting pretrained"
@@ -126,7 +126,7 @@ OFFICIAL = {
     "epochs": 10,
     "batch_size": 32,
     "compute_dtype": "float32",
-    "optim": frame.adam(0.001875),
+    "optim": recipes.optim("adam", 0.001875),
     "method": {"pool_size": 10, "length": 5, "top_n": 5, "pull": 0.1},
     "input": _PIXELS,
     "weights": {"tag": "augreg_in21k_ft_in1k"},  # timm 0.6.12's, PI/README:134
@@ -138,7 +138,7 @@ OFFICIAL = {
     "epochs": 5,
     "batch_size": 24,  # of one device
     "compute_dtype": "float32",
-    "optim": frame.adam(0.0028125, clip_norm=1.0),  # 0.03 · 24 / 256
+    "optim": recipes.optim("adam", 0.0028125, clip_norm=1.0),  # 0.03 · 24 / 256
     "method": {"pool_size": 10, "length": 5, "top_n": 4, "pull": 0.1},
     "input": _PIXELS,
     "weights": {"tag": "orig_in21k"},

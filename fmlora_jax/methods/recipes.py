@@ -1,6 +1,6 @@
 """Official settings that several methods take, for the recipe "official" of config.defaults.
 
-Sources are repository/path:line; SD is SD-Lora-CL at 8bacded.
+Sources are repository/path:line; SD is SD-Lora-CL at 8bacded, IL InfLoRA at e08b00e.
 """
 
 import functools
@@ -8,6 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 SPLITS = {"imagenet_r": "slice80", "cifar100": "full", "cub200": "full", "domainnet": "full"}
+
+
+def optim(name: str, learning_rate: float, **changes: Any) -> dict[str, Any]:
+  """Returns `config.optim` at one constant rate for all, without weight decay, but for changes."""
+  return {
+    "name": name,
+    "learning_rate": learning_rate,
+    "head_learning_rate": learning_rate,
+    "weight_decay": 0.0,
+    "head_weight_decay": 0.0,
+    "schedule": "constant",
+  } | changes
 
 
 def like_sd_lora(**method: Any) -> dict[str, Callable[[int], dict]]:
@@ -33,15 +45,26 @@ def _sd_lora(benchmark: str, method: dict, num_tasks: int) -> dict:
     "batch_size": 128,
     "compute_dtype": "float32",
     "method": method,
-    "optim": {
-      "name": "sgd",
-      "learning_rate": rate,
-      "head_learning_rate": rate,
-      "weight_decay": 0.0,  # commented out: the json's value is not read
-      "head_weight_decay": 0.0,
-      **schedule,
-    },
+    "optim": optim("sgd", rate, **schedule),  # decay commented out: the json's value is not read
     "input": {"augmentation": "pilot", "normalisation": "zero_one"},  # SD/utils/data.py:95-119
     "weights": {"tag": "augreg2_in21k_ft_in1k"},  # SD/logs/C100.log
     "tasks": {"split": SPLITS[benchmark]},
+  }
+
+
+def like_inflora(benchmark: str, *, optim: dict, method: dict) -> dict[str, Any]:
+  """Returns what all runs of InfLoRA's code share, with an optimiser and the method's settings."""
+  # IL/configs/{mimg10,cifar100,domainnet}_inflora.json; cub200: none, so ImageNet-R's
+  epochs = {"imagenet_r": 50, "cifar100": 20, "cub200": 50, "domainnet": 5}[benchmark]
+  # IL/utils/data.py:111-178, 281-292; for CIFAR alone IL does not crop test images, as "coda" does
+  augmentation = "pilot" if benchmark == "cub200" else "coda"
+  return {
+    "epochs": epochs,
+    "batch_size": 128,
+    "compute_dtype": "float32",
+    "method": method,
+    "optim": optim,
+    "input": {"augmentation": augmentation, "normalisation": "zero_one"},
+    "weights": {"tag": "augreg_in21k"},  # IL/models/sinet_inflora.py:68
+    "tasks": {"order": "natural", "split": SPLITS[benchmark]},  # "shuffle": false
   }
