@@ -414,7 +414,7 @@ def _image_memory() -> dict[str, int]:
 
 
 def _described_passes(passes: Passes) -> str:
-  between = f", {passes.between} epochs of features a task" if passes.between else ""
+  between = f", {passes.between} over a task's images between tasks" if passes.between else ""
   return f"{passes.train} forward in a training step, {passes.test} at test time{between}"
 
 
