@@ -20,8 +20,9 @@ LEARNING_RATES = {
   "sd_lora": 1e-3,
 }
 
-# of methods whose defaults are for wider networks: at most 96 components can be orthonormal
-SETTINGS = {"coda_prompt": {"pool_size": 50}}
+# of methods whose defaults are for wider networks and more tokens: at most 96 components can be
+# orthonormal, and beside 17 tokens 25 of prompts are too many (validation)
+SETTINGS = {"coda_prompt": {"pool_size": 50}, "l2p": {"length": 1}}
 
 
 def get_config(variant: str | None = None):
