@@ -40,7 +40,9 @@ def settings(name: str, variant: str | None, data_dir) -> config.Config:
   [
     ("imagenet_r", "tasks=5,split=slice80", 5, "imagenet_r/slice80"),
     ("imagenet_r", "method=linear_probe", 10, "imagenet_r/slice"),
+    ("imagenet_r", "method=inflora,tasks=5,recipe=official", 5, "imagenet_r/slice80"),
     ("cifar100", "method=linear_probe", 10, "cifar100/official"),
+    ("cifar100", "method=sd_lora,recipe=official", 10, "cifar100/full"),
     ("cub200", "method=linear_probe", 10, "cub200/paper"),
     ("domainnet", "method=linear_probe", 5, "domainnet/official"),
     ("domainnet_dil", "method=linear_probe", 6, "domainnet/official"),
