@@ -3,8 +3,28 @@
 from fmlora_jax import config
 from fmlora_jax.models import vit
 
-# the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds
-LEARNING_RATES = {"fm_lora": 1e-3, "lora": 3e-4, "finetune": 1e-4}
+# the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds;
+# of coda_prompt, dualprompt and l2p one was tried
+LEARNING_RATES = {
+  "adapter": 1e-3,
+  "c_lora": 3e-4,
+  "coda_prompt": 3e-3,
+  "dualprompt": 3e-3,
+  "finetune": 1e-4,
+  "fm_lora": 1e-3,
+  "hide_prompt": 1e-2,
+  "inflora": 3e-3,
+  "l2p": 1e-4,
+  "lora": 3e-4,
+  "sd_lora": 3e-4,
+}
+
+# lora's are better than query and value alone, as for fm_lora; the others as in digits.py
+SETTINGS = {
+  "coda_prompt": {"pool_size": 80},
+  "l2p": {"length": 1},
+  "lora": {"targets": vit.PROJECTIONS},
+}
 
 
 def get_config(variant: str | None = None):
@@ -15,8 +35,7 @@ def get_config(variant: str | None = None):
     epochs=10,  # with 30 every method forgets more
     batch_size=32,
     compute_dtype="float32",
-    # better than query and value alone, for lora as for fm_lora
-    method={"name": method} | ({"targets": vit.PROJECTIONS} if method == "lora" else {}),
+    method={"name": method} | SETTINGS.get(method, {}),
     tasks={"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 4},
     input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},

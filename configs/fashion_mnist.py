@@ -32,5 +32,6 @@ def get_config(variant: str | None = None):
     weights={"tag": "", "architecture": "dinov2_s14", "depth": 11},
     optim={"learning_rate": LEARNING_RATES.get(method, 1e-3), "head_learning_rate": 1e-4},
     prompt={"num_tokens": 0},  # not searched here; it costs accuracy on the digits
-    head={"kind": "class_mean", "start": "class_mean"},
+    # hide_prompt trains the head on drawn features, which means can't be
+    head={"kind": "linear" if method == "hide_prompt" else "class_mean", "start": "class_mean"},
   )
