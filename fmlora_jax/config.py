@@ -458,7 +458,7 @@ def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.Config
   require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
   config = build(Config, groups)
   if recipe == "official":
-    config = build(Config, _merged(groups, _official(config)))
+    config = build(Config, merged(groups, _official(config)))
   return _to_config_dict(config)
 
 
@@ -504,12 +504,12 @@ def _official(config: Config) -> dict[str, Any]:
   return found(tasks.num_tasks) if callable(found) else found
 
 
-def _merged(groups: dict, changes: dict) -> dict:
+def merged(groups: dict, changes: dict) -> dict:
   """Returns nested dicts with the values of `changes` in place of those of `groups`."""
   both = dict(groups)
   for name, value in changes.items():
-    inner = both.get(name)
-    both[name] = _merged(inner, value) if isinstance(inner, dict) else value
+    is_group = isinstance(value, dict) and isinstance(both.get(name), dict)
+    both[name] = merged(both[name], value) if is_group else value
   return both
 
 

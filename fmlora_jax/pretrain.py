@@ -60,25 +60,19 @@ class Recipe:
   label_smoothing: float
 
   def __post_init__(self):
+    require = config_lib.require
     for name in ("pool", "num_val", "steps", "batch_size"):
-      _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+      require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     for name in ("coarse", "quarter_turns", "inverted", "label_smoothing"):
-      _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
-    _require(
-      0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, "in [0, steps)"
-    )
-    _require(self.seed >= 0, "seed", self.seed, "at least 0")
-    _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
-    _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+      require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+    require(0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, "in [0, steps)")
+    require(self.seed >= 0, "seed", self.seed, "at least 0")
+    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+    require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
     some = set() < set(self.val_faces) < set(letters.FACES)
-    _require(some, "val_faces", self.val_faces, f"some, not all, of {letters.FACES}")
+    require(some, "val_faces", self.val_faces, f"some, not all, of {letters.FACES}")
     side = vit.architecture(self.architecture).image_size
-    _require(side == letters.SIDE, "architecture", self.architecture, f"for {letters.SIDE} pixels")
-
-
-def _require(ok: object, name: str, value: object, allowed: str) -> None:
-  if not ok:
-    raise config_lib.ConfigError(f"{name} is {value!r}: must be {allowed}")
+    require(side == letters.SIDE, "architecture", self.architecture, f"for {letters.SIDE} pixels")
 
 
 def train(recipe: Recipe, backbone: Backbone) -> tuple[Params, float]:

@@ -116,15 +116,6 @@ def made_up_sequence(
   )
 
 
-def merged(defaults: dict, changes: dict) -> dict:
-  """Returns `defaults` with the nested `changes`."""
-  both = dict(defaults)
-  for name, value in changes.items():
-    is_group = isinstance(value, dict) and isinstance(both.get(name), dict)
-    both[name] = merged(both[name], value) if is_group else value
-  return both
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
   """A task that was learned; the four `Variables` are those between the hooks of the method."""
@@ -143,7 +134,7 @@ class Lab:
   """A method on the tiny ViT and the made-up tasks; `stages` are what it learned so far."""
 
   def __init__(self, scenario: str = "cil", ranges: tuple = RANGES, **changes):
-    self.config = config.build(config.Config, merged(SETTINGS, changes))
+    self.config = config.build(config.Config, config.merged(SETTINGS, changes))
     self.sequence = made_up_sequence(scenario, ranges)
     self.spec = self.sequence.spec
     self.backbone = vit.make(SIZES, jnp.dtype(self.config.compute_dtype))
@@ -238,7 +229,7 @@ def lab():
   made: dict[str, Lab] = {}
 
   def learned(name: str = "fm_lora", scenario: str = "cil", ranges: tuple = RANGES, **changes):
-    changes = merged(changes, {"method": {"name": name}})
+    changes = config.merged(changes, {"method": {"name": name}})
     key = repr((scenario, ranges, changes))
     if key not in made:
       made[key] = Lab(scenario, ranges, **changes)

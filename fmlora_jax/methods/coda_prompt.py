@@ -79,11 +79,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def joined(variables, task):
     """Returns the slots of all tasks, those of `task` the ones in training."""
-    return jax.tree.map(
-      lambda stack, own: stack.at[task].set(own),
-      variables.mem["components"],
-      variables.cur["components"],
-    )
+    return frame.put_slot(variables.mem["components"], task, variables.cur["components"])
 
   def recall(components, query):
     by_layer = {n: rearrange(c, "t l m ... -> l (t m) ...") for n, c in components.items()}

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from fmlora_jax.config import Config, ConfigError
+from fmlora_jax.methods import frame
 from fmlora_jax.models import heads, rank_selector
 from fmlora_jax.types import NonFiniteError, Params, TaskArrays, TaskView
 
@@ -56,10 +57,7 @@ class RankSelector:
       },
       {"core": "core", "head": "head"},
     )
-    clip = (
-      optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
-    )
-    self.optimizer = optax.chain(clip, grouped)
+    self.optimizer = optax.chain(frame.clipping(config), grouped)
     self._train_drawn = jax.jit(self._train_a_draw, static_argnames="augment")
     self._learn_alpha = jax.jit(
       functools.partial(

@@ -101,7 +101,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def end_task(variables, view):
     own = {name: variables.cur[name] for name in ("expert", "key")} | {"learned": True}
-    slots = {name: variables.mem[name].at[view.index].set(leaf) for name, leaf in own.items()}
+    slots = frame.put_slot({name: variables.mem[name] for name in own}, view.index, own)
     return variables.replace(mem=variables.mem | slots), {}
 
   def folded(weights, variables):

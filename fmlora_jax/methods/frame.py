@@ -12,6 +12,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
@@ -213,6 +214,17 @@ def make_class_sums(features: Callable[..., Float[Array, "B D"]], num_classes: i
     return jax.tree.map(lambda *parts: sum(parts), *totals)
 
   return class_sums
+
+
+def put_slot(stacks: Params, task, slot: Params) -> Params:
+  """Returns stacks [T, ...] with the leaves of `slot` as row `task`, which may be traced."""
+  return jax.tree.map(lambda stack, leaf: stack.at[task].set(leaf), stacks, slot)
+
+
+def clipping(config: Config) -> optax.GradientTransformation:
+  """Returns what clips the gradients of a training between tasks, as `config.optim` says."""
+  limit = config.optim.clip_norm
+  return optax.identity() if limit is None else optax.clip_by_global_norm(limit)
 
 
 def random_factor(key, depth: int, width: int, rank: int):

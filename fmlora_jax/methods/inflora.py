@@ -18,7 +18,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Float
 
 from fmlora_jax import config as config_lib
@@ -100,11 +99,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     return Adapters(deltas={name: LowRank(a=lora["a"], b=lora[name]) for name in TARGETS})
 
   def end_task(variables, view):
-    lora = jax.tree.map(
-      lambda stack, leaf: stack.at[view.index].set(leaf),
-      variables.mem["lora"],
-      variables.cur["lora"],
-    )
+    lora = frame.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
     variables = variables.replace(mem=variables.mem | {"lora": lora})
     rise = settings.final_threshold - settings.threshold
     threshold = settings.threshold + rise * view.index / spec.num_tasks
@@ -117,7 +112,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def past(weights, variables):
     # tasks to come are zero; their ranks are stacked next to those of the past
-    stacks = {n: rearrange(s, "t l d r -> l d (t r)") for n, s in variables.mem["lora"].items()}
+    stacks = {name: low_rank.join_ranks(stack) for name, stack in variables.mem["lora"].items()}
     return low_rank.fold(
       weights, {name: LowRank(a=stacks["a"], b=stacks[name]) for name in TARGETS}
     )

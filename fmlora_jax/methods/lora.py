@@ -73,11 +73,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def end_task(variables, view):
     if home == "cur":
-      stacks = jax.tree.map(
-        lambda stack, leaf: stack.at[view.index].set(leaf),
-        variables.mem["lora"],
-        variables.cur["lora"],
-      )
+      stacks = frame.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
       variables = variables.replace(mem=variables.mem | {"lora": stacks})
     return variables, {}
 

@@ -94,9 +94,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def end_task(variables, view):
     t, cur, mem = view.index, variables.cur, variables.mem
     seen = jnp.where(jnp.arange(num_tasks) <= t, cur["scales"], 0)
-    directions = jax.tree.map(
-      lambda stack, leaf: stack.at[t].set(leaf), mem["directions"], slot(cur["lora"])
-    )
+    directions = frame.put_slot(mem["directions"], t, slot(cur["lora"]))
     mem = mem | {"directions": directions, "scales": mem["scales"].at[t].set(seen)}
     return variables.replace(mem=mem), {"scales": seen[: t + 1].tolist()}
 

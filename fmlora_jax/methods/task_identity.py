@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Config
-from fmlora_jax.methods import class_statistics
+from fmlora_jax.methods import class_statistics, frame
 from fmlora_jax.methods.alignment import Aligner, AlignmentConfig
 from fmlora_jax.models import heads
 from fmlora_jax.types import Backbone, NonFiniteError, Params, TaskView
@@ -95,11 +95,8 @@ class Learner:
 
   def __init__(self, config: Config, backbone: Backbone, rows: class_statistics.Rows):
     self.config, self.settings, self._rows = config, config.method.identity, rows
-    clip = config.optim.clip_norm
-    self._optimizer = optax.chain(
-      optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-      optax.adam(self.settings.learning_rate),
-    )
+    adam = optax.adam(self.settings.learning_rate)
+    self._optimizer = optax.chain(frame.clipping(config), adam)
     self._features = backbone.apply
     self._step = jax.jit(self._train_step, static_argnames="augment")
     self._collect = class_statistics.make_collector(backbone.apply)

@@ -1,5 +1,6 @@
 """CODA-Prompt: how prompts are mixed, where components start, and what stays as it is."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,12 +191,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
   ],
 )
 def test_official_settings(benchmark, num_tasks, epochs, split):
-  chosen = config_lib.defaults(
-    recipe="official",
-    method={"name": "coda_prompt"},
-    tasks={"benchmark": benchmark, "num_tasks": num_tasks},
-  )
-  built = config_lib.build(config_lib.Config, chosen.to_dict())
+  built = cases.official("coda_prompt", benchmark, num_tasks)
   optim, method = built.optim, built.method
   assert (optim.name, optim.schedule, optim.clip_norm) == ("adam", "coda_cosine", None)
   assert optim.learning_rate == optim.head_learning_rate == 1e-3

@@ -1,5 +1,6 @@
 """DualPrompt: which expert a sample gets, where an expert starts, and what pulls the keys."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,12 +228,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
   ],
 )
 def test_official_settings(benchmark, num_tasks, rate, epochs, batch, length):
-  chosen = config_lib.defaults(
-    recipe="official",
-    method={"name": "dualprompt"},
-    tasks={"benchmark": benchmark, "num_tasks": num_tasks},
-  )
-  built = config_lib.build(config_lib.Config, chosen.to_dict())
+  built = cases.official("dualprompt", benchmark, num_tasks)
   optim, method = built.optim, built.method
   assert (optim.name, optim.schedule, optim.clip_norm) == ("adam", "constant", 1.0)
   assert optim.learning_rate == optim.head_learning_rate == rate

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -314,12 +315,7 @@ def test_a_head_of_means_is_refused(make_lab):
 def test_official_settings_build(
   benchmark, epochs, schedule, rates, length, repulsion, identity, num_tasks
 ):
-  values = config_lib.defaults(
-    recipe="official",
-    method={"name": "hide_prompt"},
-    tasks={"benchmark": benchmark, "num_tasks": num_tasks},
-  )
-  config = config_lib.build(config_lib.Config, values.to_dict())
+  config = cases.official("hide_prompt", benchmark, num_tasks)
   assert (config.epochs, config.batch_size, config.compute_dtype) == (epochs, 192, "float32")
   optim, method = config.optim, config.method
   assert (optim.name, optim.schedule, optim.clip_norm) == ("adam", schedule, 1.0)

@@ -2,6 +2,7 @@
 
 import math
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -293,12 +294,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line(make_lab, settings, mes
   ],
 )
 def test_official_settings(benchmark, num_tasks, expected):
-  values = config.defaults(
-    recipe="official",
-    method={"name": "inflora"},
-    tasks={"benchmark": benchmark, "num_tasks": num_tasks},
-  )
-  built = config.build(config.Config, values.to_dict())
+  built = cases.official("inflora", benchmark, num_tasks)
   optim, method = built.optim, built.method
   assert expected == (
     optim.name,

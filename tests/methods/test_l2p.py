@@ -1,5 +1,6 @@
 """L2P: which prompts a sample gets, what it is classified by, and what pulls the keys."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,12 +185,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
   ],
 )
 def test_official_settings(benchmark, num_tasks, rate, epochs, batch, pool, clip):
-  chosen = config_lib.defaults(
-    recipe="official",
-    method={"name": "l2p"},
-    tasks={"benchmark": benchmark, "num_tasks": num_tasks},
-  )
-  built = config_lib.build(config_lib.Config, chosen.to_dict())
+  built = cases.official("l2p", benchmark, num_tasks)
   optim, method = built.optim, built.method
   assert (optim.name, optim.schedule, optim.clip_norm) == ("adam", "constant", clip)
   assert optim.learning_rate == optim.head_learning_rate == rate

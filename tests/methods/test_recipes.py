@@ -2,9 +2,9 @@
 
 import importlib
 
+import cases
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax.models import pretrained
 from fmlora_jax.tasks.augment import NORMALISATIONS, PRESETS
 
@@ -14,13 +14,8 @@ SD = "augreg2_in21k_ft_in1k"
 
 
 def official(name, benchmark, num_tasks=10):
-  values = config_lib.defaults(
-    recipe="official",
-    method={"name": name},
-    tasks={"benchmark": benchmark, "num_tasks": num_tasks},
-    input={"source_size": 256, "augmentation": "none"},
-  )
-  return config_lib.build(config_lib.Config, values.to_dict())
+  pixels = {"source_size": 256, "augmentation": "none"}
+  return cases.official(name, benchmark, num_tasks, input=pixels)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
