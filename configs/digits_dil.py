@@ -3,18 +3,17 @@
 from fmlora_jax import config
 from fmlora_jax.models import vit
 
-# the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds;
-# of coda_prompt, dualprompt and l2p one was tried
+# the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds
 LEARNING_RATES = {
   "adapter": 1e-3,
   "c_lora": 3e-4,
-  "coda_prompt": 3e-3,
-  "dualprompt": 3e-3,
+  "coda_prompt": 1e-2,
+  "dualprompt": 1e-2,
   "finetune": 1e-4,
   "fm_lora": 1e-3,
   "hide_prompt": 1e-2,
   "inflora": 3e-3,
-  "l2p": 1e-4,
+  "l2p": 1e-5,
   "lora": 3e-4,
   "sd_lora": 3e-4,
 }
