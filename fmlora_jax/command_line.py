@@ -82,7 +82,8 @@ def keep_programs() -> None:
   cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache, "fmlora_jax", "xla")))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  # small ones too: between tasks a run has hundreds
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def reason(error: Exception, batch_size: int | None) -> str | None:

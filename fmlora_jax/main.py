@@ -8,7 +8,7 @@ import re
 
 from absl import app, flags
 
-from fmlora_jax import command_line
+from fmlora_jax import BEGAN, command_line
 from fmlora_jax import config as config_lib
 
 flags.adopt_module_key_flags(command_line)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
   name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
   name = re.sub(r"[:/]", "-", name)
   workdir = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
-  result = run(config, workdir)
+  result = run(config, workdir, began=BEGAN)
   report.show([result], Console())
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fmlora_jax import paper, paper_html, plots
+from fmlora_jax import paper
 from fmlora_jax.runs import Group, Result, group, load, mean, mean_std, repeated_seeds, weights
 from fmlora_jax.writer import duration
 
@@ -92,7 +92,7 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
 
 
 def costs(run: Result) -> list[str]:
-  """Returns what a run costs and keeps, in two lines."""
+  """Returns what a run costs and keeps, in three lines."""
   params, passes = run["params"], run["passes"]
   added = " ".join(map(_count, params["stored_per_task"]))
   kept = "no image and no statistics of the data (rehearsal-free)"
@@ -102,6 +102,7 @@ def costs(run: Result) -> list[str]:
     f"parameters {_count(params['trained'])} trained in the last task, "
     f"{_count(params['stored_total'])} stored beside the backbone; added by each task: {added}",
     f"keeps      {kept}; forward passes {_passes(passes)}",
+    f"time       {_times(run['wall_seconds'])}",
   ]
 
 
@@ -179,6 +180,12 @@ def _passes(passes: Mapping[str, int]) -> str:
   return f"{passes['train']}/{passes['test']}{between}"
 
 
+def _times(seconds: Mapping[str, float]) -> str:
+  """Returns "1:03 min: import 2.1 s, train 40.0 s ...", the total and the kinds that it has."""
+  kinds = (f"{kind} {duration(s)}" for kind, s in seconds.items() if kind != "total")
+  return f"{duration(seconds['total'])}: {', '.join(kinds)}"
+
+
 def _ranks(ranks: Sequence[Sequence[int] | None]) -> str:
   """Returns the most frequent rank of each task: "8" if all agree, else the list or its range."""
   known = [r for r in ranks if r is not None]
@@ -209,6 +216,8 @@ def _line(console: Console, text: str, style: str = "") -> None:
 def _report_on_paper(results: Iterable[Result], notes: Iterable[str], html: str | None) -> None:
   comparison = paper.compare(results)
   if html:
+    from fmlora_jax import paper_html  # draws, as below
+
     paper_html.write(comparison, notes, html)
   _line(Console(), paper.markdown(comparison, notes))
 
@@ -231,6 +240,8 @@ def main(argv: Sequence[str]) -> None:
     else:
       show(results, Console(), notes)
     if options.plot:
+      from fmlora_jax import plots  # matplotlib takes a second to import
+
       plots.plot_accuracy_over_tasks(group(results), options.plot)
   except (ValueError, OSError) as error:
     _line(Console(stderr=True), f"report: {error}")

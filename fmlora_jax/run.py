@@ -1,6 +1,6 @@
 """The experiment: tasks learned in order, every task seen so far measured after each one."""
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,7 +9,6 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,22 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, methods, metrics, plots, report, tasks, writer
+from fmlora_jax import checkpoint, methods, metrics, report, tasks, writer
+from fmlora_jax.clock import Clock
 from fmlora_jax.config import Config
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.tasks import TaskSequence, augment, replay, resident, stream
+from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Passes, Variables
 
-# without tracing: its events nest, and would be counted twice
-COMPILE_EVENTS = (
-  "/jax/core/compile/jaxpr_to_mlir_module_duration",
-  "/jax/core/compile/backend_compile_duration",
-)
 IMAGES_SHARE = 0.5  # of the memory, for images; the rest is the model's
 
 
@@ -47,8 +43,7 @@ class Progress:
     correct: rows of counts of right answers, [after task][test set].
     ahead: dil only: right answers on each task's test set just before it is learned.
     baseline: dil only: the same with the untrained head.
-    seconds: wall time by kind, over all sessions of the run; "data" is what is decoded before a
-      task: the wait for streamed images counts where they are used.
+    seconds: wall time of all sessions up to this checkpoint, as `clock.Clock` tells it.
     trained: trained parameters of the last task.
   """
 
@@ -58,26 +53,39 @@ class Progress:
   correct: list[list[int]] = dataclasses.field(default_factory=list)
   ahead: list[int | None] = dataclasses.field(default_factory=list)
   baseline: list[int | None] = dataclasses.field(default_factory=list)
-  seconds: dict[str, float] = dataclasses.field(
-    default_factory=lambda: dict.fromkeys(("train", "eval", "data", "compile", "total"), 0.0)
-  )
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   trained: int = 0
 
 
-def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -> dict[str, Any]:
+def run(
+  config: Config,
+  workdir: pathlib.Path,
+  console: Console | None = None,
+  began: float | None = None,
+) -> dict[str, Any]:
   """Runs, resumes or re-reads the experiment in `workdir`; returns what result.json holds.
 
   Args:
     console: where to show what goes on; None takes the standard output.
+    began: when the run's program began, by time.monotonic(); None is now.
 
   Raises:
     ConfigError: if a setting, a file or the workdir can't be used, in one line for the user.
     NonFiniteError: if training diverges.
   """
-  weights, sizes, info = pretrained.load(config.weights, config.input.image_size)
-  sequence = tasks.make(
-    config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
-  )
+  with Clock(time.monotonic() if began is None else began) as clock:
+    return _run(config, workdir, console, clock)
+
+
+def _run(
+  config: Config, workdir: pathlib.Path, console: Console | None, clock: Clock
+) -> dict[str, Any]:
+  with clock.kind("weights"):
+    weights, sizes, info = pretrained.load(config.weights, config.input.image_size)
+  with clock.kind("data"):
+    sequence = tasks.make(
+      config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
+    )
   mode = resident.choose_mode(
     sequence, config.tasks.evaluate_on, config.input.mode, **_image_memory()
   )
@@ -120,10 +128,13 @@ def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -
       result = writer.read_result(workdir)
     else:
       with checkpoint.Store(workdir, mesh_lib.replicated(mesh)) as store:
-        experiment = Experiment(config, trainer, store, log)
+        experiment = Experiment(config, trainer, store, log, clock)
         experiment.learn()
       result = experiment.result(info, normalisation, identity["config"])
+      from fmlora_jax import plots  # matplotlib takes a second to import
+
       plots.write_plots(result, workdir)
+      result["wall_seconds"] = clock.seconds()
       writer.write_result(workdir, result)  # last: it says that the run is finished
     for line in report.costs(result):
       log.note(line)
@@ -133,25 +144,32 @@ def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -
 class Experiment:
   """A run under way: variables, progress, and the way from one task to the next."""
 
-  def __init__(self, config: Config, trainer: Trainer, store: checkpoint.Store, log: writer.RunLog):
+  def __init__(
+    self,
+    config: Config,
+    trainer: Trainer,
+    store: checkpoint.Store,
+    log: writer.RunLog,
+    clock: Clock,
+  ):
     self.config, self.trainer, self.store, self.log = config, trainer, store, log
     self.method, self.sequence = trainer.method, trainer.sequence
     self.evaluator = Evaluator(self.method, trainer.center)
     measured = [getattr(task, config.tasks.evaluate_on) for task in self.sequence.tasks]
     self.n_test = np.asarray([len(indices) for indices in measured])
     self._tests = self._measured_images(np.concatenate(measured))
+    self._clock, self._ahead = clock, Ahead()
     self._fold = jax.jit(self.method.fold)
     self.progress = Progress()
     self.variables = None
 
   def learn(self) -> None:
     """Learns all tasks that are left."""
-    with _count_compilation(self.progress):
+    with self._ahead:
       state = self._restore()
       self.log.truncate(
         self.progress.task, self._steps_before(self.progress.task) + self._step(state)
       )
-      self._clock = self.progress.seconds["total"] - time.monotonic()
       for index in range(self.progress.task, len(self.sequence.tasks)):
         self.progress.task = index
         self._learn_task(index, state)
@@ -172,9 +190,10 @@ class Experiment:
       batch_size=config.batch_size,
     )
     self.log.task_started(plan)
-    with self._timed("data"):
+    with self._clock.kind("data"):
       view = self.trainer.view(index)
-    with self._timed("train"):
+    tests = self._decode_ahead(index)
+    with self._clock.kind("train"):
       if state is None:
         self.log.phase("preparing")
         self.variables, facts = self.method.begin_task(self.variables, view)
@@ -186,7 +205,10 @@ class Experiment:
       self.variables, facts = self.method.end_task(self.variables, view)
       self.progress.facts[index] |= facts
     self.progress.training = False
-    with self._timed("eval"):
+    if tests:
+      with self._clock.kind("data"):
+        tests.result()
+    with self._clock.kind("eval"):
       self.log.phase("testing")
       self._evaluate(index)
     self._log_task(index)
@@ -208,10 +230,27 @@ class Experiment:
         self._save(before + done, keep=False, state=state)
     return state
 
-  def _evaluate(self, index):
+  def _decode_ahead(self, index: int) -> concurrent.futures.Future | None:
+    """Has decoded, while task `index` is trained, what measures it, and then the next task.
+
+    Returns:
+      What is done when the former is; None where images are streamed.
+    """
+    if self.trainer.streams:
+      return None
+    num_images = sum(self.n_test[: self._num_tests(index)])
+    tests = self._ahead.submit(self._kept.fetch, self._tests.indices[:num_images])
+    if index + 1 < len(self.sequence.tasks):
+      self.trainer.load_ahead(index + 1, self._ahead)
+    return tests
+
+  def _num_tests(self, index: int) -> int:
+    """Returns how many tasks' images are classified after task `index`: in dil one more."""
     spec = self.sequence.spec
-    looks_ahead = spec.scenario == "dil" and index + 1 < spec.num_tasks
-    counts = self._correct(index, index + 1 + looks_ahead)
+    return index + 1 + (spec.scenario == "dil" and index + 1 < spec.num_tasks)
+
+  def _evaluate(self, index):
+    counts = self._correct(index, self._num_tests(index))
     self.progress.correct.append(counts[: index + 1])
     self.progress.ahead += counts[index + 1 :]
 
@@ -236,8 +275,8 @@ class Experiment:
     """Returns what reads the images that fill the matrix; decoded once unless all is streamed."""
     sequence, workers = self.sequence, self.config.input.workers
     if not self.trainer.streams:
-      kept = resident.Kept(sequence.source, np.sort(records))
-      source = dataclasses.replace(sequence.source, decode=kept)
+      self._kept = resident.Kept(sequence.source, np.sort(records))
+      source = dataclasses.replace(sequence.source, decode=self._kept)
       sequence, workers = dataclasses.replace(sequence, source=source), 0
     return stream.Stream(
       sequence=sequence, indices=records, put=self.trainer.split, workers=workers
@@ -245,12 +284,14 @@ class Experiment:
 
   def _restore(self):
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
-    snapshot = self.store.latest()
+    with self._clock.kind("checkpoint"):
+      snapshot = self.store.latest()
     if snapshot is None:
       self._fresh()
       return None
     for name, value in snapshot.record["progress"].items():
       setattr(self.progress, name, value)
+    self._clock.add(self.progress.seconds)
     progress, arrays = self.progress, snapshot.arrays
     groups = {name: checkpoint.unflatten(arrays, name) for name in ("shared", "cur", "mem")}
     self.variables = Variables(frozen={}, **groups)
@@ -273,17 +314,19 @@ class Experiment:
     self.variables = self.method.init(key, self.trainer.weights)
     spec = self.sequence.spec
     if spec.scenario == "dil":  # the first task has nothing before it that could help
-      self.progress.baseline = [None, *self._correct(0, spec.num_tasks)[1:]]
+      with self._clock.kind("eval"):
+        self.progress.baseline = [None, *self._correct(0, spec.num_tasks)[1:]]
       self.progress.ahead = [None]
 
   def _save(self, step, *, keep, state=None):
     groups = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
     if state is not None:
       groups |= {"opt_state": state.opt_state, "step": state.step}
-    self.progress.seconds["total"] = self._clock + time.monotonic()
-    record = {"progress": dataclasses.asdict(self.progress)}
-    snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
-    self.store.save(step, snapshot, keep=keep)
+    with self._clock.kind("checkpoint"):
+      self.progress.seconds = self._clock.seconds()
+      record = {"progress": dataclasses.asdict(self.progress)}
+      snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
+      self.store.save(step, snapshot, keep=keep)
 
   def _steps_before(self, index):
     return self.config.epochs * sum(self.trainer.steps_per_epoch(i) for i in range(index))
@@ -314,9 +357,6 @@ class Experiment:
     for i, row in enumerate(self.progress.correct):
       counts[i, : len(row)] = row
     return counts
-
-  def _timed(self, kind):
-    return _Timer(self.progress.seconds, kind)
 
   def result(self, info, normalisation, config_dict) -> dict[str, Any]:
     """Returns what result.json holds; design.md section 5."""
@@ -366,7 +406,7 @@ class Experiment:
       },
       "epochs": config.epochs,
       "batch_size": config.batch_size,
-      "wall_seconds": progress.seconds,
+      "wall_seconds": self._clock.seconds(),  # so far
       "params_sha256": params_sha256(saved),
       "devices": [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"],
       "versions": _versions(),
@@ -376,41 +416,14 @@ class Experiment:
     }
 
 
-class _Timer:
-  """Adds the wall time of a block to `seconds[kind]`, less what was compiled in it."""
-
-  def __init__(self, seconds: dict[str, float], kind: str):
-    self._seconds, self._kind = seconds, kind
-
-  def __enter__(self):
-    self._began, self._compiled = time.monotonic(), self._seconds["compile"]
-
-  def __exit__(self, *error):
-    compiled = self._seconds["compile"] - self._compiled
-    self._seconds[self._kind] += time.monotonic() - self._began - compiled
-
-
-@contextlib.contextmanager
-def _count_compilation(progress: Progress) -> Iterator[None]:
-  """Adds the time that jax lowers and compiles in a block to `progress.seconds`."""
-
-  def listener(event: str, seconds: float, **kwargs):
-    del kwargs
-    if event in COMPILE_EVENTS:
-      progress.seconds["compile"] += seconds
-
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  try:
-    yield
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listener)
-
-
-def _image_memory() -> dict[str, int]:
-  """Returns the bytes that images may take on the device and on the host."""
+def _image_memory() -> dict[str, int | None]:
+  """Returns the bytes that images may take, as `resident.choose_mode` wants them."""
   host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
-  return {"device": int(IMAGES_SHARE * device), "host": int(IMAGES_SHARE * host)}
+  device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  return {
+    "device": None if device is None else int(IMAGES_SHARE * device),
+    "host": int(IMAGES_SHARE * host),
+  }
 
 
 def _described_passes(passes: Passes) -> str:

@@ -1,5 +1,7 @@
 """Images decoded once: a task's on the device, those that measure it on the host."""
 
+import concurrent.futures
+import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -9,7 +11,8 @@ from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks.sequence import Source, TaskSequence
 from fmlora_jax.types import Examples
 
-CHUNK = 256  # images decoded at a time, so that memory holds one copy of the task
+# images decoded at a time, so that memory holds one copy of the task and a stop comes through
+CHUNK = 256
 
 
 def capacity(sequence: TaskSequence, split: str) -> int:
@@ -26,15 +29,24 @@ def num_bytes(sequence: TaskSequence, capacity: int) -> int:
   return capacity * (height * width * 3 + 2 * 4 + 4 + 1)
 
 
-def choose_mode(sequence: TaskSequence, measured: str, mode: str, *, device: int, host: int) -> str:
+def choose_mode(
+  sequence: TaskSequence,
+  measured: str,
+  mode: str,
+  *,
+  device: int | None,
+  host: int,
+) -> str:
   """Returns "resident" or "stream": what `mode` says, and of "auto" resident where it fits.
 
   Args:
     sequence: the tasks.
     measured: "test" or "val", the images that fill the accuracy matrix.
     mode: as of config.InputConfig.
-    device: bytes that images may take there: training and validation images of one task.
-    host: bytes that images may take there: the same, and all that is measured.
+    device: bytes that images may take there: training and validation images of one task. None
+      where the device's memory is the host's.
+    host: bytes that images may take there: those of the next task, and all that is measured; where
+      its memory is the device's, those of the current task too.
 
   Raises:
     ConfigError: if "resident" does not fit, with what is needed, what there is, and the mend.
@@ -48,12 +60,16 @@ def choose_mode(sequence: TaskSequence, measured: str, mode: str, *, device: int
   return "stream" if lacking or mode == "stream" else "resident"
 
 
-def _lacking(sequence: TaskSequence, measured: str, *, device: int, host: int) -> str | None:
+def _lacking(sequence: TaskSequence, measured: str, *, device: int | None, host: int) -> str | None:
   """Returns what does not fit where; None if all does."""
   largest = capacity(sequence, "train") + capacity(sequence, "val")
   tests = sum(len(getattr(task, measured)) for task in sequence.tasks)
   height, width = sequence.source.canvas
-  for place, images, budget in (("device", largest, device), ("host", largest + tests, host)):
+  if device is None:
+    places = [("host", 2 * largest + tests, host)]
+  else:
+    places = [("device", largest, device), ("host", largest + tests, host)]
+  for place, images, budget in places:
     needed = num_bytes(sequence, images)
     if needed > budget:
       return (
@@ -63,13 +79,23 @@ def _lacking(sequence: TaskSequence, measured: str, *, device: int, host: int) -
   return None
 
 
-def load(sequence: TaskSequence, indices: Int[np.ndarray, " k"], capacity: int) -> Examples:
+def load(
+  sequence: TaskSequence,
+  indices: Int[np.ndarray, " k"],
+  capacity: int,
+  stop: threading.Event | None = None,
+) -> Examples:
   """Returns the records `indices` as numpy arrays of `capacity` rows; the rest is padding.
 
   Args:
     sequence: where the records are from.
     indices: at most `capacity` of them.
     capacity: rows of the result. Padding rows are black, of label 0, and not valid.
+    stop: set by who wants the result no more.
+
+  Raises:
+    ConfigError: of `Source.decode`.
+    CancelledError: soon after `stop` is set.
   """
   if len(indices) > capacity:
     raise ValueError(f"capacity is {capacity}: must be at least {len(indices)}, the images to load")
@@ -78,13 +104,20 @@ def load(sequence: TaskSequence, indices: Int[np.ndarray, " k"], capacity: int) 
   images = np.zeros((capacity, height, width, 3), np.uint8)
   sizes = np.full((capacity, 2), source.canvas, np.int32)
   labels = np.zeros(capacity, np.int32)
-  for lo in range(0, len(indices), CHUNK):
-    rows = slice(lo, min(lo + CHUNK, len(indices)))
+  for rows in _chunks(len(indices), stop):
     images[rows], sizes[rows] = source.decode(indices[rows])
   labels[: len(indices)] = sequence.labels[indices]
   return Examples(
     images=images, sizes=sizes, labels=labels, valid=np.arange(capacity) < len(indices)
   )
+
+
+def _chunks(count: int, stop: threading.Event | None) -> Iterator[slice]:
+  """Yields the parts of 0..count-1 to decode at a time, until `stop` is set."""
+  for lo in range(0, count, CHUNK):
+    if stop is not None and stop.is_set():
+      raise concurrent.futures.CancelledError
+    yield slice(lo, min(lo + CHUNK, count))
 
 
 def read(
@@ -108,10 +141,15 @@ class Kept:
     self._images = np.empty((len(records), *source.canvas, 3), np.uint8)
     self._sizes = np.zeros((len(records), 2), np.int32)  # 0: not decoded yet
 
-  def __call__(self, rows: Int[np.ndarray, " k"]) -> tuple[np.ndarray, np.ndarray]:
+  def fetch(self, rows: Int[np.ndarray, " k"], stop: threading.Event | None = None) -> None:
+    """Decodes those of `rows` that are not kept yet; `stop` and errors as of `load`."""
     places = np.searchsorted(self._records, rows)
     new = self._sizes[places, 0] == 0
-    if new.any():
-      fresh = places[new]
-      self._images[fresh], self._sizes[fresh] = self._decode(rows[new])
+    rows, places = rows[new], places[new]
+    for part in _chunks(len(rows), stop):
+      self._images[places[part]], self._sizes[places[part]] = self._decode(rows[part])
+
+  def __call__(self, rows: Int[np.ndarray, " k"]) -> tuple[np.ndarray, np.ndarray]:
+    self.fetch(rows)
+    places = np.searchsorted(self._records, rows)
     return self._images[places], self._sizes[places]

@@ -1,7 +1,9 @@
 """One task from its images to trained variables; resumable at any chunk of steps."""
 
+import concurrent.futures
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmlora_jax.config import Config
-from fmlora_jax.tasks import Task, TaskSequence, augment, order, resident, stream
+from fmlora_jax.tasks import TaskSequence, augment, order, resident, stream
+from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.step import Fixed, Stepper, TrainState, make_chunk
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import (
+  Examples,
   Method,
   NonFiniteError,
   Params,
@@ -72,6 +76,7 @@ class Trainer:
     if streams:
       self._steps = stream.steps_per_block(sequence, size, at_most=self._steps)
     self._chunks: dict = {}
+    self._coming: dict[int, concurrent.futures.Future] = {}
 
   def put(self, tree):
     """Places host arrays on every device."""
@@ -86,8 +91,8 @@ class Trainer:
     task, config = self.sequence.tasks[index], self.config
     # the data order has its own stream: another method of the same seed sees the same batches
     order_of = {"batch_size": config.batch_size, "task": index}
-    train = self._reader(task, "train")
-    val = self._reader(task, "val") if len(task.val) else None
+    readers = self._readers(index)
+    train, val = readers["train"], readers.get("val")
 
     def train_batches(epoch):
       return train(order.epoch_indices(len(task.train), seed=config.seed, epoch=epoch, **order_of))
@@ -114,16 +119,34 @@ class Trainer:
       key=lambda name: stream_key(self.root, name, task=index),
     )
 
-  def _reader(self, task: Task, part: str) -> Callable:
-    """Returns the function blocks of rows -> (examples, rows) of each, over a split of a task."""
-    indices = getattr(task, part)
+  def load_ahead(self, index: int, ahead: Ahead) -> None:
+    """Has the images of task `index` decoded in `ahead`, for a later `view` to take them."""
+    if not self.streams:
+      self._coming = {index: ahead.submit(self._load, index)}
+
+  def _load(self, index: int, stop: threading.Event | None = None) -> dict[str, Examples]:
+    """Returns the images of each split of task `index` on the host."""
+    return {
+      part: resident.load(self.sequence, indices, self._capacity[part], stop)
+      for part, indices in self._splits(index).items()
+    }
+
+  def _splits(self, index: int) -> dict[str, np.ndarray]:
+    """Returns the records of "train", and of "val" if task `index` has some."""
+    task = self.sequence.tasks[index]
+    return {part: getattr(task, part) for part in self._capacity if len(getattr(task, part))}
+
+  def _readers(self, index: int) -> dict[str, Callable]:
+    """Returns the function blocks of rows -> (examples, rows) of each, for splits of a task."""
     if self.streams:
-      workers = self.config.input.workers
-      return stream.Stream(
-        sequence=self.sequence, indices=indices, put=self.put, workers=workers
-      ).read
-    examples = self.put(resident.load(self.sequence, indices, self._capacity[part]))
-    return functools.partial(resident.read, examples)
+      place = {"put": self.put, "workers": self.config.input.workers}
+      return {
+        part: stream.Stream(sequence=self.sequence, indices=indices, **place).read
+        for part, indices in self._splits(index).items()
+      }
+    coming = self._coming.pop(index, None)
+    loaded = self.put(coming.result() if coming else self._load(index))
+    return {part: functools.partial(resident.read, images) for part, images in loaded.items()}
 
   def steps_per_epoch(self, index: int) -> int:
     """Returns the steps of one epoch of task `index`; the last batch may be padded."""
