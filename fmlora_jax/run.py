@@ -311,7 +311,8 @@ class Experiment:
 
   def _fresh(self):
     key = stream_key(self.trainer.root, "init", task=0)
-    self.variables = self.method.init(key, self.trainer.weights)
+    # on all devices, as later tasks' and restored ones are: no program compiles once more for them
+    self.variables = self.trainer.put(self.method.init(key, self.trainer.weights))
     spec = self.sequence.spec
     if spec.scenario == "dil":  # the first task has nothing before it that could help
       with self._clock.kind("eval"):

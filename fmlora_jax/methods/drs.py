@@ -87,6 +87,8 @@ class RankSelector:
         f"config.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no validation "
         "images: raise config.tasks.val_fraction or set drs.strategy=fixed"
       )
+    # placed as what a step returns is: the second one would compile anew
+    params = jax.device_put(params, view.arrays.index.sharding)
     context = Context(fixed=fixed, task=view.arrays)
     find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
     index, val_loss, scores = find(params, context, view)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmlora_jax import bench, methods
 from fmlora_jax import config as config_lib
-from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import drs
 from fmlora_jax.models import pretrained, vit
@@ -231,3 +231,47 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(s
   for distant in facts.values():
     assert again["complexity"] < distant["complexity"]
     assert again["rank"] < distant["rank"]
+
+
+@pytest.mark.parametrize("images_per_validation_image", [7, 9])
+def test_the_selection_costs_at_most_1_3_epochs_of_training(
+  monkeypatch, images_per_validation_image
+):
+  """Of ViT-B/16 at the smallest rank, with 70/10 % or 90/10 % for training and validation."""
+  selectors = []
+
+  class Recorded(drs.RankSelector):
+    def __init__(self, *arguments):
+      super().__init__(*arguments)
+      selectors.append(self)
+
+  monkeypatch.setattr(drs, "RankSelector", Recorded)
+  lab = bench.Lab(bench.Setting(batch=2, rank=4))
+  (selector,) = selectors
+
+  def shapes(weights):
+    variables = lab.begin(weights, lab.variables(weights, 0), 1)
+    state, fixed, batch = lab.arguments(weights, variables, 1)
+    square = jnp.zeros((12, 32, 32))
+    core = {name: {"m": square, "n": square} for name in variables.cur["core"]}
+    params = {"core": core, "head": variables.cur["head"]}
+    probe = drs.Probe(params, selector.optimizer.init(params))
+    context = drs.Context(fixed=variables.shared | fixed.frozen, task=fixed.task)
+    return (state, fixed, batch), probe, context, selector._stacked(params)
+
+  weights = jax.eval_shape(lab.backbone.init, jax.random.key(0))
+  arguments, probe, context, stacked = jax.eval_shape(shapes, weights)
+  alpha, rows = jnp.zeros(len(selector.masks)), jnp.arange(2)
+  seen = arguments[-1], rows  # a batch as it is
+  programs = {
+    "step": jax.jit(lab.stepper(1).step).lower(*arguments),
+    "draw": selector._train_drawn.lower(
+      probe, alpha, context, *seen, jax.random.key(0), augment=lambda batch, rows, key: batch
+    ),
+    "validate": selector._validate_all.lower(
+      stacked, selector.masks, context, *seen, center=lambda batch, rows: batch
+    ),
+  }
+  flops = {name: program.cost_analysis()["flops"] for name, program in programs.items()}
+  epochs = (flops["draw"] + flops["validate"] / images_per_validation_image) / flops["step"]
+  assert 1 < epochs < 1.3
