@@ -43,7 +43,8 @@ class Progress:
     correct: rows of counts of right answers, [after task][test set].
     ahead: dil only: right answers on each task's test set just before it is learned.
     baseline: dil only: the same with the untrained head.
-    seconds: wall time of all sessions up to this checkpoint, as `clock.Clock` tells it.
+    seconds: wall time of all sessions up to this checkpoint, as `clock.Clock` tells it: what a
+      session did after its last one is lost, and so is its time.
     trained: trained parameters of the last task.
   """
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmlora_jax import command_line, config, writer
+from fmlora_jax import clock, command_line, config, writer
 from fmlora_jax.run import run
 from fmlora_jax.types import NonFiniteError
 
@@ -252,6 +252,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
   small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}}
+  began = time.time()
   done = call(
     command(*settings(small), config=f"{ROOT}/configs/digits.py:method=linear_probe"), cwd=tmp_path
   )
@@ -266,6 +267,11 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   result = json.loads((workdir / "result.json").read_text())
   assert set(writer.FIELDS) <= set(result)
   assert f"{result['acc']:.2f}" in done.stdout
+  seconds = result["wall_seconds"]
+  took = (workdir / "result.json").stat().st_mtime - began
+  assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.3)  # Python's own start is outside
+  assert all(seconds[kind] > 0 for kind in clock.KINDS)
+  assert f"\ntime       {writer.duration(seconds['total'])}: import " in done.stdout
 
 
 def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):

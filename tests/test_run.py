@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+import time
 
 import cases
 import numpy as np
@@ -72,19 +74,23 @@ class Killed(BaseException):
 
 
 def stop(settings, workdir, owner, name, calls):
-  """Runs until `owner.name` returned for the calls-th time."""
+  """Runs until `owner.name` returned for the calls-th time; returns how long until that call."""
   left, original = [calls], getattr(owner, name)
+  began = time.monotonic()
 
   def then_die(self, *args, **kwargs):
+    took.append(time.monotonic() - began)
     original(self, *args, **kwargs)
     left[0] -= 1
     if not left[0]:
       raise Killed
 
+  took = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(owner, name, then_die)
     with pytest.raises(Killed):
       run(settings, workdir)
+  return took[-1]
 
 
 def assert_same_run(finished, workdir, result):
@@ -100,9 +106,15 @@ def assert_same_run(finished, workdir, result):
 )
 def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, saves):
   settings, workdir = finished[0], tmp_path / "run"
-  stop(settings, workdir, checkpoint.Store, "save", saves)
+  before = stop(settings, workdir, checkpoint.Store, "save", saves)
   assert not (workdir / "result.json").exists()
-  assert_same_run(finished, workdir, run(settings, workdir))
+  began = time.monotonic()
+  result = run(settings, workdir)
+  took = before + time.monotonic() - began
+  assert_same_run(finished, workdir, result)
+  seconds = result["wall_seconds"]
+  assert sum(seconds[kind] for kind in clock.KINDS) == pytest.approx(seconds["total"])
+  assert seconds["total"] == pytest.approx(took, rel=0.03)  # of both sessions
 
 
 def test_a_run_replays_the_stream_of_another(finished, tmp_path):
@@ -138,6 +150,79 @@ def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path,
   with pytest.raises(config.ConfigError, match=message):
     run(small(input={"mode": "resident"}), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+class Decoder:
+  """Decodes for a run, and remembers which records in which thread.
+
+  Attributes:
+    refused: records that can't be decoded.
+  """
+
+  def __init__(self, monkeypatch):
+    self.threads: dict[int, str] = {}
+    self.refused: set[int] = set()
+    make = tasks.make
+
+    def watched(*args, **kwargs):
+      self.sequence = make(*args, **kwargs)
+      source = dataclasses.replace(self.sequence.source, decode=self.decode)
+      return dataclasses.replace(self.sequence, source=source)
+
+    monkeypatch.setattr(tasks, "make", watched)
+
+  def decode(self, rows):
+    for row in rows.tolist():
+      assert row not in self.threads, "decoded twice"
+      if row in self.refused:
+        raise config.ConfigError(f"record {row} can't be used")
+      self.threads[row] = threading.current_thread().name
+    return self.sequence.source.decode(rows)
+
+  def has_all(self, *parts) -> bool:
+    return all(row in self.threads for part in parts for row in part.tolist())
+
+
+@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+def test_what_is_needed_next_is_decoded_while_a_task_is_trained(finished, tmp_path, monkeypatch):
+  decoder, train, waited = Decoder(monkeypatch), Trainer.train, []
+
+  def slowly(self, state, variables, view):
+    yield from train(self, state, variables, view)
+    now, following = decoder.sequence.tasks[view.index], decoder.sequence.tasks[-1]
+    deadline = time.monotonic() + 30
+    while not decoder.has_all(now.test, following.train, following.val):
+      assert time.monotonic() < deadline, "not decoded before the training ended"
+      time.sleep(0.01)
+    waited.append(view.index)
+
+  monkeypatch.setattr(Trainer, "train", slowly)
+  assert_same_run(finished, tmp_path / "run", run(finished[0], tmp_path / "run"))
+  assert waited == [0, 1]
+  first, second = decoder.sequence.tasks
+  main = threading.current_thread().name
+  assert {decoder.threads[row] for row in [*first.train, *first.val]} == {main}
+  ahead = [*first.test, *second.train, *second.val, *second.test]
+  assert {decoder.threads[row] for row in ahead} == {"decode ahead_0"}
+
+
+@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_that_can_not_be_decoded_ahead_stops_the_run_at_its_task(
+  finished, tmp_path, monkeypatch, part
+):
+  settings, workdir = finished[0], tmp_path / "run"
+  with monkeypatch.context() as patch:
+    decoder = Decoder(patch)
+    sequence = tasks.make(settings.tasks, seed=settings.seed, source_size=16)
+    broken = int(getattr(sequence.tasks[1], part)[-1])
+    decoder.refused.add(broken)
+    with pytest.raises(config.ConfigError, match=f"^record {broken} can't be used$"):
+      run(settings, workdir)
+  assert not [thread for thread in threading.enumerate() if "decode ahead" in thread.name]
+  steps = {json.loads(line)["step"] for line in lines(workdir)}
+  assert max(steps) == (9 if part == "train" else 19)  # of ten steps a task
+  assert_same_run(finished, workdir, run(settings, workdir))
 
 
 def streamed(settings, **changes):

@@ -1,5 +1,7 @@
+import concurrent.futures
 import dataclasses
 import functools
+import threading
 
 import numpy as np
 import pytest
@@ -55,6 +57,39 @@ def test_resident_is_chosen_where_it_fits_to_the_byte(made):
     )
     with pytest.raises(ConfigError, match=message):
       choose("resident", **budget)
+
+
+def test_where_the_device_has_no_memory_of_its_own_the_host_holds_two_tasks(made):
+  largest = resident.capacity(made, "train") + resident.capacity(made, "val")
+  tests = sum(len(task.test) for task in made.tasks)
+  host = resident.num_bytes(made, 2 * largest + tests)
+  assert resident.choose_mode(made, "test", "auto", device=None, host=host) == "resident"
+  assert resident.choose_mode(made, "test", "auto", device=None, host=host - 1) == "stream"
+  with pytest.raises(
+    ConfigError, match=f"{2 * largest + tests} images of digits, .*, the host has"
+  ):
+    resident.choose_mode(made, "test", "resident", device=None, host=host - 1)
+
+
+@pytest.mark.parametrize("way", ["load", "fetch"])
+def test_decoding_that_nobody_wants_any_more_ends_at_the_next_chunk(made, monkeypatch, way):
+  monkeypatch.setattr(resident, "CHUNK", 8)
+  stop, decoded = threading.Event(), []
+
+  def decode(rows):
+    decoded.append(len(rows))
+    if len(decoded) == 2:
+      stop.set()
+    return made.source.decode(rows)
+
+  source = dataclasses.replace(made.source, decode=decode)
+  rows = made.tasks[0].train
+  with pytest.raises(concurrent.futures.CancelledError):
+    if way == "load":
+      resident.load(dataclasses.replace(made, source=source), rows, len(rows), stop)
+    else:
+      resident.Kept(source, rows).fetch(rows, stop)
+  assert decoded == [8, 8]
 
 
 def test_kept_images_are_decoded_once_and_only_if_asked_for(made):
