@@ -114,7 +114,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   assert_same_run(finished, workdir, result)
   seconds = result["wall_seconds"]
   assert sum(seconds[kind] for kind in clock.KINDS) == pytest.approx(seconds["total"])
-  assert seconds["total"] == pytest.approx(took, rel=0.03)  # of both sessions
+  assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.2)  # of both sessions
 
 
 def test_a_run_replays_the_stream_of_another(finished, tmp_path):

@@ -87,8 +87,6 @@ class RankSelector:
         f"config.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no validation "
         "images: raise config.tasks.val_fraction or set drs.strategy=fixed"
       )
-    # placed as what a step returns is: the second one would compile anew
-    params = jax.device_put(params, view.arrays.index.sharding)
     context = Context(fixed=fixed, task=view.arrays)
     find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
     index, val_loss, scores = find(params, context, view)
@@ -105,7 +103,7 @@ class RankSelector:
     }
 
   def _by_gumbel(self, params, context, view):
-    probe = Probe(params, self.optimizer.init(params))
+    probe = _placed(Probe(params, self.optimizer.init(params)), view)
     alpha = jnp.zeros(len(self.masks))
     for epoch in range(self.drs.epochs):
       for batch, key in _steps(view, epoch):
@@ -124,7 +122,7 @@ class RankSelector:
 
   def _by_validation(self, params, context, view):
     stacked = self._stacked(params)
-    probes = Probe(stacked, jax.vmap(self.optimizer.init)(stacked))
+    probes = _placed(Probe(stacked, jax.vmap(self.optimizer.init)(stacked)), view)
     for epoch in range(self.drs.epochs):
       for batch, key in _steps(view, epoch):
         probes = self._train_all(probes, self.masks, context, *batch, key, augment=view.augment)
@@ -178,6 +176,11 @@ class RankSelector:
     ]
     totals = sum(sums for sums, _ in parts) / sum(count for _, count in parts)
     return totals[:, 0], totals[:, 1]
+
+
+def _placed(probe: Probe, view: TaskView) -> Probe:
+  """Returns `probe` placed as what a step returns is, or the second step would compile anew."""
+  return jax.device_put(probe, view.arrays.index.sharding)
 
 
 def _steps(view: TaskView, epoch: int):
