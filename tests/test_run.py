@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, config, tasks, writer
+from fmlora_jax import checkpoint, config, parts, tasks, writer
 from fmlora_jax import run as run_lib
 from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.models import pretrained
@@ -133,8 +133,7 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
 
 
 def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
-  little = {"device": 1000, "host": 1000}
-  monkeypatch.setattr(run_lib, "_image_memory", lambda: little)
+  monkeypatch.setattr(parts, "host_memory", lambda: 2000)
   message = r"images of digits, .* the device has 0\.00 GiB for them; set it to auto or stream"
   with pytest.raises(config.ConfigError, match=message):
     run(small(input={"mode": "resident"}), tmp_path / "run")
