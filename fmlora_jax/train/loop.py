@@ -131,6 +131,7 @@ class Trainer:
       augment=self.augment,
       center=self.center,
       key=lambda name: stream_key(self.root, name, task=index),
+      seed=config.seed,
     )
 
   def _reader(self, task: Task, part: str) -> Callable:
