@@ -1,6 +1,9 @@
 """Learns a sequence of tasks and reports what was kept and what was forgotten.
 
 python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]
+  [--dry_run]
+
+With --config.seeds=1993,1994 the experiment runs with each seed in turn, in a folder of its own.
 """
 
 import pathlib
@@ -26,11 +29,14 @@ def main(argv: list[str]) -> None:
   command_line.check_workdir()
   from rich.console import Console  # after the flags: --help and a typo answer at once
 
-  from fmlora_jax import report, seeds
+  from fmlora_jax import dry_run, report, seeds
   from fmlora_jax.run import run
 
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
+  if flags.FLAGS.dry_run:
+    dry_run.show(dry_run.estimate(config), Console())
+    return
   name = f"{config.tasks.benchmark}-{config.method.name}"
   name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
   workdir = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
@@ -39,4 +45,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_bool("dry_run", False, "Say what it would cost, and run nothing.")
   command_line.start(main, command_line.parse_flags)

@@ -151,10 +151,26 @@ class Trainer:
 
   def init(self, variables: Variables, index: int) -> TrainState:
     """Returns the state at the start of task `index`."""
-    return self._stepper(index).init(variables)
+    return self.stepper(index).init(variables)
 
-  def _stepper(self, index: int) -> Stepper:
+  def stepper(self, index: int) -> Stepper:
+    """Returns the step of task `index`."""
     return self._programs(index)[0]
+
+  def chunk(self, index: int) -> Callable:
+    """Returns the jitted program that does several steps of task `index`; see `make_chunk`."""
+    return self._programs(index)[1]
+
+  def fixed(self, variables: Variables, view: TaskView) -> Fixed:
+    """Returns what the steps of a task only read, on the devices."""
+    total = self.config.epochs * self.steps_per_epoch(view.index)
+    return Fixed(
+      frozen=self.put(self.method.freeze(self.weights, variables)),
+      mem=self.put(variables.mem),
+      task=view.arrays,
+      total_steps=self.put(jnp.int32(total)),
+      root=self.root,
+    )
 
   def _programs(self, index: int):
     """Returns the stepper and its jitted chunk; tasks with the same rules share them."""
@@ -182,15 +198,7 @@ class Trainer:
       NonFiniteError: if a loss or a gradient norm is not finite, with task and step.
       ConfigError: if images are streamed and one can't be decoded any more.
     """
-    _, chunk = self._programs(view.index)
-    total = self.config.epochs * self.steps_per_epoch(view.index)
-    fixed = Fixed(
-      frozen=self.put(self.method.freeze(self.weights, variables)),
-      mem=self.put(variables.mem),
-      task=view.arrays,
-      total_steps=self.put(jnp.int32(total)),
-      root=self.root,
-    )
+    chunk, fixed = self.chunk(view.index), self.fixed(variables, view)
     # a copy of its own: the chunk donates it, and a method may have put one array in two places
     state = jax.tree.map(jnp.copy, self.put(state))
     done = int(state.step)
