@@ -15,6 +15,7 @@ from fmlora_jax import command_line
 from fmlora_jax import config as config_lib
 
 flags.adopt_module_key_flags(command_line)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would cost, and run nothing.")
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
 
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
-  if flags.FLAGS.dry_run:
+  if DRY_RUN.value:
     dry_run.show(dry_run.estimate(config), Console())
     return
   name = f"{config.tasks.benchmark}-{config.method.name}"
@@ -45,5 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_bool("dry_run", False, "Say what it would cost, and run nothing.")
   command_line.start(main, command_line.parse_flags)
