@@ -203,6 +203,7 @@ class Lab:
       augment=self._augment,
       center=self._center,
       key=lambda name: stream_key(self._root, name, task=task),
+      seed=0,
     )
 
   def _arrays(self, task: int) -> TaskArrays:

@@ -18,6 +18,8 @@ from orbax.checkpoint import v1 as ocp
 from fmlora_jax import writer
 from fmlora_jax.config import FREE_FIELDS, ConfigError
 
+IDENTITY = "config.json"  # what a workdir belongs to
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Snapshot:
@@ -122,7 +124,7 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     ConfigError: if the workdir holds another run, with the fields that differ; or if it holds files
       that no run wrote.
   """
-  path = workdir / "config.json"
+  path = workdir / IDENTITY
   if not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
     if found := sorted(p.name for p in workdir.iterdir() if not writer.is_draft(p, of=path)):

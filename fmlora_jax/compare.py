@@ -102,8 +102,8 @@ def _split_flags(config_flags: Sequence[str]) -> tuple[str, str, list[str]]:
   names = {_name(flag) for flag in common}
   if re.search(r"(^|,)method=", variant) or names & {"config.method", "config.method.name"}:
     raise app.UsageError("--config names a method: they are given as --methods=NAME,NAME")
-  if "config.seed" in names:
-    raise app.UsageError("--config.seed is given: the seeds are given as --seeds=1993,1994")
+  for name in sorted(names & {"config.seed", "config.seeds"}):
+    raise app.UsageError(f"--{name} is given: the seeds are given as --seeds=1993,1994")
   return file, variant, common
 
 
@@ -209,10 +209,13 @@ def main(argv: list[str]) -> None:
   if values.dry_run:
     return
   from fmlora_jax import plots, report
+  from fmlora_jax.parts import Workshop
   from fmlora_jax.run import run
 
+  workshop = Workshop(keeps_images=True)
+
   def run_one(one):  # of a finished run no more is said than that it is
-    return run(one.config, one.workdir, Console(quiet=one.state == "finished"))
+    return run(one.config, one.workdir, Console(quiet=one.state == "finished"), workshop)
 
   command_line.keep_programs()
   results, problems = run_all(planned, run_one, note)

@@ -24,6 +24,7 @@ FREE_FIELDS = (
   "input.mode",
   "input.steps_per_dispatch",
   "input.workers",
+  "seeds",
   "tasks.data_dir",
   "tasks.stream",
   "weights.path",
@@ -364,9 +365,14 @@ def method_config(name: str) -> type[MethodConfig]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """One run. `epochs` are per task; `batch_size` is over all devices."""
+  """One run. `epochs` are per task; `batch_size` is over all devices.
+
+  Attributes:
+    seeds: in place of `seed`: one run with each, in one process; see fmlora_jax/seeds.py.
+  """
 
   seed: int = 1993
+  seeds: tuple[int, ...] = ()
   epochs: int = 30
   batch_size: int = 256
   eval_batch_size: int = 256
@@ -384,6 +390,11 @@ class Config:
 
   def __post_init__(self):
     require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+    in_range = all(0 <= seed < 2**32 for seed in self.seeds)
+    distinct = len(set(self.seeds)) == len(self.seeds)
+    require(in_range and distinct, "seeds", self.seeds, "distinct, each in [0, 2**32)")
+    alone = not self.seeds or self.seed == Config.seed
+    require(alone, "seed", self.seed, "left out where seeds are given")
     for name in ("epochs", "batch_size", "eval_batch_size"):
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
 

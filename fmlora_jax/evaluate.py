@@ -1,5 +1,6 @@
 """Counts of right answers over padded batches of test images."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -11,8 +12,22 @@ from fmlora_jax.tasks import order
 from fmlora_jax.types import Examples, Method
 
 
+@functools.partial(jax.jit, static_argnames=("predict", "center"))
+def count_correct(
+  model, examples, owner, masks, *, predict: Callable, center: Callable
+) -> Int[Array, " T"]:
+  """Returns how many images of a batch are predicted right, for each test set."""
+  batch = center(examples, jnp.arange(len(owner)))
+  logits = predict(model, batch.images)
+  predicted = jnp.argmax(jnp.where(masks[owner], logits, -jnp.inf), axis=-1)
+  right = (predicted == batch.labels) & batch.valid
+  return jnp.zeros(len(masks), jnp.int32).at[owner].add(right)
+
+
 class Evaluator:
   """Classifies test images with a folded model: one forward pass each, one program for all tasks.
+
+  Runs that share `predict` and `center` share the program.
 
   Args:
     method: gives `predict`.
@@ -20,14 +35,7 @@ class Evaluator:
   """
 
   def __init__(self, method: Method, center: Callable):
-    def count(model, examples, owner, masks):
-      batch = center(examples, jnp.arange(len(owner)))
-      logits = method.predict(model, batch.images)
-      predicted = jnp.argmax(jnp.where(masks[owner], logits, -jnp.inf), axis=-1)
-      right = (predicted == batch.labels) & batch.valid
-      return jnp.zeros(len(masks), jnp.int32).at[owner].add(right)
-
-    self._count = jax.jit(count)
+    self._count = functools.partial(count_correct, predict=method.predict, center=center)
 
   def correct(
     self,

@@ -1,6 +1,9 @@
 """Learns a sequence of tasks and reports what was kept and what was forgotten.
 
 python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]
+  [--dry_run]
+
+With --config.seeds=1993,1994 the experiment runs with each seed in turn, in a folder of its own.
 """
 
 import pathlib
@@ -12,6 +15,7 @@ from fmlora_jax import BEGAN, command_line
 from fmlora_jax import config as config_lib
 
 flags.adopt_module_key_flags(command_line)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would cost, and run nothing.")
 
 
 def main(argv: list[str]) -> None:
@@ -26,16 +30,22 @@ def main(argv: list[str]) -> None:
   command_line.check_workdir()
   from rich.console import Console  # after the flags: --help and a typo answer at once
 
-  from fmlora_jax import report
+  from fmlora_jax import dry_run, report, seeds
   from fmlora_jax.run import run
 
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
-  name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
-  name = re.sub(r"[:/]", "-", name)
+  if DRY_RUN.value:
+    dry_run.show(dry_run.estimate(config), Console())
+    return
+  name = f"{config.tasks.benchmark}-{config.method.name}"
+  name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
   workdir = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
-  result = run(config, workdir, began=BEGAN)
-  report.show([result], Console())
+  if config.seeds:
+    results = seeds.run_each(config, workdir, began=BEGAN)
+  else:
+    results = [run(config, workdir, began=BEGAN)]
+  report.show(results, Console())
 
 
 if __name__ == "__main__":

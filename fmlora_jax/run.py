@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
-import os
 import pathlib
 import platform
 import subprocess
@@ -12,24 +11,21 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, methods, metrics, report, tasks, writer
+from fmlora_jax import checkpoint, metrics, report, writer
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import Config
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
-from fmlora_jax.models import pretrained, vit
-from fmlora_jax.tasks import TaskSequence, augment, replay, resident, stream
+from fmlora_jax.parts import Workshop
+from fmlora_jax.tasks import replay, resident, stream
 from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Passes, Variables
-
-IMAGES_SHARE = 0.5  # of the memory, for images; the rest is the model's
 
 
 @dataclasses.dataclass
@@ -62,12 +58,14 @@ def run(
   config: Config,
   workdir: pathlib.Path,
   console: Console | None = None,
+  workshop: Workshop | None = None,
   began: float | None = None,
 ) -> dict[str, Any]:
   """Runs, resumes or re-reads the experiment in `workdir`; returns what result.json holds.
 
   Args:
     console: where to show what goes on; None takes the standard output.
+    workshop: of several runs, which then share what they can; None is a run on its own.
     began: when the run's program began, by time.monotonic(); None is now.
 
   Raises:
@@ -75,36 +73,19 @@ def run(
     NonFiniteError: if training diverges.
   """
   with Clock(time.monotonic() if began is None else began) as clock:
-    return _run(config, workdir, console, clock)
+    return _run(config, workdir, console, workshop or Workshop(), clock)
 
 
 def _run(
-  config: Config, workdir: pathlib.Path, console: Console | None, clock: Clock
+  config: Config,
+  workdir: pathlib.Path,
+  console: Console | None,
+  workshop: Workshop,
+  clock: Clock,
 ) -> dict[str, Any]:
-  with clock.kind("weights"):
-    weights, sizes, info = pretrained.load(config.weights, config.input.image_size)
-  with clock.kind("data"):
-    sequence = tasks.make(
-      config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
-    )
-  mode = resident.choose_mode(
-    sequence, config.tasks.evaluate_on, config.input.mode, **_image_memory()
-  )
-  normalisation = config.input.normalisation or info.normalisation
-  augment.check(config.input.augmentation, normalisation)
-  backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
-  method = methods.make(config, backbone, sequence.spec)
-  mesh = mesh_lib.make()
-  trainer = Trainer(
-    config,
-    method,
-    sequence,
-    jax.device_put(weights, mesh_lib.replicated(mesh)),
-    normalisation=normalisation,
-    image_size=sizes.image_size,
-    mesh=mesh,
-    streams=mode == "stream",
-  )
+  parts = workshop.parts(config, clock.kind)
+  trainer, info = parts.trainer, parts.info
+  method, sequence, mesh = trainer.method, trainer.sequence, trainer.mesh
   stream_json = replay.dump(sequence)
   identity = {
     "config": dataclasses.asdict(config),
@@ -116,10 +97,10 @@ def _run(
   writer.replace(workdir / replay.FILE, stream_json)
   with writer.open_run(workdir, console=console) as log:
     log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-    log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {sizes.depth} blocks")
+    log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {parts.sizes.depth} blocks")
     log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
     log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
-    log.note(f"input      {_described_input(sequence, mode, config.input.workers)}")
+    log.note(f"input      {_described_input(trainer)}")
     log.note(f"method     {config.method.name}, workdir {workdir}")
     log.note(f"passes     {_described_passes(method.passes)}")
     for caveat in method.caveats:
@@ -131,7 +112,7 @@ def _run(
       with checkpoint.Store(workdir, mesh_lib.replicated(mesh)) as store:
         experiment = Experiment(config, trainer, store, log, clock)
         experiment.learn()
-      result = experiment.result(info, normalisation, identity["config"])
+      result = experiment.result(info, parts.normalisation, identity["config"])
       from fmlora_jax import plots  # matplotlib takes a second to import
 
       plots.write_plots(result, workdir)
@@ -276,9 +257,8 @@ class Experiment:
     """Returns what reads the images that fill the matrix; decoded once unless all is streamed."""
     sequence, workers = self.sequence, self.config.input.workers
     if not self.trainer.streams:
-      self._kept = resident.Kept(sequence.source, np.sort(records))
-      source = dataclasses.replace(sequence.source, decode=self._kept)
-      sequence, workers = dataclasses.replace(sequence, source=source), 0
+      sequence, workers = resident.keep(sequence, np.sort(records)), 0
+      self._kept = sequence.source.decode
     return stream.Stream(
       sequence=sequence, indices=records, put=self.trainer.split, workers=workers
     )
@@ -418,23 +398,14 @@ class Experiment:
     }
 
 
-def _image_memory() -> dict[str, int | None]:
-  """Returns the bytes that images may take, as `resident.choose_mode` wants them."""
-  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-  return {
-    "device": None if device is None else int(IMAGES_SHARE * device),
-    "host": int(IMAGES_SHARE * host),
-  }
-
-
 def _described_passes(passes: Passes) -> str:
   between = f", {passes.between} over a task's images between tasks" if passes.between else ""
   return f"{passes.train} forward in a training step, {passes.test} at test time{between}"
 
 
-def _described_input(sequence: TaskSequence, mode: str, workers: int) -> str:
-  if mode == "stream":
+def _described_input(trainer: Trainer) -> str:
+  sequence, workers = trainer.sequence, trainer.config.input.workers
+  if trainer.streams:
     return f"stream, {workers} workers" if workers else "stream, threads"
   images = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
   return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on the device"

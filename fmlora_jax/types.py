@@ -273,6 +273,7 @@ class TaskView:
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
     key: PRNG key of (run seed, task, name of the stream).
+    seed: the run's, for what takes no key. Not the config's: runs of other seeds share a method.
   """
 
   index: int
@@ -285,6 +286,7 @@ class TaskView:
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
   key: Callable[[str], PRNGKeyArray]
+  seed: int
 
 
 Rules = tuple[tuple[str, str], ...]  # (regex over "group/path/of/leaf", label)

@@ -107,6 +107,7 @@ def test_a_variant_of_the_config_file_is_kept():
     ([f"{DIGITS}:method=lora"], "--config names a method: they are given as --methods"),
     ([DIGITS, "--config.method.name=lora"], "--config names a method"),
     ([DIGITS, "--config.seed=3"], "--config.seed is given: the seeds are given as --seeds"),
+    ([DIGITS, "--config.seeds=3,4"], "--config.seeds is given: the seeds are given as --seeds"),
     (["--config.epochs=3"], "--config is missing"),
   ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmlora_jax import clock, command_line, config, writer
+from fmlora_jax import clock, command_line, config, main, writer
 from fmlora_jax.run import run
 from fmlora_jax.types import NonFiniteError
 
@@ -98,6 +98,10 @@ REFUSED = {
   "a bucket for a workdir": (
     ["--config=configs/digits.py", "--workdir=gs://bucket/run"],
     "--workdir is 'gs://bucket/run': must be a local or mounted folder, buckets are not supported",
+  ),
+  "a seed beside seeds": (
+    ["--config=configs/digits.py", "--config.seed=3", "--config.seeds=3,4"],
+    "config.seed is 3: must be left out where seeds are given",
   ),
   "tasks that classes can't be cut into": (
     ["--config=configs/digits.py", "--config.tasks.num_tasks=3"],
@@ -205,12 +209,46 @@ def uninterrupted(tmp_path_factory):
 
 def config_of(changes: dict) -> config.Config:
   """Returns what the command line makes of configs/digits.py and `changes`."""
+  return config.build(config.Config, tree_of(changes).to_dict())
+
+
+def tree_of(changes: dict):
   spec = importlib.util.spec_from_file_location("digits_config", ROOT / "configs" / "digits.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   tree = module.get_config()
   tree.update(changes)
-  return config.build(config.Config, tree.to_dict())
+  return tree
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+  """Returns main in this process, in an empty folder, as a function of settings and flags."""
+
+  def call(changes, dry_run=False):
+    values = {"CONFIG": tree_of(changes), "WORKDIR": None}
+    for name, value in values.items():
+      monkeypatch.setattr(command_line, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(main, "DRY_RUN", types.SimpleNamespace(value=dry_run))
+    monkeypatch.chdir(tmp_path)
+    main.main(["main"])
+
+  return call
+
+
+def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(program, tmp_path, capsys):
+  small = SMALL | {
+    "weights": SMALL["weights"] | {"depth": 1},
+    "method": {"name": "linear_probe"},
+    "seeds": (3, 4),
+  }
+  program(small, dry_run=True)
+  assert "for 2 seeds; each (train" in capsys.readouterr().out
+  assert not list(tmp_path.iterdir())
+  program(small)
+  assert "\nlinear_probe       2 " in capsys.readouterr().out
+  folder = tmp_path / "runs" / "digits-linear_probe"
+  assert sorted(path.name for path in folder.iterdir()) == ["3", "4", "seeds.json"]
 
 
 def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):

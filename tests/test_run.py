@@ -9,8 +9,7 @@ import cases
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, clock, config, plots, tasks, writer
-from fmlora_jax import run as run_lib
+from fmlora_jax import checkpoint, clock, config, parts, plots, tasks, writer
 from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.models import pretrained
 from fmlora_jax.run import params_sha256, run
@@ -144,9 +143,8 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
 
 
 def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
-  little = {"device": 1000, "host": 1000}
-  monkeypatch.setattr(run_lib, "_image_memory", lambda: little)
-  message = r"images of digits, .* the device has 0\.00 GiB for them; set it to auto or stream"
+  monkeypatch.setattr(parts, "host_memory", lambda: 2000)
+  message = r"images of digits, .* the host has 0\.00 GiB for them; set it to auto or stream"
   with pytest.raises(config.ConfigError, match=message):
     run(small(input={"mode": "resident"}), tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -270,7 +268,7 @@ def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypa
   whole = tmp_path / "resident"
   finished = settings, whole, run(settings, whole)
   assert "\ninput      resident, 0.00 GiB on the device\n" in capsys.readouterr().out
-  monkeypatch.setattr(run_lib, "_image_memory", lambda: {"device": 1000, "host": 1000})
+  monkeypatch.setattr(parts, "host_memory", lambda: 2000)
   result = run(settings, tmp_path / "stream")
   assert_same_run(finished, tmp_path / "stream", result)
   assert result["complexity"] == finished[2]["complexity"] and result["complexity"][1] > 0

@@ -139,7 +139,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     slot = slot_in_training(variables)
     model = {"trunk": frame.cast_kernels(view.weights, dtype), "slot": slot}
     statistics = class_statistics.add(
-      mem["statistics"], rows, task, *collect(model, view), config.seed
+      mem["statistics"], rows, task, *collect(model, view), view.seed
     )
     mem = mem | {
       "prompt": mem["prompt"].at[task].set(slot),

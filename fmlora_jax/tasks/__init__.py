@@ -19,7 +19,9 @@ def benchmark_names() -> list[str]:
   return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def make(config: TasksConfig, *, seed: int, source_size: int) -> TaskSequence:
+def make(
+  config: TasksConfig, *, seed: int, source_size: int, source: Source | None = None
+) -> TaskSequence:
   """Returns the task sequence that `config` asks for.
 
   Args:
@@ -29,18 +31,25 @@ def make(config: TasksConfig, *, seed: int, source_size: int) -> TaskSequence:
     seed: the run's; orders classes or domains where config.order_seed is None, unless
       config.stream names a file that says all.
     source_size: shorter side in pixels that images are kept at.
+    source: of another sequence with this config and size, to look at the data once; None looks.
 
   Raises:
     ConfigError: if there is no such benchmark, or it can't be cut into such tasks.
   """
+  if source is None:
+    source = _open(config, source_size)
+  if config.stream is not None:
+    return replay.read(config.stream, source, config)
+  return cut(source, config, seed=seed)
+
+
+def _open(config: TasksConfig, source_size: int) -> Source:
+  """Returns the labelled images of the benchmark."""
   benchmark = find(config.benchmark)
   wanted = [] if config.split is None else [config.split]
   check_names(config.benchmark, "CUTS", wanted, "config.tasks.split is")
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
-  source = benchmark.make(config, source_size)
-  if config.stream is not None:
-    return replay.read(config.stream, source, config)
-  return cut(source, config, seed=seed)
+  return benchmark.make(config, source_size)
 
 
 def find(name: str) -> types.ModuleType:

@@ -1,8 +1,9 @@
 """Images decoded once: a task's on the device, those that measure it on the host."""
 
 import concurrent.futures
+import dataclasses
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -126,6 +127,17 @@ def read(
   """Yields (examples, rows) of each block of rows: what `stream.Stream.read` does, from memory."""
   for rows in blocks:
     yield examples, rows
+
+
+def keep(sequence: TaskSequence, records: Sequence[int]) -> TaskSequence:
+  """Returns the sequence with a source that decodes each of `records` once, and no other.
+
+  A source that already does so for other runs stays as it is.
+  """
+  if isinstance(sequence.source.decode, Kept):
+    return sequence
+  kept = Kept(sequence.source, np.asarray(records))
+  return dataclasses.replace(sequence, source=dataclasses.replace(sequence.source, decode=kept))
 
 
 class Kept:

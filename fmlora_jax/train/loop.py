@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import copy
+import dataclasses
 import functools
 import threading
 import time
@@ -56,9 +58,7 @@ class Trainer:
   ):
     mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
     mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
-    self.config, self.method, self.sequence, self.weights = config, method, sequence, weights
-    self.root = jax.device_put(jax.random.key(config.seed), mesh_lib.replicated(mesh))
-    self._mesh, self.streams = mesh, streams
+    self.method, self.weights, self.mesh, self.streams = method, weights, mesh, streams
     pixels = {
       "size": image_size,
       "augmentation": config.input.augmentation,
@@ -67,24 +67,43 @@ class Trainer:
     }
     self.augment = functools.partial(augment.train_batch, **pixels)
     self.center = functools.partial(augment.test_batch, **pixels)
-    # in whole batches: seeds, whose tasks differ a little in size, then share compiled programs
-    size = config.batch_size
-    self._capacity = {
-      part: -(-resident.capacity(sequence, part) // size) * size for part in ("train", "val")
-    }
     self._steps = config.input.steps_per_dispatch
     if streams:
-      self._steps = stream.steps_per_block(sequence, size, at_most=self._steps)
+      self._steps = stream.steps_per_block(sequence, config.batch_size, at_most=self._steps)
     self._chunks: dict = {}
+    self._capacity = {"train": 0, "val": 0}
+    self._take(config, sequence)
+
+  def _take(self, config: Config, sequence: TaskSequence) -> None:
+    """Sets what a run of another seed has of its own."""
+    self.config, self.sequence = config, sequence
+    self.root = self.put(jax.random.key(config.seed))
     self._coming: dict[int, concurrent.futures.Future] = {}
+    # in whole batches, and never less than before: seeds, whose tasks differ a little in size, then
+    # share compiled programs
+    size = config.batch_size
+    self._capacity = {
+      part: max(least, -(-resident.capacity(sequence, part) // size) * size)
+      for part, least in self._capacity.items()
+    }
+
+  def reseeded(self, seed: int, sequence: TaskSequence) -> "Trainer":
+    """Returns the trainer of a run that differs in the seed; both share what is compiled.
+
+    Args:
+      sequence: of the same spec.
+    """
+    other = copy.copy(self)
+    other._take(dataclasses.replace(self.config, seed=seed), sequence)
+    return other
 
   def put(self, tree):
     """Places host arrays on every device."""
-    return jax.device_put(tree, mesh_lib.replicated(self._mesh))
+    return jax.device_put(tree, mesh_lib.replicated(self.mesh))
 
   def split(self, tree):
     """Places host arrays with their leading axis split over the devices."""
-    return jax.device_put(tree, mesh_lib.split(self._mesh))
+    return jax.device_put(tree, mesh_lib.split(self.mesh))
 
   def view(self, index: int) -> TaskView:
     """Returns task `index`; its images are on the devices unless they are streamed."""
@@ -117,6 +136,7 @@ class Trainer:
       augment=self.augment,
       center=self.center,
       key=lambda name: stream_key(self.root, name, task=index),
+      seed=config.seed,
     )
 
   def load_ahead(self, index: int, ahead: Ahead) -> None:
@@ -154,17 +174,33 @@ class Trainer:
 
   def init(self, variables: Variables, index: int) -> TrainState:
     """Returns the state at the start of task `index`."""
-    return self._stepper(index).init(variables)
+    return self.stepper(index).init(variables)
 
-  def _stepper(self, index: int) -> Stepper:
+  def stepper(self, index: int) -> Stepper:
+    """Returns the step of task `index`."""
     return self._programs(index)[0]
+
+  def chunk(self, index: int) -> Callable:
+    """Returns the jitted program that does several steps of task `index`; see `make_chunk`."""
+    return self._programs(index)[1]
+
+  def fixed(self, variables: Variables, view: TaskView) -> Fixed:
+    """Returns what the steps of a task only read, on the devices."""
+    total = self.config.epochs * self.steps_per_epoch(view.index)
+    return Fixed(
+      frozen=self.put(self.method.freeze(self.weights, variables)),
+      mem=self.put(variables.mem),
+      task=view.arrays,
+      total_steps=self.put(jnp.int32(total)),
+      root=self.root,
+    )
 
   def _programs(self, index: int):
     """Returns the stepper and its jitted chunk; tasks with the same rules share them."""
     rules = self.method.rules(index)
     if rules not in self._chunks:
       stepper = Stepper(self.method, self.config, rules)
-      chunk = make_chunk(stepper, self.augment, mesh_lib.split(self._mesh))
+      chunk = make_chunk(stepper, self.augment, mesh_lib.split(self.mesh))
       self._chunks[rules] = stepper, chunk
     return self._chunks[rules]
 
@@ -185,15 +221,7 @@ class Trainer:
       NonFiniteError: if a loss or a gradient norm is not finite, with task and step.
       ConfigError: if images are streamed and one can't be decoded any more.
     """
-    _, chunk = self._programs(view.index)
-    total = self.config.epochs * self.steps_per_epoch(view.index)
-    fixed = Fixed(
-      frozen=self.put(self.method.freeze(self.weights, variables)),
-      mem=self.put(variables.mem),
-      task=view.arrays,
-      total_steps=self.put(jnp.int32(total)),
-      root=self.root,
-    )
+    chunk, fixed = self.chunk(view.index), self.fixed(variables, view)
     # a copy of its own: the chunk donates it, and a method may have put one array in two places
     state = jax.tree.map(jnp.copy, self.put(state))
     done = int(state.step)
@@ -201,7 +229,7 @@ class Trainer:
       began = time.monotonic()
       for examples, rows in chunks:
         num = int(np.sum(rows[:, 0] >= 0))
-        rows = jax.device_put(rows, mesh_lib.split(self._mesh, axis=1))
+        rows = jax.device_put(rows, mesh_lib.split(self.mesh, axis=1))
         state, stats = chunk(state, fixed, examples, rows, self.put(jnp.int32(num)))
         stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
         self._check(stats, view.index, done)

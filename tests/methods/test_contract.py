@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import pathlib
 
 import cases
 import jax
@@ -41,6 +42,12 @@ def test_every_method_has_a_config_of_its_name_and_says_its_source():
     assert module.Config().name == name
     assert "Source: " in module.__doc__
     assert config_lib.method_config(name) is module.Config
+
+
+def test_no_method_asks_the_config_for_the_seed():
+  """Runs of other seeds share the method: theirs is in the view."""
+  files = pathlib.Path(methods.__file__).parent.glob("*.py")
+  assert not [file.name for file in files if "config.seed" in file.read_text()]
 
 
 @every_method
