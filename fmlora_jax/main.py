@@ -26,16 +26,18 @@ def main(argv: list[str]) -> None:
   command_line.check_workdir()
   from rich.console import Console  # after the flags: --help and a typo answer at once
 
-  from fmlora_jax import report
+  from fmlora_jax import hosts, report
   from fmlora_jax.run import run
 
+  command_line.join_hosts()
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
   name = f"{config.tasks.benchmark}-{config.method.name}-{config.seed}"
   name = re.sub(r"[:/]", "-", name)
   workdir = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
   result = run(config, workdir)
-  report.show([result], Console())
+  if hosts.is_first():
+    report.show([result], Console())
 
 
 if __name__ == "__main__":

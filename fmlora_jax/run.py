@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, methods, metrics, plots, report, tasks, writer
-from fmlora_jax.config import Config
+from fmlora_jax import checkpoint, hosts, methods, metrics, plots, report, tasks, writer
+from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import pretrained, vit
@@ -78,24 +78,6 @@ def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -
   sequence = tasks.make(
     config.tasks, seed=config.seed, source_size=config.input.source_size or sizes.image_size
   )
-  mode = resident.choose_mode(
-    sequence, config.tasks.evaluate_on, config.input.mode, **_image_memory()
-  )
-  normalisation = config.input.normalisation or info.normalisation
-  augment.check(config.input.augmentation, normalisation)
-  backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
-  method = methods.make(config, backbone, sequence.spec)
-  mesh = mesh_lib.make()
-  trainer = Trainer(
-    config,
-    method,
-    sequence,
-    jax.device_put(weights, mesh_lib.replicated(mesh)),
-    normalisation=normalisation,
-    image_size=sizes.image_size,
-    mesh=mesh,
-    streams=mode == "stream",
-  )
   stream_json = replay.dump(sequence)
   identity = {
     "config": dataclasses.asdict(config),
@@ -103,10 +85,33 @@ def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -
     "manifest_sha256": sequence.manifest_sha256,
     "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
-  checkpoint.claim(workdir, identity)
-  writer.replace(workdir / replay.FILE, stream_json)
-  with writer.open_run(workdir, console=console) as log:
-    log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+  hosts.agree(identity | {"versions": _versions()}, besides=OWN_FIELDS)
+  mode = hosts.decided_by_first(
+    lambda: resident.choose_mode(
+      sequence, config.tasks.evaluate_on, config.input.mode, **_image_memory()
+    )
+  )
+  normalisation = config.input.normalisation or info.normalisation
+  augment.check(config.input.augmentation, normalisation)
+  backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
+  method = methods.make(config, backbone, sequence.spec)
+  mesh = mesh_lib.make(config.mesh.fsdp)
+  trainer = Trainer(
+    config,
+    method,
+    sequence,
+    weights,
+    normalisation=normalisation,
+    image_size=sizes.image_size,
+    mesh=mesh,
+    streams=mode == "stream",
+  )
+  is_first = hosts.is_first()
+  finished = hosts.decided_by_first(lambda: _claim(workdir, identity, stream_json))
+  if not (workdir / replay.FILE).exists():
+    raise ConfigError(f"workdir {workdir} is not the first process's: must be a folder all share")
+  with writer.open_run(workdir, console=console, writes=is_first) as log:
+    log.note(f"devices    {_described_devices(mesh)}")
     log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {sizes.depth} blocks")
     log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
     log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
@@ -115,7 +120,7 @@ def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -
     log.note(f"passes     {_described_passes(method.passes)}")
     for caveat in method.caveats:
       log.note(f"caveat     {caveat}")
-    if (workdir / writer.RESULT).exists():
+    if finished:
       log.note("finished before; its result:")
       result = writer.read_result(workdir)
     else:
@@ -123,11 +128,19 @@ def run(config: Config, workdir: pathlib.Path, console: Console | None = None) -
         experiment = Experiment(config, trainer, store, log)
         experiment.learn()
       result = experiment.result(info, normalisation, identity["config"])
-      plots.write_plots(result, workdir)
-      writer.write_result(workdir, result)  # last: it says that the run is finished
+      if is_first:
+        plots.write_plots(result, workdir)
+        writer.write_result(workdir, result)  # last: it says that the run is finished
     for line in report.costs(result):
       log.note(line)
   return result
+
+
+def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) -> bool:
+  """Makes the workdir this run's; returns whether the run has finished there."""
+  checkpoint.claim(workdir, identity)
+  writer.replace(workdir / replay.FILE, stream_json)
+  return (workdir / writer.RESULT).exists()
 
 
 class Experiment:
@@ -177,19 +190,23 @@ class Experiment:
     with self._timed("train"):
       if state is None:
         self.log.phase("preparing")
-        self.variables, facts = self.method.begin_task(self.variables, view)
+        self.variables, facts = self._shared_out(self.method.begin_task(self.variables, view))
         self.progress.facts.append(facts)
         state = self.trainer.init(self.variables, index)
       self._count_trained(index)
       state = self._train(state, view)
       self.variables = self.variables.replace(**state.params)
-      self.variables, facts = self.method.end_task(self.variables, view)
+      self.variables, facts = self._shared_out(self.method.end_task(self.variables, view))
       self.progress.facts[index] |= facts
     self.progress.training = False
     with self._timed("eval"):
       self.log.phase("testing")
       self._evaluate(index)
     self._log_task(index)
+
+  def _shared_out(self, learned):
+    variables, facts = learned
+    return self.trainer.share_out(variables), facts
 
   def _train(self, state, view):
     before, steps = self._steps_before(view.index), self.trainer.steps_per_epoch(view.index)
@@ -227,7 +244,7 @@ class Experiment:
     )
     model = self._fold(self.trainer.weights, self.variables)
     tests = batches_of(
-      self._tests.read, self.n_test[:num_tests], self.config.eval_batch_size, self.trainer.split
+      self._tests.read, self.n_test[:num_tests], self.config.eval_batch_size, self.trainer.put
     )
     counts = self.evaluator.correct(model, tests, self.trainer.put(masks))
     return counts[:num_tests].tolist()
@@ -239,9 +256,8 @@ class Experiment:
       kept = resident.Kept(sequence.source, np.sort(records))
       source = dataclasses.replace(sequence.source, decode=kept)
       sequence, workers = dataclasses.replace(sequence, source=source), 0
-    return stream.Stream(
-      sequence=sequence, indices=records, put=self.trainer.split, workers=workers
-    )
+    put, share = self.trainer.assemble, self.trainer.share
+    return stream.Stream(sequence=sequence, indices=records, put=put, share=share, workers=workers)
 
   def _restore(self):
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
@@ -270,7 +286,7 @@ class Experiment:
 
   def _fresh(self):
     key = stream_key(self.trainer.root, "init", task=0)
-    self.variables = self.method.init(key, self.trainer.weights)
+    self.variables = self.trainer.share_out(self.method.init(key, self.trainer.weights))
     spec = self.sequence.spec
     if spec.scenario == "dil":  # the first task has nothing before it that could help
       self.progress.baseline = [None, *self._correct(0, spec.num_tasks)[1:]]
@@ -407,10 +423,20 @@ def _count_compilation(progress: Progress) -> Iterator[None]:
 
 
 def _image_memory() -> dict[str, int]:
-  """Returns the bytes that images may take on the device and on the host."""
+  """Returns the bytes that images may take on all devices together and on the host."""
   host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  device = limit * jax.device_count() if limit else host
   return {"device": int(IMAGES_SHARE * device), "host": int(IMAGES_SHARE * host)}
+
+
+def _described_devices(mesh: jax.sharding.Mesh) -> str:
+  parts = [f"{mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})"]
+  if jax.process_count() > 1:
+    parts.append(f"{jax.process_count()} processes")
+  if mesh.shape["fsdp"] > 1:
+    parts.append(f"backbone split over {mesh.shape['fsdp']}")
+  return ", ".join(parts)
 
 
 def _described_passes(passes: Passes) -> str:
@@ -422,7 +448,8 @@ def _described_input(sequence: TaskSequence, mode: str, workers: int) -> str:
   if mode == "stream":
     return f"stream, {workers} workers" if workers else "stream, threads"
   images = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
-  return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on the device"
+  place = "the device" if jax.device_count() == 1 else "all devices together"
+  return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on {place}"
 
 
 def params_sha256(tree: Any) -> str:

@@ -1,5 +1,6 @@
 """Images decoded once: a task's on the device, those that measure it on the host."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -10,6 +11,22 @@ from fmlora_jax.tasks.sequence import Source, TaskSequence
 from fmlora_jax.types import Examples
 
 CHUNK = 256  # images decoded at a time, so that memory holds one copy of the task
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part of each array of images that this process decodes: one of `count` equal parts."""
+
+  index: int = 0
+  count: int = 1
+
+  def rows(self, total: int) -> slice:
+    """Returns this process's rows of `total`, a multiple of `count`."""
+    each = total // self.count
+    return slice(self.index * each, (self.index + 1) * each)
+
+
+WHOLE = Share()
 
 
 def capacity(sequence: TaskSequence, split: str) -> int:

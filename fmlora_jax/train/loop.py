@@ -31,10 +31,10 @@ class Trainer:
     config: the run's.
     method: what is trained.
     sequence: the tasks.
-    weights: the pre-trained backbone, float32, on all devices.
+    weights: the pre-trained backbone, float32.
     normalisation: of pixels.
     image_size: side that the ViT sees.
-    mesh: devices; batches are split over them.
+    mesh: devices; see `mesh.py` for what lies where.
     streams: whether images are decoded when their turn comes, instead of once per task.
   """
 
@@ -52,14 +52,18 @@ class Trainer:
   ):
     mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
     mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
-    self.config, self.method, self.sequence, self.weights = config, method, sequence, weights
-    self.root = jax.device_put(jax.random.key(config.seed), mesh_lib.replicated(mesh))
+    self.config, self.method, self.sequence = config, method, sequence
+    self.weights = mesh_lib.put(weights, mesh_lib.spread(mesh, weights))
+    whole = mesh_lib.replicated(mesh)
+    self.root = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
     self._mesh, self.streams = mesh, streams
+    self.share = resident.Share(jax.process_index(), jax.process_count())
     pixels = {
       "size": image_size,
       "augmentation": config.input.augmentation,
       "normalisation": normalisation,
       "dtype": jnp.dtype(config.compute_dtype),
+      "take": mesh_lib.make_take(mesh),
     }
     self.augment = functools.partial(augment.train_batch, **pixels)
     self.center = functools.partial(augment.test_batch, **pixels)
@@ -74,12 +78,16 @@ class Trainer:
     self._chunks: dict = {}
 
   def put(self, tree):
-    """Places host arrays on every device."""
-    return jax.device_put(tree, mesh_lib.replicated(self._mesh))
+    """Places arrays, equal in all processes, on every device."""
+    return mesh_lib.put(tree, mesh_lib.replicated(self._mesh))
 
-  def split(self, tree):
-    """Places host arrays with their leading axis split over the devices."""
-    return jax.device_put(tree, mesh_lib.split(self._mesh))
+  def share_out(self, tree):
+    """Places what a method's hook returned on every device."""
+    return mesh_lib.share_out(tree, self._mesh)
+
+  def assemble(self, tree):
+    """Places this process's share of arrays whose leading axis is split over the devices."""
+    return mesh_lib.assemble(tree, self._mesh)
 
   def view(self, index: int) -> TaskView:
     """Returns task `index`; its images are on the devices unless they are streamed."""
@@ -111,6 +119,7 @@ class Trainer:
       train_chunks=train_chunks,
       augment=self.augment,
       center=self.center,
+      fetch=mesh_lib.fetch,
       key=lambda name: stream_key(self.root, name, task=index),
     )
 
@@ -120,9 +129,15 @@ class Trainer:
     if self.streams:
       workers = self.config.input.workers
       return stream.Stream(
-        sequence=self.sequence, indices=indices, put=self.put, workers=workers
+        sequence=self.sequence,
+        indices=indices,
+        put=self.assemble,
+        share=self.share,
+        workers=workers,
       ).read
-    examples = self.put(resident.load(self.sequence, indices, self._capacity[part]))
+    own = self.share.rows(self._capacity[part])
+    examples = resident.load(self.sequence, indices[own], own.stop - own.start)
+    examples = self.assemble(examples)
     return functools.partial(resident.read, examples)
 
   def steps_per_epoch(self, index: int) -> int:
@@ -141,7 +156,7 @@ class Trainer:
     rules = self.method.rules(index)
     if rules not in self._chunks:
       stepper = Stepper(self.method, self.config, rules)
-      chunk = make_chunk(stepper, self.augment, mesh_lib.split(self._mesh))
+      chunk = make_chunk(stepper, self.augment, self._mesh)
       self._chunks[rules] = stepper, chunk
     return self._chunks[rules]
 
@@ -164,8 +179,9 @@ class Trainer:
     """
     _, chunk = self._programs(view.index)
     total = self.config.epochs * self.steps_per_epoch(view.index)
+    frozen = self.method.freeze(self.weights, variables)
     fixed = Fixed(
-      frozen=self.put(self.method.freeze(self.weights, variables)),
+      frozen=mesh_lib.put(frozen, mesh_lib.spread(self._mesh, frozen)),
       mem=self.put(variables.mem),
       task=view.arrays,
       total_steps=self.put(jnp.int32(total)),
@@ -178,8 +194,8 @@ class Trainer:
       began = time.monotonic()
       for examples, rows in chunks:
         num = int(np.sum(rows[:, 0] >= 0))
-        rows = jax.device_put(rows, mesh_lib.split(self._mesh, axis=1))
-        state, stats = chunk(state, fixed, examples, rows, self.put(jnp.int32(num)))
+        rows, count = self.put((rows, np.int32(num)))
+        state, stats = chunk(state, fixed, examples, rows, count)
         stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
         self._check(stats, view.index, done)
         done += num
