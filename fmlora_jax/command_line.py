@@ -81,6 +81,12 @@ def check_workdir() -> None:
 
 def join_hosts() -> None:
   """Joins the other processes of this program, if there are some; all but the first are quiet."""
+  if fake := re.search(
+    r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+  ):
+    # a CPU that plays several devices waits for each in a thread, in up to 32 programs at a time:
+    # with fewer threads, which XLA counts by this variable, programs block each other for ever
+    os.environ.setdefault("NPROC", str(32 * int(fake[1])))
   hosts.start()
   if not hosts.is_first():
     logging.getLogger("fmlora_jax").setLevel(logging.ERROR)
