@@ -5,6 +5,7 @@ early leaves the others waiting in an exchange for ever, so each watches a conne
 one and stops in seconds. In a program of one process nothing here does anything.
 """
 
+import contextlib
 import json
 import multiprocessing.connection
 import os
@@ -58,7 +59,7 @@ def start() -> None:
       **found, initialization_timeout=limit + 60, heartbeat_timeout_seconds=HEARTBEAT_S
     )
     _watch()
-  except (ValueError, RuntimeError, OSError) as error:
+  except (ValueError, RuntimeError, OSError, EOFError) as error:
     reason = " ".join(str(error).split())
     raise ConfigError(
       f"launched as one of several processes, which did not meet: {reason}"
@@ -218,29 +219,27 @@ def _watch() -> None:
   place, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
   with multiprocessing.connection.Listener(place, backlog=count, authkey=key) as listener:
     gather(f"{listener.address[1]} {key.hex()}")
-    connections = [listener.accept() for _ in range(count)]
-  for connection in connections:
-    _start(_guard, connection, connections)
+    accepted = [listener.accept() for _ in range(count)]
+  connections = {int(connection.recv_bytes()): connection for connection in accepted}
+  for index in connections:
+    _start(_guard, index, connections)
 
 
 def _start(target: Callable, *arguments: Any) -> None:
   threading.Thread(target=target, args=arguments, daemon=True).start()
 
 
-def _guard(connection, connections) -> None:
-  """In the first process: waits for the end of another, tells the rest and ends."""
-  _keep_alive(connection)
-  index = _wait(connection)
-  _wait(connection)
+def _guard(index: int, connections: Mapping[int, Any]) -> None:
+  """In the first process: waits for the end of process `index`, tells the rest and ends."""
+  _keep_alive(connections[index])
+  _wait(connections[index])
   if _finishing.is_set():
     return
-  message = _ended(int(index or -1))
-  for other in connections:
-    if other is not connection:
-      try:
-        other.send_bytes(message.encode())
-      except OSError:  # it has ended, too
-        continue
+  message = _ended(index)
+  for other, connection in connections.items():
+    if other != index:
+      with contextlib.suppress(OSError):  # it has ended, too
+        connection.send_bytes(message.encode())
   _end(message, ENDED)
 
 
