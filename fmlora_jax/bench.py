@@ -202,6 +202,7 @@ class Lab:
       train_chunks=lambda first: iter([(examples, rows[None])]),
       augment=self._augment,
       center=self._center,
+      fetch=mesh.fetch,
       key=lambda name: stream_key(self._root, name, task=task),
       seed=0,
     )

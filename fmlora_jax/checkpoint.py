@@ -16,7 +16,7 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from fmlora_jax import writer
-from fmlora_jax.config import FREE_FIELDS, ConfigError
+from fmlora_jax.config import FREE_FIELDS, ConfigError, differences
 
 IDENTITY = "config.json"  # what a workdir belongs to
 
@@ -110,7 +110,8 @@ class Store:
 
   def _drop_others(self, newest: int, kept: list[int]) -> None:
     self._kept = kept
-    for step in {found.step for found in self._checkpointer.checkpoints} - {newest, *kept}:
+    found = {checkpoint.step for checkpoint in self._checkpointer.checkpoints}
+    for step in sorted(found - {newest, *kept}):  # in one order: all processes delete together
       self._checkpointer.delete(step)
 
 
@@ -139,22 +140,13 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   except ValueError as error:
     raise ConfigError(f"{path} can't be read ({error}); choose another --workdir") from None
   now = json.loads(json.dumps(identity))
-  differences = [
+  changed = [
     f"{field}: {old!r} there, {new!r} now"
-    for field, old, new in _compare(before, now)
+    for field, old, new in differences(before, now)
     if field.removeprefix("config.") not in FREE_FIELDS
   ]
-  if differences:
+  if changed:
     raise ConfigError(
-      f"workdir {workdir} belongs to another run ({'; '.join(differences)}): undo the change to "
+      f"workdir {workdir} belongs to another run ({'; '.join(changed)}): undo the change to "
       "resume it, or choose another --workdir"
     )
-
-
-def _compare(before: Any, now: Any, path: str = ""):
-  """Yields (path, before, now) of every leaf that differs."""
-  if isinstance(before, dict) and isinstance(now, dict):
-    for name in sorted(before.keys() | now.keys()):
-      yield from _compare(before.get(name), now.get(name), f"{path}.{name}" if path else name)
-  elif before != now:
-    yield path, before, now

@@ -15,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from fmlora_jax import settings
+from fmlora_jax import hosts, settings
 from fmlora_jax.config import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
@@ -39,12 +39,16 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
   """Runs `main`; what a user can mend is one last line and exit code 2, a stop exit code 130."""
   try:
     main(argv)
+    hosts.finish()
   except KeyboardInterrupt:
     sys.stderr.write("stopped; the same command resumes\n")
-    sys.exit(130)
+    hosts.leave(130)
   except Exception as error:
+    if not isinstance(error, (ConfigError, app.UsageError)):
+      hosts.await_bad_news()
     line = reason(error, CONFIG.value and CONFIG.value.batch_size)
     if DEBUG.value or not line:
+      hosts.leave_with_trace()
       raise
     fail(line)
 
@@ -73,6 +77,19 @@ def check_workdir() -> None:
       f"--workdir is {WORKDIR.value!r}: must be a local or mounted folder, buckets are not "
       "supported yet"
     )
+
+
+def join_hosts() -> None:
+  """Joins the other processes of this program, if there are some; all but the first are quiet."""
+  if fake := re.search(
+    r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+  ):
+    # a CPU that plays several devices waits for each in a thread, in up to 32 programs at a time:
+    # with fewer threads, which XLA counts by this variable, programs block each other for ever
+    os.environ.setdefault("NPROC", str(32 * int(fake[1])))
+  hosts.start()
+  if not hosts.is_first():
+    logging.getLogger("fmlora_jax").setLevel(logging.ERROR)
 
 
 def keep_programs() -> None:
@@ -107,4 +124,4 @@ def reason(error: Exception, batch_size: int | None) -> str | None:
 def fail(message: str, code: int = 2):
   """Ends the program with one line on the standard error."""
   sys.stderr.write(f"error: {message}\n")
-  sys.exit(code)
+  hosts.leave(code)

@@ -12,22 +12,23 @@ import itertools
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import ml_collections
 from ml_collections import config_dict
 
-# settings that change neither the numbers of a run nor its shapes; what lies at a path is hashed
+# settings that each process of a run may have for itself; what lies at a path is hashed
+OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.stream", "weights.path")
+# settings that change neither the numbers of a run, but for rounding, nor its shapes
 FREE_FIELDS = (
   "checkpoint.every_steps",
   "eval_batch_size",
   "input.mode",
   "input.steps_per_dispatch",
-  "input.workers",
+  "mesh.fsdp",
   "seeds",
-  "tasks.data_dir",
-  "tasks.stream",
-  "weights.path",
+  *OWN_FIELDS,
 )
 RECIPES = ("unified", "official")
 
@@ -328,6 +329,21 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How a run is spread over devices; batches always are over all of them.
+
+  Attributes:
+    fsdp: devices that share one copy of the frozen backbone, a part of each large array on each;
+      must divide the number of devices. 1 keeps a copy on each.
+  """
+
+  fsdp: int = 1
+
+  def __post_init__(self):
+    require(self.fsdp >= 1, "fsdp", self.fsdp, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
   """Base of each method's own settings; a method file extends it. `name` is the file's name."""
 
@@ -387,6 +403,7 @@ class Config:
   prompt: PromptConfig = PromptConfig()
   head: HeadConfig = HeadConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
     require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
@@ -522,6 +539,16 @@ def merged(groups: dict, changes: dict) -> dict:
     is_group = isinstance(value, dict) and isinstance(both.get(name), dict)
     both[name] = merged(both[name], value) if is_group else value
   return both
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+  """Yields (path, before, now) of every leaf that differs between two nested dicts."""
+  if isinstance(before, dict) or isinstance(now, dict):
+    before, now = before or {}, now or {}
+    for name in sorted(before.keys() | now.keys()):
+      yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
+  elif before != now:
+    yield path, before, now
 
 
 def _to_config_dict(record: Any) -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,6 @@ from fmlora_jax.config import Config
 from fmlora_jax.evaluate import count_correct
 from fmlora_jax.models import vit
 from fmlora_jax.tasks import resident
-from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Sizes, Variables
 
@@ -55,7 +55,7 @@ def of_step(trainer: Trainer, variables: Variables, index: int, limit: int) -> C
   examples, rows = _first(view.train_chunks(0))
   waiting = _first(view.val_batches(0))[0] if view.val_batches else None
   most = int(np.sum(rows[:, 0] >= 0))
-  rows = jax.device_put(rows, mesh_lib.split(trainer.mesh, axis=1))
+  rows = trainer.put(rows)
   began = time.monotonic()
   lowered = trainer.chunk(index).lower(state, fixed, examples, rows, trainer.put(jnp.int32(1)))
   program = lowered.compile()
@@ -91,9 +91,10 @@ def of_test(trainer: Trainer, variables: Variables, limit: int) -> Cost:
   """Returns what it takes to classify a batch of test images; arguments as of `of_step`."""
   size, spec, method = trainer.config.eval_batch_size, trainer.sequence.spec, trainer.method
   model = jax.jit(method.fold)(trainer.weights, variables)
-  records = trainer.sequence.tasks[0].train[:size]  # any: no image is looked at
-  examples = trainer.split(resident.load(trainer.sequence, records, size))
-  owner = trainer.split(np.zeros(size, np.int32))
+  own = trainer.share.rows(size)
+  records = trainer.sequence.tasks[0].train[:size][own]  # any: no image is looked at
+  examples = trainer.assemble(resident.load(trainer.sequence, records, own.stop - own.start))
+  owner = trainer.put(np.zeros(size, np.int32))
   masks = trainer.put(np.ones((spec.num_tasks, spec.num_classes), bool))
   functions = {"predict": method.predict, "center": trainer.center}
   began = time.monotonic()
@@ -105,7 +106,7 @@ def of_test(trainer: Trainer, variables: Variables, limit: int) -> Cost:
     bytes={
       "weights": _num_bytes((trainer.weights, model)),
       "state": _num_bytes(variables),
-      "images": _num_bytes(examples) // trainer.mesh.size,
+      "images": _num_bytes(examples),
       "temp": program.memory_analysis().temp_size_in_bytes,
     },
     compiling=compiling,
@@ -137,7 +138,9 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _num_bytes(tree: Any) -> int:
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+  """Returns the bytes that arrays take on each device."""
+  shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+  return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def _first(blocks: Iterator) -> Any:

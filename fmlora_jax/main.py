@@ -30,13 +30,16 @@ def main(argv: list[str]) -> None:
   command_line.check_workdir()
   from rich.console import Console  # after the flags: --help and a typo answer at once
 
-  from fmlora_jax import dry_run, report, seeds
+  from fmlora_jax import dry_run, hosts, report, seeds
   from fmlora_jax.run import run
 
+  command_line.join_hosts()
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
   if DRY_RUN.value:
-    dry_run.show(dry_run.estimate(config), Console())
+    found = dry_run.estimate(config)
+    if hosts.is_first():
+      dry_run.show(found, Console())
     return
   name = f"{config.tasks.benchmark}-{config.method.name}"
   name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
@@ -45,7 +48,8 @@ def main(argv: list[str]) -> None:
     results = seeds.run_each(config, workdir, began=BEGAN)
   else:
     results = [run(config, workdir, began=BEGAN)]
-  report.show(results, Console())
+  if hosts.is_first():
+    report.show(results, Console())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmlora_jax import methods, tasks
+from fmlora_jax import hosts, methods, tasks
 from fmlora_jax.config import Config
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.tasks import TaskSequence, augment, resident
@@ -49,7 +49,6 @@ class Workshop:
 
   def __init__(self, *, keeps_images: bool = False):
     self._keeps_images = keeps_images
-    self._mesh = mesh_lib.make()
     self._weights: dict[Any, tuple[Params, Sizes, pretrained.Info]] = {}
     self._sources: dict[Any, tasks.Source] = {}
     self._trainers: dict[Any, Trainer] = {}
@@ -63,8 +62,9 @@ class Workshop:
     Raises:
       ConfigError: if a setting or a file can't be used.
     """
+    mesh = mesh_lib.make(config.mesh.fsdp)
     with kind("weights"):
-      weights, sizes, info = self._load(config)
+      weights, sizes, info = self._load(config, mesh)
     with kind("data"):
       sequence, mode = self._arrange(config, config.input.source_size or sizes.image_size)
     normalisation = config.input.normalisation or info.normalisation
@@ -81,18 +81,18 @@ class Workshop:
         weights,
         normalisation=normalisation,
         image_size=sizes.image_size,
-        mesh=self._mesh,
+        mesh=mesh,
         streams=mode == "stream",
       )
     self._trainers[alike] = trainer
     return Parts(trainer=trainer, sizes=sizes, info=info, normalisation=normalisation)
 
-  def _load(self, config: Config) -> tuple[Params, Sizes, pretrained.Info]:
-    """Returns the weights, which are on all devices, and what `pretrained.load` says of them."""
-    wanted = config.weights, config.input.image_size
+  def _load(self, config: Config, mesh: jax.sharding.Mesh) -> tuple[Params, Sizes, pretrained.Info]:
+    """Returns the weights, which are on the devices, and what `pretrained.load` says of them."""
+    wanted = config.weights, config.input.image_size, config.mesh
     if wanted not in self._weights:
-      weights, *facts = pretrained.load(*wanted)
-      weights = jax.device_put(weights, mesh_lib.replicated(self._mesh))
+      weights, *facts = pretrained.load(config.weights, config.input.image_size)
+      weights = mesh_lib.put(weights, mesh_lib.spread(mesh, weights))
       self._weights[wanted] = weights, *facts
     return self._weights[wanted]
 
@@ -106,9 +106,11 @@ class Workshop:
       source=self._sources.get(wanted),
     )
     own = device_memory()
-    device = None if own is None else int(IMAGES_SHARE * own)
-    mode = resident.choose_mode(
-      sequence, config.tasks.evaluate_on, config.input.mode, device=device, host=host
+    device = None if own is None else int(IMAGES_SHARE * own * jax.device_count())
+    mode = hosts.decided_by_first(
+      lambda: resident.choose_mode(
+        sequence, config.tasks.evaluate_on, config.input.mode, device=device, host=host
+      )
     )
     count = len(sequence.labels)
     if self._keeps_images and mode == "resident" and resident.num_bytes(sequence, count) <= host:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, metrics, report, writer
+from fmlora_jax import checkpoint, hosts, metrics, report, writer
 from fmlora_jax.clock import Clock
-from fmlora_jax.config import Config
+from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.parts import Workshop
@@ -93,10 +93,13 @@ def _run(
     "manifest_sha256": sequence.manifest_sha256,
     "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
-  checkpoint.claim(workdir, identity)
-  writer.replace(workdir / replay.FILE, stream_json)
-  with writer.open_run(workdir, console=console) as log:
-    log.note(f"devices    {mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+  hosts.agree(identity | {"versions": _versions()}, besides=OWN_FIELDS)
+  is_first = hosts.is_first()
+  finished = hosts.decided_by_first(lambda: _claim(workdir, identity, stream_json))
+  if not (workdir / replay.FILE).exists():
+    raise ConfigError(f"workdir {workdir} is not the first process's: must be a folder all share")
+  with writer.open_run(workdir, console=console, writes=is_first) as log:
+    log.note(f"devices    {_described_devices(mesh)}")
     log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {parts.sizes.depth} blocks")
     log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
     log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
@@ -105,7 +108,7 @@ def _run(
     log.note(f"passes     {_described_passes(method.passes)}")
     for caveat in method.caveats:
       log.note(f"caveat     {caveat}")
-    if (workdir / writer.RESULT).exists():
+    if finished:
       log.note("finished before; its result:")
       result = writer.read_result(workdir)
     else:
@@ -113,14 +116,22 @@ def _run(
         experiment = Experiment(config, trainer, store, log, clock)
         experiment.learn()
       result = experiment.result(info, parts.normalisation, identity["config"])
-      from fmlora_jax import plots  # matplotlib takes a second to import
+      if is_first:
+        from fmlora_jax import plots  # matplotlib takes a second to import
 
-      plots.write_plots(result, workdir)
-      result["wall_seconds"] = clock.seconds()
-      writer.write_result(workdir, result)  # last: it says that the run is finished
+        plots.write_plots(result, workdir)
+        result["wall_seconds"] = clock.seconds()
+        writer.write_result(workdir, result)  # last: it says that the run is finished
     for line in report.costs(result):
       log.note(line)
   return result
+
+
+def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) -> bool:
+  """Makes the workdir this run's; returns whether the run has finished there."""
+  checkpoint.claim(workdir, identity)
+  writer.replace(workdir / replay.FILE, stream_json)
+  return (workdir / writer.RESULT).exists()
 
 
 class Experiment:
@@ -178,13 +189,13 @@ class Experiment:
     with self._clock.kind("train"):
       if state is None:
         self.log.phase("preparing")
-        self.variables, facts = self.method.begin_task(self.variables, view)
+        self.variables, facts = self._shared_out(self.method.begin_task(self.variables, view))
         self.progress.facts.append(facts)
         state = self.trainer.init(self.variables, index)
       self._count_trained(index)
       state = self._train(state, view)
       self.variables = self.variables.replace(**state.params)
-      self.variables, facts = self.method.end_task(self.variables, view)
+      self.variables, facts = self._shared_out(self.method.end_task(self.variables, view))
       self.progress.facts[index] |= facts
     self.progress.training = False
     if tests:
@@ -194,6 +205,10 @@ class Experiment:
       self.log.phase("testing")
       self._evaluate(index)
     self._log_task(index)
+
+  def _shared_out(self, learned):
+    variables, facts = learned
+    return self.trainer.share_out(variables), facts
 
   def _train(self, state, view):
     before, steps = self._steps_before(view.index), self.trainer.steps_per_epoch(view.index)
@@ -248,7 +263,7 @@ class Experiment:
     )
     model = self._fold(self.trainer.weights, self.variables)
     tests = batches_of(
-      self._tests.read, self.n_test[:num_tests], self.config.eval_batch_size, self.trainer.split
+      self._tests.read, self.n_test[:num_tests], self.config.eval_batch_size, self.trainer.put
     )
     counts = self.evaluator.correct(model, tests, self.trainer.put(masks))
     return counts[:num_tests].tolist()
@@ -259,9 +274,8 @@ class Experiment:
     if not self.trainer.streams:
       sequence, workers = resident.keep(sequence, np.sort(records)), 0
       self._kept = sequence.source.decode
-    return stream.Stream(
-      sequence=sequence, indices=records, put=self.trainer.split, workers=workers
-    )
+    put, share = self.trainer.assemble, self.trainer.share
+    return stream.Stream(sequence=sequence, indices=records, put=put, share=share, workers=workers)
 
   def _restore(self):
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
@@ -293,7 +307,7 @@ class Experiment:
   def _fresh(self):
     key = stream_key(self.trainer.root, "init", task=0)
     # on all devices, as later tasks' and restored ones are: no program compiles once more for them
-    self.variables = self.trainer.put(self.method.init(key, self.trainer.weights))
+    self.variables = self.trainer.share_out(self.method.init(key, self.trainer.weights))
     spec = self.sequence.spec
     if spec.scenario == "dil":  # the first task has nothing before it that could help
       with self._clock.kind("eval"):
@@ -398,6 +412,15 @@ class Experiment:
     }
 
 
+def _described_devices(mesh: jax.sharding.Mesh) -> str:
+  parts = [f"{mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})"]
+  if jax.process_count() > 1:
+    parts.append(f"{jax.process_count()} processes")
+  if mesh.shape["fsdp"] > 1:
+    parts.append(f"backbone split over {mesh.shape['fsdp']}")
+  return ", ".join(parts)
+
+
 def _described_passes(passes: Passes) -> str:
   between = f", {passes.between} over a task's images between tasks" if passes.between else ""
   return f"{passes.train} forward in a training step, {passes.test} at test time{between}"
@@ -408,7 +431,8 @@ def _described_input(trainer: Trainer) -> str:
   if trainer.streams:
     return f"stream, {workers} workers" if workers else "stream, threads"
   images = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
-  return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on the device"
+  place = "the device" if jax.device_count() == 1 else "all devices together"
+  return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on {place}"
 
 
 def params_sha256(tree: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fmlora_jax import checkpoint, writer
+from fmlora_jax import checkpoint, hosts, writer
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.parts import Workshop
 from fmlora_jax.run import run
@@ -52,7 +52,9 @@ def run_each(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
     )
-  console, workshop, results = console or Console(), Workshop(keeps_images=True), []
+  is_first = hosts.is_first()
+  console = (console or Console()) if is_first else Console(quiet=True)
+  workshop, results = Workshop(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
     place, own = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
     finished = (place / writer.RESULT).exists()
@@ -60,8 +62,9 @@ def run_each(
     console.print(Text(note), soft_wrap=True)
     shown = Console(quiet=True) if finished else console
     results.append(run(own, place, shown, workshop, None if results else began))
-  text = json.dumps(writer.plain(summary(results), SUMMARY), indent=1)
-  writer.replace(workdir / SUMMARY, f"{text}\n")
+  if is_first:
+    text = json.dumps(writer.plain(summary(results), SUMMARY), indent=1)
+    writer.replace(workdir / SUMMARY, f"{text}\n")
   return results
 
 

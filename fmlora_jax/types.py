@@ -272,6 +272,8 @@ class TaskView:
       there on; K steps at a time, -1 where there are fewer.
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
+    fetch: arrays on the devices -> NumPy arrays, the same on all hosts; for what has a batch axis,
+      which is split over the devices. What has none is on each and needs no fetching.
     key: PRNG key of (run seed, task, name of the stream).
     seed: the run's, for what takes no key. Not the config's: runs of other seeds share a method.
   """
@@ -285,6 +287,7 @@ class TaskView:
   train_chunks: Callable[[int], Iterator[tuple[Examples, Any]]]
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
+  fetch: Callable[[Any], Any]
   key: Callable[[str], PRNGKeyArray]
   seed: int
 

@@ -55,14 +55,17 @@ class TaskPlan:
 
 
 @contextlib.contextmanager
-def open_run(workdir: str | os.PathLike, *, console: Console | None = None) -> Iterator["RunLog"]:
+def open_run(
+  workdir: str | os.PathLike, *, console: Console | None = None, writes: bool = True
+) -> Iterator["RunLog"]:
   """Yields the log of the run in `workdir`, made if need be; closes bar and events on any exit.
 
   Args:
     workdir: a local or mounted folder.
     console: where to show; None takes the standard output.
+    writes: False shows nothing and leaves no file: of all processes of a run one writes.
   """
-  log = RunLog(Path(workdir), console or Console())
+  log = RunLog(Path(workdir), (console or Console()) if writes else Console(quiet=True), writes)
   try:
     yield log
   finally:
@@ -72,13 +75,14 @@ def open_run(workdir: str | os.PathLike, *, console: Console | None = None) -> I
 class RunLog:
   """See `open_run`. Steps count over the whole run; `step` is the number of steps done before."""
 
-  def __init__(self, workdir: Path, console: Console):
-    self.console = console
+  def __init__(self, workdir: Path, console: Console, writes: bool = True):
+    self.console, self._writes = console, writes
     self._workdir = workdir
     self._events = self._plan = self._bar = None
     self._began = self._last_time = 0.0
     self._last_done = 0
-    workdir.mkdir(parents=True, exist_ok=True)
+    if writes:
+      workdir.mkdir(parents=True, exist_ok=True)
 
   def truncate(self, task: int, step: int) -> None:
     """Drops what was logged at or after (task, step); call it once, before the first `scalars`.
@@ -86,6 +90,8 @@ class RunLog:
     A resumed run then logs nothing twice; a fresh run calls it with (0, 0). A last line that was
     cut off by a crash goes too.
     """
+    if not self._writes:
+      return
     path = self._workdir / METRICS
     if path.exists():
       with open(path, encoding="utf-8", errors="replace") as lines:
@@ -97,6 +103,8 @@ class RunLog:
 
   def scalars(self, task: int, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line per value to metrics.jsonl (null for NaN), and TensorBoard events."""
+    if not self._writes:
+      return
     self._events = self._events or self._open_events()
     place = {"task": int(task), "step": int(step)}
     lines = []

@@ -182,6 +182,13 @@ def test_free_fields_may_differ_and_others_may_not(tmp_path):
     checkpoint.claim(tmp_path / "run", identity(10, 40))
 
 
+def test_a_folder_from_before_there_was_a_free_field_is_its_runs_still(tmp_path):
+  checkpoint.claim(tmp_path / "run", {"config": {"seed": 1}})
+  checkpoint.claim(tmp_path / "run", {"config": {"seed": 1, "mesh": {"fsdp": 2}}})
+  with pytest.raises(ConfigError, match=r"\(config\.drs\.rank: None there, 2 now\)"):
+    checkpoint.claim(tmp_path / "run", {"config": {"seed": 1, "drs": {"rank": 2}}})
+
+
 def test_a_kill_while_a_folder_is_claimed_does_no_harm(tmp_path, monkeypatch):
   def kill(*_):
     raise KeyboardInterrupt

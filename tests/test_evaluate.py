@@ -62,7 +62,7 @@ def test_each_test_image_is_seen_once_in_full_batches_that_span_tasks(lab, learn
       labels = made.sequence.labels[records[rows]]
       yield Examples(images=pixels, sizes=extents, labels=labels, valid=rows >= 0), rows
 
-  batches = list(evaluate.batches_of(read, sizes, 8, made.trainer.split))
+  batches = list(evaluate.batches_of(read, sizes, 8, made.trainer.put))
   assert len(batches) == -(-sum(sizes) // 8)
   assert [row for rows in seen for row in rows if row >= 0] == list(range(sum(sizes)))
   assert all((rows >= 0).all() for rows in seen[:-1])
@@ -85,7 +85,7 @@ def test_one_program_serves_all_tasks_and_counts_what_the_logits_say(lab):
         valid=np.arange(8) < 7,
       )
     )
-    owner = made.trainer.split(np.zeros(8, np.int32))
+    owner = made.trainer.put(np.zeros(8, np.int32))
     counts = evaluator.correct(model, [(examples, owner)], masks)
     assert counts.tolist() == [1, 0, 0]  # one image, seven labels, and padding
   assert evaluator._count._cache_size() == 1

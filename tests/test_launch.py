@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,6 +100,77 @@ def test_an_old_python_is_refused_in_one_line(launch, python):
   assert done.stderr.startswith(f"error: PYTHON is '{python}': must be Python 3.11 or newer")
   assert len(done.stderr.splitlines()) == 1
   assert not launch.venv.exists()
+
+
+# runs as a shell what it is asked to run on every host, and shows the rest
+GCLOUD = """#!/bin/sh
+for word in "$@"; do
+  case "$word" in --command=*) command=${word#--command=} ;; *) echo "$word" ;; esac
+done
+sh -c "$command"
+"""
+
+
+def test_every_host_of_a_tpu_pod_gets_the_arguments_as_they_are(launch, tmp_path):
+  stand_in(tmp_path / "bin" / "gcloud", GCLOUD)
+  log, root = tmp_path / "log", launch.venv.parent
+  env = os.environ | {
+    "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    "PYTHON": str(tmp_path / "python"),
+    "LOG": str(log),
+    "TPU": "pod",
+    "ZONE": "here",
+    "REPOSITORY": str(root),
+  }
+  script = root / "launch" / "tpu_pod.sh"
+  arguments = [script, "--config=a b.py", "--config.drs.candidate_ranks=(4,8)"]
+  done = subprocess.run(arguments, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    *("compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=here", "--worker=all")
+  ]
+  last = log.read_text().splitlines()[-1]
+  assert last == "-m fmlora_jax.main --config=a b.py --config.drs.candidate_ranks=(4,8)"
+  unnamed = subprocess.run(arguments, env=env | {"TPU": ""}, capture_output=True, text=True)
+  assert unnamed.returncode and "TPU is not set" in unnamed.stderr
+
+
+def test_local_processes_meet_and_the_worst_exit_code_is_theirs(launch, tmp_path):
+  launch()
+  stand_in(
+    launch.venv / "bin" / "python",
+    """#!/bin/sh
+case "$1" in
+  -c*) case "$2" in *socket*) echo 4711 ;; esac; exit 0 ;;
+esac
+echo "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $JAX_COORDINATOR_ADDRESS $*" >> "$LOG"
+exit $JAX_PROCESS_ID
+""",
+  )
+  log = tmp_path / "log"
+  env = os.environ | {"LOG": str(log), "EXTRAS": ""}
+  script = launch.venv.parent / "launch" / "processes.sh"
+  log.write_text("")
+  done = subprocess.run([script, "2", "--config=a b.py"], env=env, capture_output=True, text=True)
+  assert done.returncode == 1, done.stderr
+  assert sorted(log.read_text().splitlines()) == [
+    f"{index}/2 127.0.0.1:4711 -m fmlora_jax.main --config=a b.py" for index in (0, 1)
+  ]
+  wrong = subprocess.run([script, "--config=a b.py"], env=env, capture_output=True, text=True)
+  assert wrong.returncode == 2 and "must be how many processes" in wrong.stderr
+
+
+def test_the_manifest_for_gke_names_one_service_and_as_many_processes_as_pods():
+  service, job = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+  pod = job["spec"]["template"]["spec"]
+  (container,) = pod["containers"]
+  variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+  first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+  assert variables["JAX_COORDINATOR_ADDRESS"].partition(":")[0] == first
+  assert pod["subdomain"] == service["metadata"]["name"]
+  assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+  counts = {job["spec"]["completions"], job["spec"]["parallelism"]}
+  assert counts == {int(variables["JAX_NUM_PROCESSES"])}
 
 
 def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):

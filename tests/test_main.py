@@ -12,10 +12,11 @@ import types
 
 import jax
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
-from fmlora_jax import clock, command_line, config, main, writer
+from fmlora_jax import clock, command_line, config, hosts, main, writer
 from fmlora_jax.run import run
 from fmlora_jax.types import NonFiniteError
 
@@ -341,13 +342,31 @@ def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):
   assert "finished before" in again.stdout, again.stderr
 
 
-def test_eight_devices_give_the_accuracies_of_one(uninterrupted, tmp_path):
+def test_two_processes_of_which_one_is_killed_resume_on_eight_devices(uninterrupted, tmp_path):
+  """The numbers are those of one device, whatever decoded, trained and stored what."""
   whole, expected = uninterrupted
   workdir = tmp_path / "run"
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  done = call(command(*settings(SMALL), f"--workdir={workdir}"), XLA_FLAGS=flags)
+  arguments = command(*settings(SMALL), f"--workdir={workdir}")
+  streamed = [*arguments, "--config.input.mode=stream"]
+  first, second = processes.start(streamed, processes.environment(2))
+  metrics, began = workdir / "metrics.jsonl", time.monotonic()
+  while second.poll() is None and time.monotonic() - began < 240:
+    if metrics.exists() and len(metrics.read_text().splitlines()) >= 12:
+      break
+    time.sleep(0.002)
+  second.kill()
+  killed = time.monotonic()
+  (code, shown, errors), (_, quiet, _) = processes.ended([first, second])
+  assert time.monotonic() - killed < 30
+  assert code == hosts.ENDED and "devices    2 x cpu (cpu), 2 processes" in shown
+  assert errors.startswith("error: process 1 ended") and errors.count("\n") == 1
+  assert not [line for line in quiet.splitlines() if "Gloo" not in line]
+  assert not (workdir / "result.json").exists()
+
+  done = call([*arguments, "--config.mesh.fsdp=2"], XLA_FLAGS=processes.with_devices(8))
   assert done.returncode == 0, done.stderr
-  assert "devices    8 x" in done.stdout
+  assert "devices    8 x cpu (cpu), backbone split over 2" in done.stdout
+  assert "resumed in task 1, step" in done.stdout
   result = json.loads((workdir / "result.json").read_text())
   assert result["accuracy"] == expected["accuracy"]
   assert result["accuracy"][1][1] > 0.25  # five classes

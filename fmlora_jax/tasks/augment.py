@@ -63,6 +63,15 @@ def check(augmentation: str, normalisation: str) -> None:
       raise ConfigError(f"config.input.{field} is {name!r}: must be one of {', '.join(known)}")
 
 
+def take(examples: Examples, rows: Int[Array, " B"]) -> Examples:
+  """Returns the examples of `rows`; -1 is padding, any example that is not valid."""
+  taken = jax.tree.map(lambda leaf: leaf[jnp.maximum(rows, 0)], examples)
+  return taken.replace(valid=taken.valid & (rows >= 0))
+
+
+Take = Callable[[Examples, Int[Array, " B"]], Examples]
+
+
 def train_batch(
   examples: Examples,
   rows: Int[Array, " B"],
@@ -72,6 +81,7 @@ def train_batch(
   augmentation: str,
   normalisation: str,
   dtype: Any = jnp.float32,
+  take: Take = take,
 ) -> Batch:
   """Returns the images of `rows`, each with its own random crop and flip.
 
@@ -83,6 +93,7 @@ def train_batch(
     augmentation: a name in `PRESETS`.
     normalisation: a name in `NORMALISATIONS`.
     dtype: of the images; computed in float32.
+    take: what `take` above does, where the examples lie.
 
   Raises:
     ConfigError: if either name is unknown.
@@ -90,9 +101,8 @@ def train_batch(
   check(augmentation, normalisation)
   preset = PRESETS[augmentation]
   if preset.scale is None:
-    return test_batch(
-      examples, rows, size=size, augmentation=augmentation, normalisation=normalisation, dtype=dtype
-    )
+    settings = {"size": size, "augmentation": augmentation, "normalisation": normalisation}
+    return test_batch(examples, rows, dtype=dtype, take=take, **settings)
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
 
   def view(extent, key):
@@ -102,7 +112,8 @@ def train_batch(
     return down, jnp.where(flip, across[::-1], across)
 
   canvas = examples.images.shape[1:3]
-  return _batch(examples, rows, lambda extents: jax.vmap(view)(extents, keys), normalisation, dtype)
+  taken = take(examples, rows)
+  return _batch(taken, lambda extents: jax.vmap(view)(extents, keys), normalisation, dtype)
 
 
 def test_batch(
@@ -113,6 +124,7 @@ def test_batch(
   augmentation: str,
   normalisation: str,
   dtype: Any = jnp.float32,
+  take: Take = take,
 ) -> Batch:
   """Returns the images of `rows`, resized and cropped at the centre; arguments as above."""
   check(augmentation, normalisation)
@@ -131,7 +143,7 @@ def test_batch(
       for axis in (0, 1)
     )
 
-  return _batch(examples, rows, jax.vmap(view), normalisation, dtype)
+  return _batch(take(examples, rows), jax.vmap(view), normalisation, dtype)
 
 
 def random_box(
@@ -213,20 +225,18 @@ def cubic(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 KERNELS = {"bilinear": triangle, "bicubic": cubic}
 
 
-def _batch(examples: Examples, rows, views, normalisation: str, dtype) -> Batch:
-  """Returns the batch of `rows` under the matrices (down, across) that `views` makes of sizes."""
-  valid, rows = rows >= 0, jnp.maximum(rows, 0)
-  valid &= examples.valid[rows]
-  down, across = views(examples.sizes[rows])
+def _batch(taken: Examples, views, normalisation: str, dtype) -> Batch:
+  """Returns the batch under the matrices (down, across) that `views` makes of sizes."""
+  down, across = views(taken.sizes)
   # highest: on GPU and TPU the default would round pixels to ten or seven bits of mantissa.
   # Columns first and clipped between, as Pillow before 12.3 does: bicubic overshoots at edges.
   resample = functools.partial(jnp.einsum, precision="highest")
-  pixels = resample("bxw,bhwc->bhxc", across, examples.images[rows].astype(jnp.float32))
+  pixels = resample("bxw,bhwc->bhxc", across, taken.images.astype(jnp.float32))
   pixels = resample("byh,bhxc->byxc", down, jnp.clip(pixels, 0.0, 255.0))
   mean, std = (
     jnp.asarray(m, jnp.float32).reshape(1, 1, 1, -1) for m in NORMALISATIONS[normalisation]
   )
   images = (jnp.clip(pixels, 0.0, 255.0) / 255.0 - mean) / std
   return Batch(
-    images=images.astype(dtype), labels=jnp.where(valid, examples.labels[rows], 0), valid=valid
+    images=images.astype(dtype), labels=jnp.where(taken.valid, taken.labels, 0), valid=taken.valid
   )

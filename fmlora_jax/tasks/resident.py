@@ -16,6 +16,22 @@ from fmlora_jax.types import Examples
 CHUNK = 256
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part of each array of images that this process decodes: one of `count` equal parts."""
+
+  index: int = 0
+  count: int = 1
+
+  def rows(self, total: int) -> slice:
+    """Returns this process's rows of `total`, a multiple of `count`."""
+    each = total // self.count
+    return slice(self.index * each, (self.index + 1) * each)
+
+
+WHOLE = Share()
+
+
 def capacity(sequence: TaskSequence, split: str) -> int:
   """Returns the most images that any task has in "train", "val" or "test".
 

@@ -55,13 +55,16 @@ class Stream:
   Attributes:
     sequence: where the records are from.
     indices: the records; rows count in it.
-    put: Examples of numpy arrays -> the same on the devices.
+    put: Examples of numpy arrays, this process's share of a block -> the block on the devices.
+      A thread of its own calls it: it must not wait for other processes.
+    share: which part of each block this process decodes.
     workers: processes that decode; 0 is threads of this one.
   """
 
   sequence: TaskSequence
   indices: Int[np.ndarray, " n"]
   put: Callable[[Examples], Examples]
+  share: resident.Share = resident.WHOLE
   workers: int = 0
 
   def read(self, blocks: Blocks) -> Iterator[tuple[Examples, Rows]]:
@@ -87,7 +90,7 @@ class Stream:
 
   def _items(self, blocks: Blocks) -> Iterator[tuple[Examples, Rows]]:
     """Yields what `read` does; to be run in a thread of its own."""
-    data = grain.MapDataset.source(_Decoded(self.sequence, self.indices, blocks))
+    data = grain.MapDataset.source(_Decoded(self.sequence, self.indices, blocks, self.share))
     made = _in_processes(data, self.workers) if self.workers else _in_a_thread(data)
     with contextlib.closing(made) as items:
       for examples, rows in items:
@@ -95,10 +98,16 @@ class Stream:
 
 
 class _Decoded:
-  """What grain reads: item i is (the images of block i, its rows counted in these)."""
+  """What grain reads: item i is (a share of the images of block i, its rows counted in all)."""
 
-  def __init__(self, sequence: TaskSequence, indices: Int[np.ndarray, " n"], blocks: Blocks):
-    self._sequence, self._indices, self._blocks = sequence, indices, blocks
+  def __init__(
+    self,
+    sequence: TaskSequence,
+    indices: Int[np.ndarray, " n"],
+    blocks: Blocks,
+    share: resident.Share,
+  ):
+    self._sequence, self._indices, self._blocks, self._share = sequence, indices, blocks, share
 
   def __len__(self) -> int:
     return len(self._blocks)
@@ -106,7 +115,9 @@ class _Decoded:
   def __getitem__(self, index: int) -> tuple[Examples, Rows]:
     rows = self._blocks[index]
     used = rows >= 0
-    examples = resident.load(self._sequence, self._indices[rows[used]], rows.size)
+    part = self._share.rows(rows.size)
+    wanted = self._indices[rows[used]][part]
+    examples = resident.load(self._sequence, wanted, part.stop - part.start)
     own = np.full_like(rows, -1)
     own[used] = np.arange(np.sum(used))
     return examples, own

@@ -37,10 +37,10 @@ class Trainer:
     config: the run's.
     method: what is trained.
     sequence: the tasks.
-    weights: the pre-trained backbone, float32, on all devices.
+    weights: the pre-trained backbone, float32.
     normalisation: of pixels.
     image_size: side that the ViT sees.
-    mesh: devices; batches are split over them.
+    mesh: devices; see `mesh.py` for what lies where.
     streams: whether images are decoded when their turn comes, instead of once per task.
   """
 
@@ -58,12 +58,15 @@ class Trainer:
   ):
     mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
     mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
-    self.method, self.weights, self.mesh, self.streams = method, weights, mesh, streams
+    self.method, self.mesh, self.streams = method, mesh, streams
+    self.weights = mesh_lib.put(weights, mesh_lib.spread(mesh, weights))
+    self.share = resident.Share(jax.process_index(), jax.process_count())
     pixels = {
       "size": image_size,
       "augmentation": config.input.augmentation,
       "normalisation": normalisation,
       "dtype": jnp.dtype(config.compute_dtype),
+      "take": mesh_lib.make_take(mesh),
     }
     self.augment = functools.partial(augment.train_batch, **pixels)
     self.center = functools.partial(augment.test_batch, **pixels)
@@ -77,7 +80,8 @@ class Trainer:
   def _take(self, config: Config, sequence: TaskSequence) -> None:
     """Sets what a run of another seed has of its own."""
     self.config, self.sequence = config, sequence
-    self.root = self.put(jax.random.key(config.seed))
+    whole = mesh_lib.replicated(self.mesh)
+    self.root = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
     self._coming: dict[int, concurrent.futures.Future] = {}
     # in whole batches, and never less than before: seeds, whose tasks differ a little in size, then
     # share compiled programs
@@ -98,12 +102,16 @@ class Trainer:
     return other
 
   def put(self, tree):
-    """Places host arrays on every device."""
-    return jax.device_put(tree, mesh_lib.replicated(self.mesh))
+    """Places arrays, equal in all processes, on every device."""
+    return mesh_lib.put(tree, mesh_lib.replicated(self.mesh))
 
-  def split(self, tree):
-    """Places host arrays with their leading axis split over the devices."""
-    return jax.device_put(tree, mesh_lib.split(self.mesh))
+  def share_out(self, tree):
+    """Places what a method's hook returned on every device."""
+    return mesh_lib.share_out(tree, self.mesh)
+
+  def assemble(self, tree):
+    """Places this process's share of arrays whose leading axis is split over the devices."""
+    return mesh_lib.assemble(tree, self.mesh)
 
   def view(self, index: int) -> TaskView:
     """Returns task `index`; its images are on the devices unless they are streamed."""
@@ -135,6 +143,7 @@ class Trainer:
       train_chunks=train_chunks,
       augment=self.augment,
       center=self.center,
+      fetch=mesh_lib.fetch,
       key=lambda name: stream_key(self.root, name, task=index),
       seed=config.seed,
     )
@@ -145,11 +154,12 @@ class Trainer:
       self._coming = {index: ahead.submit(self._load, index)}
 
   def _load(self, index: int, stop: threading.Event | None = None) -> dict[str, Examples]:
-    """Returns the images of each split of task `index` on the host."""
-    return {
-      part: resident.load(self.sequence, indices, self._capacity[part], stop)
-      for part, indices in self._splits(index).items()
-    }
+    """Returns this process's share of the images of each split of task `index`, on the host."""
+    loaded = {}
+    for part, indices in self._splits(index).items():
+      own = self.share.rows(self._capacity[part])
+      loaded[part] = resident.load(self.sequence, indices[own], own.stop - own.start, stop)
+    return loaded
 
   def _splits(self, index: int) -> dict[str, np.ndarray]:
     """Returns the records of "train", and of "val" if task `index` has some."""
@@ -159,13 +169,13 @@ class Trainer:
   def _readers(self, index: int) -> dict[str, Callable]:
     """Returns the function blocks of rows -> (examples, rows) of each, for splits of a task."""
     if self.streams:
-      place = {"put": self.put, "workers": self.config.input.workers}
+      place = {"put": self.assemble, "share": self.share, "workers": self.config.input.workers}
       return {
         part: stream.Stream(sequence=self.sequence, indices=indices, **place).read
         for part, indices in self._splits(index).items()
       }
     coming = self._coming.pop(index, None)
-    loaded = self.put(coming.result() if coming else self._load(index))
+    loaded = self.assemble(coming.result() if coming else self._load(index))
     return {part: functools.partial(resident.read, images) for part, images in loaded.items()}
 
   def steps_per_epoch(self, index: int) -> int:
@@ -187,8 +197,9 @@ class Trainer:
   def fixed(self, variables: Variables, view: TaskView) -> Fixed:
     """Returns what the steps of a task only read, on the devices."""
     total = self.config.epochs * self.steps_per_epoch(view.index)
+    frozen = self.method.freeze(self.weights, variables)
     return Fixed(
-      frozen=self.put(self.method.freeze(self.weights, variables)),
+      frozen=mesh_lib.put(frozen, mesh_lib.spread(self.mesh, frozen)),
       mem=self.put(variables.mem),
       task=view.arrays,
       total_steps=self.put(jnp.int32(total)),
@@ -200,7 +211,7 @@ class Trainer:
     rules = self.method.rules(index)
     if rules not in self._chunks:
       stepper = Stepper(self.method, self.config, rules)
-      chunk = make_chunk(stepper, self.augment, mesh_lib.split(self.mesh))
+      chunk = make_chunk(stepper, self.augment, self.mesh)
       self._chunks[rules] = stepper, chunk
     return self._chunks[rules]
 
@@ -229,8 +240,8 @@ class Trainer:
       began = time.monotonic()
       for examples, rows in chunks:
         num = int(np.sum(rows[:, 0] >= 0))
-        rows = jax.device_put(rows, mesh_lib.split(self.mesh, axis=1))
-        state, stats = chunk(state, fixed, examples, rows, self.put(jnp.int32(num)))
+        rows, count = self.put((rows, np.int32(num)))
+        state, stats = chunk(state, fixed, examples, rows, count)
         stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
         self._check(stats, view.index, done)
         done += num

@@ -1,15 +1,46 @@
-"""One mesh over all devices: batches are split over `data`, everything else is on each device."""
+"""One mesh over all devices of all processes, and what lies where on it.
+
+Batches and a task's images are split over all devices. The frozen backbone is split over the
+devices of an `fsdp` group, each of which has a part of every large array; everything else is on
+each device.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fmlora_jax.config import ConfigError
+from fmlora_jax.tasks import augment
+from fmlora_jax.types import Examples
+
+AXES = ("data", "fsdp")
+SMALL = 2**14  # arrays of fewer numbers are on each device: gathering costs more than it saves
 
 
-def make() -> Mesh:
-  """Returns the mesh of all devices of this host."""
-  return Mesh(np.asarray(jax.devices()), ("data",))
+def make(fsdp: int = 1) -> Mesh:
+  """Returns the mesh of all devices; those of a process follow each other.
+
+  Args:
+    fsdp: devices that share one copy of the frozen backbone: neighbours, so that they are of one
+      process where that has so many.
+
+  Raises:
+    ConfigError: if `fsdp` does not divide the number of devices, or processes have more or fewer.
+  """
+  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+  if len(devices) % fsdp:
+    raise ConfigError(
+      f"config.mesh.fsdp is {fsdp}: must divide the number of devices, {len(devices)}"
+    )
+  counts = np.bincount([device.process_index for device in devices])
+  if len(set(counts)) > 1:
+    raise ConfigError(f"processes have {counts.tolist()} devices: must have the same number each")
+  return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -17,9 +48,99 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """Returns the sharding of arrays whose axis `axis` is the batch."""
-  return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+def split(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays whose leading axis is split over all devices."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def spread(mesh: Mesh, tree: Any) -> Any:
+  """Returns the shardings of a frozen backbone: large leaves by the longest axis that divides."""
+  size = mesh.shape["fsdp"]
+
+  def sharding(leaf):
+    axes = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+    if size == 1 or leaf.size < SMALL or not axes:
+      return replicated(mesh)
+    longest = max(axes, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+  return jax.tree.map(sharding, tree)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Places arrays on the mesh; what lies on the host or one device must be equal on all processes.
+
+  Args:
+    tree: arrays of jax or NumPy, no PRNG keys.
+    shardings: one, or a tree of them.
+  """
+
+  def place(leaf, sharding):
+    if _is_global(leaf) or sharding.is_fully_addressable:
+      return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)  # device_put would send it to all to compare
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+  if isinstance(shardings, NamedSharding):
+    return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
+  return jax.tree.map(place, tree, shardings)
+
+
+def _is_global(leaf: Any) -> bool:
+  """Returns whether an array lies on devices of several processes."""
+  return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+def share_out(tree: Any, mesh: Mesh) -> Any:
+  """Places what a method left behind on all devices; what it made on the host is the first one's.
+
+  The same program may round otherwise on another host's CPU, and copies must not drift apart.
+  """
+
+  def leaf_of_first(leaf):
+    if _is_global(leaf) or not mesh.is_multi_process:
+      return leaf
+    return multihost_utils.broadcast_one_to_all(np.asarray(leaf))
+
+  return put(jax.tree.map(leaf_of_first, tree), replicated(mesh))
+
+
+def assemble(tree: Any, mesh: Mesh) -> Any:
+  """Returns arrays split over all devices, of which each process gives its own rows."""
+  sharding = split(mesh)
+  return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
+def fetch(tree: Any) -> Any:
+  """Returns NumPy arrays of the whole arrays, the same in all processes."""
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def make_take(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
+  """Returns `augment.take` for examples that are split over the devices; so is what comes back.
+
+  Each device picks the rows that it holds, zeros for the others, and a sum that leaves each device
+  its part of the batch brings every row where it is needed: as many bytes per device as the batch
+  has.
+  """
+  if mesh.size == 1:
+    return augment.take
+
+  def exchange(leaf, held):
+    picked = jnp.where(held.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+    picked = picked.astype(jnp.uint8) if leaf.dtype == bool else picked
+    return jax.lax.psum_scatter(picked, AXES, tiled=True).astype(leaf.dtype)
+
+  def take(examples, rows):
+    count = len(examples.valid)
+    own = jnp.maximum(rows, 0) - jax.lax.axis_index(AXES) * count  # padding shows the first image
+    held = (own >= 0) & (own < count)
+    taken = augment.take(examples, jnp.where(held, own, 0))
+    taken = taken.replace(valid=taken.valid & (rows >= 0))
+    return jax.tree.map(lambda leaf: exchange(leaf, held), taken)
+
+  whole, parts = PartitionSpec(), PartitionSpec(AXES)
+  return jax.shard_map(take, mesh=mesh, in_specs=(parts, whole), out_specs=parts)
 
 
 def check_batch(size: int, field: str, mesh: Mesh) -> None:

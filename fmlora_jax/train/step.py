@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from fmlora_jax.config import Config
 from fmlora_jax.methods.rules import combine, label_leaves, partition
 from fmlora_jax.models import heads
+from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train import optim
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays, Variables
@@ -93,12 +94,14 @@ class Stepper:
     return TrainState(params=params, opt_state=opt_state, step=state.step + 1), stats
 
 
-def make_chunk(stepper: Stepper, augment, batch_sharding):
+def make_chunk(stepper: Stepper, augment, mesh: jax.sharding.Mesh):
   """Returns the jitted (state, fixed, examples, rows [K, B], num) -> (state, stats of K numbers).
 
   It does the first `num` of K steps; `num` is traced, so a task's last chunk compiles nothing new.
-  Every step draws its crops from the key of (task, step).
+  Every step draws its crops from the key of (task, step), and gathers what is frozen where it uses
+  it. State and stats are whole on each device.
   """
+  whole = mesh_lib.replicated(mesh)
 
   def chunk(state: TrainState, fixed: Fixed, examples: Examples, rows: Int[Array, "K B"], num):
     stats = {name: jnp.zeros(rows.shape[0]) for name in ("loss", "grad_norm")}
@@ -106,11 +109,13 @@ def make_chunk(stepper: Stepper, augment, batch_sharding):
     def body(i, carry):
       state, stats = carry
       key = stream_key(fixed.root, "augment", task=fixed.task.index, step=state.step)
-      batch = augment(examples, rows[i], key)
-      batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
-      state, now = stepper.step(state, fixed, batch)
+      batch = jax.lax.with_sharding_constraint(
+        augment(examples, rows[i], key), mesh_lib.split(mesh)
+      )
+      gathered = jax.lax.with_sharding_constraint(fixed.frozen, whole)
+      state, now = stepper.step(state, fixed.replace(frozen=gathered), batch)
       return state, {name: stats[name].at[i].set(now[name]) for name in stats}
 
     return jax.lax.fori_loop(0, num, body, (state, stats))
 
-  return jax.jit(chunk, donate_argnames="state")
+  return jax.jit(chunk, donate_argnames="state", out_shardings=whole)

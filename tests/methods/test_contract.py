@@ -174,7 +174,7 @@ def counter(learned, batch_size):
   """Returns (bonus [C] on the logits, mask [C]) -> right answers on each task's test images."""
   method, trainer, sequence = learned.method, learned.trainer, learned.sequence
   indices = np.concatenate([task.test for task in sequence.tasks])
-  tests = Stream(sequence=sequence, indices=indices, put=trainer.split)
+  tests = Stream(sequence=sequence, indices=indices, put=trainer.assemble)
   sizes = [len(task.test) for task in sequence.tasks]
 
   def predict(model, images):
@@ -186,7 +186,7 @@ def counter(learned, batch_size):
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
-    batches = batches_of(tests.read, sizes, batch_size, trainer.split)
+    batches = batches_of(tests.read, sizes, batch_size, trainer.put)
     return evaluator.correct(model, batches, np.tile(mask, (3, 1))).tolist()
 
   return count

@@ -113,6 +113,32 @@ def test_no_blocks_are_no_images(make_lab):
   assert list(made.trainer.view(0).train_chunks(made.config.epochs * 2)) == []
 
 
+def test_two_hosts_decode_each_image_of_a_block_once_between_them(make_lab):
+  made = make_lab(method={"name": "linear_probe"})
+  decoded = []
+  decode = made.sequence.source.decode
+  source = dataclasses.replace(
+    made.sequence.source, decode=lambda rows: decoded.append(rows) or decode(rows)
+  )
+  sequence = dataclasses.replace(made.sequence, source=source)
+  blocks = np.asarray([[[3, 0], [1, -1]], [[2, 4], [5, 6]]])
+
+  def read(share):
+    put = {"put": lambda x: x, "share": share}
+    return list(stream.Stream(sequence=sequence, indices=np.arange(7), **put).read(blocks))
+
+  whole = read(resident.WHOLE)
+  decoded.clear()
+  shares = [read(resident.Share(index, 2)) for index in range(2)]
+  assert [sum(map(len, decoded)), len(np.unique(np.concatenate(decoded)))] == [7, 7]
+  for block, (examples, rows) in enumerate(whole):
+    parts, places = zip(*(share[block] for share in shares), strict=True)
+    for place in places:
+      np.testing.assert_array_equal(place, rows)
+    for field, leaf in vars(examples).items():
+      np.testing.assert_array_equal(np.concatenate([getattr(p, field) for p in parts]), leaf)
+
+
 def test_the_next_block_is_ready_while_one_is_in_use_and_no_more_are_put(make_lab):
   made, put = make_lab(method={"name": "linear_probe"}), []
   read = stream.Stream(

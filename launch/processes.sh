@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs an experiment as several processes on this machine, joined at 127.0.0.1: to try what a cluster
+# does, or for a box with several GPUs, of which process i gets the i-th. The first argument is how
+# many, the others go to fmlora_jax.main:
+#   launch/processes.sh 2 --config=configs/digits.py
+# One process drives all GPUs of a machine as well: launch/local.sh is the simpler choice.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "${EXTRAS:-}"
+if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: the first argument is '${1:-}': must be how many processes, as in $0 2 ..." >&2
+  exit 2
+fi
+port=$("$venv/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$1
+shift
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null' INT TERM
+for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do
+  JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i "$venv/bin/python" -m fmlora_jax.main "$@" &
+  processes+=($!)
+done
+code=0
+for process in "${processes[@]}"; do
+  wait "$process" || code=$?
+done
+exit "$code"
