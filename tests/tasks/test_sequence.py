@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,3 +240,10 @@ def test_digits_keep_the_pixels_of_scikit_learn():
   assert images.max() == 255
   assert labels[:3].tolist() == [0, 1, 2]
   assert source.decode(np.array([], int))[0].shape == (0, 8, 8, 3)
+
+
+def test_digits_are_those_that_scikit_learn_loads():
+  images, labels = digits.load()
+  expected, names = sklearn.datasets.load_digits(return_X_y=True)
+  np.testing.assert_array_equal(images.reshape(-1, 64), np.rint(expected * (255 / 16)))
+  np.testing.assert_array_equal(labels, names)
