@@ -1,8 +1,8 @@
 """One experiment with several seeds in one process: a whole run each, and what they say together.
 
-The runs come one after the other and share weights, decoded images and compiled programs. On a CPU
-steps that were vmapped over five seeds took 1.1 to 1.4 times as long, and gave other last bits:
-each seed folds its own past into the projections, so products with the backbone can't be shared.
+The runs come one after the other and share weights, decoded images and compiled programs. Steps
+that were vmapped over five seeds took 1.1 to 1.4 times as long on a CPU, and gave other last bits:
+each seed folds its own past into the projections, so no product with the backbone can be shared.
 """
 
 import dataclasses
