@@ -1,4 +1,4 @@
-"""The peer of bench.py: Hugging Face's ViT with PEFT's LoRA, trained step by step in PyTorch.
+"""The peer of the benchmark: Hugging Face's ViT with PEFT's LoRA, trained step by step in PyTorch.
 
 It runs in a process of its own, which `Peer` starts with this file and one JSON argument; PyTorch's
 threads and memory stay apart from JAX's, and any Python with torch, transformers and peft will do.
