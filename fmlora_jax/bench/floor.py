@@ -1,4 +1,4 @@
-"""The least that a training step can cost."""
+"""The least that FM-LoRA's training step can cost: FLOPs, seconds, bytes."""
 
 from fmlora_jax.bench.lab import Setting
 
@@ -52,3 +52,24 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
   if dtype != "bfloat16":
     return None
   return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+def seconds(setting: Setting, product_rate: float) -> dict[str, float]:
+  """Returns the seconds that the products of `flops` take for a batch at `product_rate` FLOP/s."""
+  return {name: count * setting.batch / product_rate for name, count in flops(setting).items()}
+
+
+def kept_bytes(setting: Setting) -> int:
+  """Returns the bytes that the backward pass must find if no block is computed again.
+
+  For each token of each block but the last: the two normalised inputs (2 widths), query, key and
+  value (3), attention's output (1) and the MLP's hidden layer (mlp_ratio), and x·A and x·A·core of
+  the six adapters. Attention weights and GELU are left out: they can be computed again at little
+  cost. So are weights, which are arguments, and gradients on their way, which a block at a time
+  needs. The last block keeps keys and values of all tokens.
+  """
+  sizes, itemsize = setting.sizes, 2 if setting.dtype == "bfloat16" else 4
+  tokens = sizes.num_tokens + setting.prompts
+  block = (6 + sizes.mlp_ratio) * sizes.width + 6 * 2 * setting.rank
+  last = 3 * sizes.width
+  return setting.batch * tokens * ((sizes.depth - 1) * block + last) * itemsize

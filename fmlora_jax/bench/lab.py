@@ -15,7 +15,7 @@ from fmlora_jax import methods, settings
 from fmlora_jax.config import Config
 from fmlora_jax.methods import frame
 from fmlora_jax.methods.rules import label_leaves, partition
-from fmlora_jax.models import vit
+from fmlora_jax.models import products, vit
 from fmlora_jax.settings import Choice
 from fmlora_jax.tasks import augment
 from fmlora_jax.train.step import Fixed, Stepper, TrainState
@@ -31,7 +31,7 @@ from fmlora_jax.types import (
   Variables,
 )
 
-NUM_TASKS, TASK_CLASSES = 20, 10
+TASK_CLASSES = 10
 FM_LORA = Choice("fm_lora")
 
 
@@ -44,10 +44,16 @@ class Setting:
   dtype: str = "float32"
   rank: int = 16
   prompts: int = 10
+  tasks: int = 20
 
   @property
   def sizes(self) -> Sizes:
     return vit.architecture(self.architecture)
+
+  @property
+  def measured(self) -> tuple[int, int]:
+    """The tasks whose step is measured, from 1: the first that trains cores alone, and the last."""
+    return 2, self.tasks
 
   def config(self, choice: Choice = FM_LORA) -> Config:
     """Returns the config of a run that gives FM-LoRA's tasks from the second on the rank `rank`."""
@@ -95,18 +101,18 @@ class Program:
 
 
 class Lab:
-  """A method on 20 tasks of 10 new classes, at the start of any of them.
+  """A method on tasks of 10 new classes, at the start of any of them.
 
   Tasks are counted from 0 here.
   """
 
   def __init__(self, setting: Setting, choice: Choice = FM_LORA):
     self.setting, self.config = setting, setting.config(choice)
-    starts = range(0, NUM_TASKS * TASK_CLASSES, TASK_CLASSES)
+    starts = range(0, setting.tasks * TASK_CLASSES, TASK_CLASSES)
     self.spec = SequenceSpec(
       scenario="cil",
-      num_tasks=NUM_TASKS,
-      num_classes=NUM_TASKS * TASK_CLASSES,
+      num_tasks=setting.tasks,
+      num_classes=setting.tasks * TASK_CLASSES,
       class_ranges=tuple((lo, lo + TASK_CLASSES) for lo in starts),
     )
     self.backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
@@ -126,9 +132,12 @@ class Lab:
     return jax.jit(self.backbone.init)(jax.random.key(0))
 
   def variables(self, weights: Params, task: int) -> Variables:
-    """Returns the variables at the start of a task, behind tasks that learned noise."""
+    """Returns the variables at the start of a task, behind a first and a last that learned noise.
+
+    Those between would fill slots of the memory with numbers and change no shape.
+    """
     variables = self.method.init(self._root, weights)
-    for index in range(task):
+    for index in sorted({0, task - 1} if task else ()):
       variables = self.begin(weights, variables, index)
       noise = optax.tree.random_like(jax.random.key(index), variables.cur)
       learned = optax.tree.add_scale(variables.cur, 0.01, noise)
@@ -212,6 +221,17 @@ class Lab:
     """Returns how many parameters a step at a task changes."""
     trained, _ = partition(state.params, label_leaves(state.params, self.method.rules(task)))
     return sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+  def large_product(self) -> Program:
+    """Returns the matrix product that shows the machine's rate: 4 widths by 4 widths, all tokens.
+
+    Its factors are arguments and one of them is what comes back, so that products follow products.
+    """
+    sizes, dtype = self.setting.sizes, jnp.dtype(self.setting.dtype)
+    tokens = self.setting.batch * (sizes.num_tokens + self.setting.prompts)
+    x = jnp.ones((tokens, 4 * sizes.width), dtype)
+    w = jnp.eye(4 * sizes.width, dtype=dtype)
+    return Program(lambda x, w: (products.multiply(x, w), ()), self.setting.batch, x, w)
 
   def plain_forward(self, weights: Params) -> Program:
     """Returns the features of the frozen ViT without adapters, compiled."""

@@ -17,18 +17,13 @@ from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Params
 
-TASKS = (2, 20)  # counted from 1
 RANKS = (32, 4, 8, 16, 32, 4, 8, 16, 32, 4)  # of the ten tasks whose programs are counted
-COLUMNS = (
-  *("trained", "GFLOP/image", *(f"x at task {task}" for task in TASKS)),
-  *("as written", "temp MiB"),
-)
 
 
 def count_methods(
   setting: Setting, choices: Sequence[Choice], note: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-  """Returns what XLA says of each method's compiled training step at TASKS; none is run.
+  """Returns what XLA says of each method's compiled training step at two tasks; none is run.
 
   "left_out" says why of those whose settings can't be, at this size for instance; `note` is told
   which method's turn it is: some train a while before their first step.
@@ -48,7 +43,7 @@ def count_methods(
 
 def _count_method(lab: Lab, weights: Params, base: Mapping[str, Any]) -> dict[str, dict]:
   rows, programs = {}, {}
-  for task in TASKS:
+  for task in lab.setting.measured:
     shapes = lab.shapes(weights, task - 1)
     same = lab.method.rules(task - 1), str(shapes)  # then both tasks run one program
     if same not in programs:
@@ -63,10 +58,12 @@ def methods_table(result: Mapping[str, Any]) -> Table:
   """Returns what `count_methods` counted for people."""
   lines = [tables.where(result), "x: over the plain forward; as written: before XLA's passes"]
   lines += [f"left out: {label}: {reason}" for label, reason in result["left_out"].items()]
-  shown = tables.empty(result, "\n".join(lines), COLUMNS)
+  early, late = Setting(**result["setting"]).measured
+  columns = "trained", "GFLOP/image", f"x at task {early}", f"x at task {late}", "as written"
+  shown = tables.empty(result, "\n".join(lines), (*columns, "temp MiB"))
   shown.add_row("plain forward", "-", f"{result['forward']['flops_per_image'] / 1e9:.2f}")
   for label, rows in result["methods"].items():
-    first, last = (rows[f"task_{task}"] for task in TASKS)
+    first, last = (rows[f"task_{task}"] for task in (early, late))
     shown.add_row(
       label,
       f"{first['trained']:,}",
