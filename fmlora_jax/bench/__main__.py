@@ -31,7 +31,7 @@ from fmlora_jax.bench.lab import Setting
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 130)
+  values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 140)
   setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
   try:
     if values.methods:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     else:
       variants = values.variants if values.peers else ()
       result = speed.measure(setting, values.repeats, variants, values.peers_python)
+      result |= {"programs_of_10_tasks": programs.count_programs()}
       shown = speed.table(result)
   except (ValueError, OSError) as error:
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -62,7 +63,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("methods", None, "Count the FLOPs of these, as in fmlora_jax.compare.")
   flags.DEFINE_bool("peers", False, "Time PyTorch beside it; needs torch, transformers and peft.")
   flags.DEFINE_string("peers_python", sys.executable, "The Python that has them.")
-  flags.DEFINE_list("variants", list(peer.VARIANTS), "What --peers times.")
+  flags.DEFINE_list("variants", list(peer.DEFAULT), "What --peers times.")
   flags.register_validator(
     "variants",
     lambda names: set(names) <= set(peer.VARIANTS),

@@ -13,7 +13,7 @@ from rich.table import Table
 from fmlora_jax.bench import floor, tables
 from fmlora_jax.bench.lab import TASK_CLASSES, Lab, Setting
 from fmlora_jax.bench.peer import VARIANTS, Peer
-from fmlora_jax.bench.programs import RANKS, count_programs
+from fmlora_jax.bench.programs import RANKS
 
 TURN_SECONDS = 0.5  # a turn has as many steps as take this long
 COLUMNS = (
@@ -69,9 +69,7 @@ def measure(
       runners = runners | {name: functools.partial(peer.run, name) for name in peers["variants"]}
     seconds = take_turns(runners, repeats)
   result = tables.circumstances(setting) | {
-    "floor": _floor(setting, runners["product"].facts, seconds["product"]),
-    "rank_of_10_tasks": list(RANKS),
-    "programs_of_10_tasks": count_programs(),
+    "floor": _floor(setting, runners["product"].facts, seconds["product"])
   }
   for name, program in programs.items():
     facts = tables.with_ratios(program.facts, programs["forward"].facts)
@@ -183,12 +181,18 @@ def _caption(result: Mapping[str, Any]) -> str:
     tables.where(result),
     f"floor: the products alone at {rate / 1e9:,.0f} GFLOP/s, the rate of a large one here; of "
     "memory, what the backward pass must find",
-    f"task {late} over task {early}: "
-    f"FLOPs {last['flops_per_image'] / first['flops_per_image']:.4f}, "
-    f"temp {last['temp_bytes'] / first['temp_bytes']:.4f}",
-    f"{len(RANKS)} tasks of {len(set(RANKS[1:]))} ranks compile "
-    f"{result['programs_of_10_tasks']} training steps, one of them task 1's",
   ]
+  if late != early:
+    lines.append(
+      f"task {late} over task {early}: "
+      f"FLOPs {last['flops_per_image'] / first['flops_per_image']:.4f}, "
+      f"temp {last['temp_bytes'] / first['temp_bytes']:.4f}"
+    )
+  if "programs_of_10_tasks" in result:
+    lines.append(
+      f"{len(RANKS)} tasks of {len(set(RANKS[1:]))} ranks compile "
+      f"{result['programs_of_10_tasks']} training steps, one of them task 1's"
+    )
   peers = result.get("peers")
   if peers:
     lines += [f"peer: {peers['device']}, {tables.versions(peers['versions'])}"]

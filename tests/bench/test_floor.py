@@ -1,5 +1,7 @@
 """The FLOPs of ViT-B/16's step beside the least possible, and what chips can do."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -43,3 +45,15 @@ def test_the_peak_is_known_of_some_chips_in_bfloat16():
   assert floor.peak_flops("TPU v5", "bfloat16") == 459e12
   assert floor.peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
   assert floor.peak_flops("cpu", "bfloat16") is None
+
+
+def test_what_the_backward_pass_must_find_is_counted_by_hand():
+  # 16 patches, class token, 3 prompts; 10 widths and 6 x 2 ranks in 5 blocks, 3 widths in the last
+  setting = Setting(architecture="micro", batch=2, rank=4, prompts=3)
+  assert floor.kept_bytes(setting) == 2 * 20 * (5 * (10 * 96 + 6 * 2 * 4) + 3 * 96) * 4
+  assert floor.kept_bytes(dataclasses.replace(setting, dtype="bfloat16")) == 2 * 20 * 5328 * 2
+
+
+def test_the_least_time_is_that_of_the_products():
+  setting = Setting(batch=3)
+  assert floor.seconds(setting, 1e12)["step"] == 3 * floor.flops(setting)["step"] / 1e12
