@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fmlora_jax.models import products
 from fmlora_jax.types import Bottleneck
 
 
 def apply(x: Float[Array, "*B D"], layer: Bottleneck) -> Float[Array, "*B D"]:
   """Returns act(x·down + down_bias)·up + up_bias for one layer's adapter, in the dtype of x."""
-  hidden = x @ layer.down.astype(x.dtype) + layer.down_bias.astype(x.dtype)
+  hidden = products.multiply(x, layer.down.astype(x.dtype)) + layer.down_bias.astype(x.dtype)
   hidden = (
     jax.nn.relu(hidden) if layer.activation == "relu" else jax.nn.gelu(hidden, approximate=False)
   )
   if layer.dropout_keys is not None:
     kept = jax.random.bernoulli(layer.dropout_keys, 1 - layer.dropout, hidden.shape)
     hidden = jnp.where(kept, hidden / (1 - layer.dropout), 0)
-  return hidden @ layer.up.astype(x.dtype) + layer.up_bias.astype(x.dtype)
+  return products.multiply(hidden, layer.up.astype(x.dtype)) + layer.up_bias.astype(x.dtype)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fmlora_jax.models import products
 from fmlora_jax.types import LowRank, Params, Sizes
 
 
@@ -54,11 +55,11 @@ def apply(x: Float[Array, "*B D_in"], delta: LowRank) -> Float[Array, "*B D_out"
   The core stays in the middle: where only it is trained, its gradient then needs no product with
   the full width.
   """
-  y = x @ delta.a.astype(x.dtype)
+  y = products.multiply(x, delta.a.astype(x.dtype))
   if delta.core is not None:
     core = delta.core.astype(x.dtype)
-    y = y * core if core.ndim == 1 else y @ core
-  return y @ delta.b.T.astype(x.dtype)
+    y = y * core if core.ndim == 1 else products.multiply(y, core)
+  return products.multiply(y, delta.b.T.astype(x.dtype))
 
 
 @jax.default_matmul_precision("highest")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fmlora_jax.models import bottleneck, low_rank
+from fmlora_jax.models import bottleneck, low_rank, products
 from fmlora_jax.types import Adapters, Backbone, Deltas, LayerAdapters, LowRank, Prefix, Sizes
 
 PROJECTIONS = ("query", "key", "value", "out", "fc1", "fc2")
@@ -49,6 +49,16 @@ class LayerNorm(nn.Module):
     return (centred * (rate * scale) + bias).astype(self.dtype)
 
 
+def dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+  """Returns nn.Dense with our product, which is its own over the last axis of the input."""
+
+  def product(x, kernel, dimensions, precision):
+    del dimensions, precision
+    return products.multiply(x, kernel)
+
+  return nn.Dense(features, dtype=dtype, dot_general=product, name=name)
+
+
 class AdaptedDense(nn.Module):
   """A dense layer that low-rank deltas may shift; without one it is plain."""
 
@@ -59,7 +69,7 @@ class AdaptedDense(nn.Module):
   def __call__(
     self, x: Float[Array, "B N D"], delta: LowRank | tuple[LowRank, ...] = ()
   ) -> Float[Array, "B N E"]:
-    y = nn.Dense(self.features, dtype=self.dtype, name="dense")(x)
+    y = dense(self.features, self.dtype, "dense")(x)
     for part in delta if isinstance(delta, tuple) else (delta,):
       y = y + low_rank.apply(x, part)
     return y
@@ -194,7 +204,7 @@ class ViT(nn.Module):
     p = sizes.patch_size
     # a convolution whose stride is its size is one matrix product over patches
     patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-    x = nn.Dense(sizes.width, dtype=self.dtype, name="embedding")(patches)
+    x = dense(sizes.width, self.dtype, "embedding")(patches)
     cls = self.param("cls", nn.initializers.zeros, (1, sizes.width))
     position = self.param("position", nn.initializers.normal(0.02), (sizes.num_tokens, sizes.width))
     x = _prepend(cls, x) + position.astype(x.dtype)

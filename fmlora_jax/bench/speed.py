@@ -1,0 +1,200 @@
+"""FM-LoRA's training step timed beside its floor, the plain forward and PyTorch, turn by turn."""
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from fmlora_jax.bench import floor, tables
+from fmlora_jax.bench.lab import TASK_CLASSES, Lab, Setting
+from fmlora_jax.bench.peer import VARIANTS, Peer
+from fmlora_jax.bench.programs import RANKS
+
+TURN_SECONDS = 0.5  # a turn has as many steps as take this long
+COLUMNS = (
+  *("GFLOP/image", "x forward", "x floor", "compile s", "ms", "x floor"),
+  *("images/s", "temp MiB", "MFU", "ours/it"),
+)
+
+
+def take_turns(
+  runners: Mapping[str, Callable[[int], float]], repeats: int
+) -> dict[str, list[float]]:
+  """Returns the seconds a step took in each of `repeats` rounds; in a round each runner has a turn.
+
+  Side by side, so that what else the machine does slows all of them alike.
+  """
+  steps = {}
+  for name, run in runners.items():
+    run(1)  # with what is done only once
+    steps[name] = max(1, round(TURN_SECONDS / run(1)))
+  seconds = {name: [] for name in runners}
+  for _ in range(repeats):
+    for name, run in runners.items():
+      seconds[name].append(run(steps[name]) / steps[name])
+  return seconds
+
+
+def measure(
+  setting: Setting,
+  repeats: int,
+  variants: Sequence[str] = (),
+  peers_python: str | None = None,
+) -> dict[str, Any]:
+  """Returns what --json writes.
+
+  Args:
+    setting: what is measured.
+    repeats: timed rounds.
+    variants: peers, of peer.VARIANTS; none starts no PyTorch.
+    peers_python: the interpreter that has them.
+  """
+  lab = Lab(setting)
+  weights = lab.weights()
+  programs = {"forward": lab.plain_forward(weights)}
+  programs |= {
+    f"task_{task}": lab.training_step(weights, task - 1) for task in set(setting.measured)
+  }
+  runners = programs | {"product": lab.large_product()}
+  with contextlib.ExitStack() as stack:
+    peers = None
+    if variants:
+      peer = stack.enter_context(Peer(_request(setting, variants), peers_python))
+      peers = dict(peer.facts)
+      runners = runners | {name: functools.partial(peer.run, name) for name in peers["variants"]}
+    seconds = take_turns(runners, repeats)
+  result = tables.circumstances(setting) | {
+    "floor": _floor(setting, runners["product"].facts, seconds["product"])
+  }
+  for name, program in programs.items():
+    facts = tables.with_ratios(program.facts, programs["forward"].facts)
+    result[name] = facts | _beside_floor(facts, seconds[name], name, result)
+  if peers is not None:
+    result["peers"] = peers | _beside_ours(seconds, setting, peers["variants"])
+  return result
+
+
+def _request(setting: Setting, variants: Sequence[str]) -> dict[str, Any]:
+  sizes = dataclasses.asdict(setting.sizes) | {"num_classes": TASK_CLASSES}
+  return dataclasses.asdict(setting) | sizes | {"variants": list(variants)}
+
+
+def _floor(setting: Setting, product: Mapping[str, Any], seconds: list[float]) -> dict[str, Any]:
+  """Returns the least that a step can cost here, at the rate of one large product."""
+  least = floor.flops(setting)
+  rate = product["flops_per_image_as_written"] * setting.batch / statistics.median(seconds)
+  return {
+    "flops_per_image": least,
+    "ratio": least["step"] / least["forward"],
+    "kept_bytes": floor.kept_bytes(setting),
+    "product_flops_per_second": rate,
+    "peak_flops_per_second": floor.peak_flops(jax.devices()[0].device_kind, setting.dtype),
+    "step_seconds": floor.seconds(setting, rate),
+  }
+
+
+def _beside_floor(
+  facts: Mapping[str, Any], seconds: list[float], name: str, result: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns a program's speed, and its FLOPs and time over what is needed at least."""
+  least, kind = result["floor"], "forward" if name == "forward" else "step"
+  speed = _speed(seconds, result["setting"]["batch"])
+  peak = least["peak_flops_per_second"]
+  rate = facts["flops_per_image_as_written"] * speed["images_per_second"]
+  return speed | {
+    "flops_over_floor": facts["flops_per_image"] / least["flops_per_image"][kind],
+    "seconds_over_floor": speed["step_seconds"] / least["step_seconds"][kind],
+    "mfu": None if peak is None else rate / peak,
+  }
+
+
+def _beside_ours(
+  seconds: Mapping[str, list[float]], setting: Setting, variants: Sequence[str]
+) -> dict[str, Any]:
+  """Returns each peer's speed and our time over its; beside the stack ours is the late task's."""
+  early, late = (seconds[f"task_{task}"] for task in setting.measured)
+  rows = {}
+  for name in variants:
+    ours = late if name.startswith("sd_lora") else early
+    ratio = statistics.median(a / b for a, b in zip(ours, seconds[name], strict=True))
+    rows[name] = _speed(seconds[name], setting.batch) | {"ours_over_theirs": ratio}
+  return rows
+
+
+def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
+  middle = statistics.median(seconds)
+  return {"step_seconds": middle, "images_per_second": batch / middle, "all_step_seconds": seconds}
+
+
+def table(result: Mapping[str, Any]) -> Table:
+  """Returns the result for people."""
+  shown = tables.empty(result, _caption(result), COLUMNS)
+  setting = Setting(**result["setting"])
+  rows = {"plain forward": "forward"} | {
+    f"step at task {t} of {setting.tasks}": f"task_{t}" for t in setting.measured
+  }
+  for label, name in rows.items():
+    facts = result[name]
+    shown.add_row(
+      label,
+      f"{facts['flops_per_image'] / 1e9:.2f}",
+      f"{facts['ratio']:.3f}",
+      f"{facts['flops_over_floor']:.3f}",
+      f"{facts['compile_seconds']:.1f}",
+      *_timing(facts["step_seconds"], setting, f"{facts['seconds_over_floor']:.2f}"),
+      f"{facts['temp_bytes'] / 2**20:.0f}",
+      "-" if facts["mfu"] is None else f"{facts['mfu']:.1%}",
+    )
+  least = result["floor"]
+  shown.add_row(
+    "floor of a step",
+    f"{least['flops_per_image']['step'] / 1e9:.2f}",
+    f"{least['ratio']:.3f}",
+    "",
+    "",
+    *_timing(least["step_seconds"]["step"], setting, ""),
+    f"{least['kept_bytes'] / 2**20:.0f}",
+  )
+  peers = result.get("peers") or {"variants": []}
+  for name in peers["variants"]:
+    facts = peers[name]
+    timing = _timing(facts["step_seconds"], setting, "")
+    ratio = f"{facts['ours_over_theirs']:.2f}"
+    shown.add_row(VARIANTS[name], "", "", "", "", *timing, "", "", ratio)
+  return shown
+
+
+def _timing(seconds: float, setting: Setting, over_floor: str) -> tuple[str, str, str]:
+  return f"{seconds * 1e3:.1f}", over_floor, f"{setting.batch / seconds:.1f}"
+
+
+def _caption(result: Mapping[str, Any]) -> str:
+  early, late = Setting(**result["setting"]).measured
+  first, last = result[f"task_{early}"], result[f"task_{late}"]
+  rate = result["floor"]["product_flops_per_second"]
+  lines = [
+    tables.where(result),
+    f"floor: the products alone at {rate / 1e9:,.0f} GFLOP/s, the rate of a large one here; of "
+    "memory, what the backward pass must find",
+  ]
+  if late != early:
+    lines.append(
+      f"task {late} over task {early}: "
+      f"FLOPs {last['flops_per_image'] / first['flops_per_image']:.4f}, "
+      f"temp {last['temp_bytes'] / first['temp_bytes']:.4f}"
+    )
+  if "programs_of_10_tasks" in result:
+    lines.append(
+      f"{len(RANKS)} tasks of {len(set(RANKS[1:]))} ranks compile "
+      f"{result['programs_of_10_tasks']} training steps, one of them task 1's"
+    )
+  peers = result.get("peers")
+  if peers:
+    lines += [f"peer: {peers['device']}, {tables.versions(peers['versions'])}"]
+    lines += [f"peer: {line}" for line in peers["notes"]]
+  return "\n".join(lines)
