@@ -44,6 +44,10 @@ def features_by_hand(made, images, slot):
   return np.asarray(jax.jit(made.backbone.apply)(made.weights, images, Adapters(prefix=prefix)))
 
 
+def plain_features(made, images):
+  return np.asarray(jax.jit(made.backbone.apply)(made.weights, images))
+
+
 def mixture(own, slots, count, share):
   return (1 - share) * own + share * np.mean(slots[:count], axis=0) if count else own
 
@@ -82,7 +86,7 @@ def test_statistics_are_of_prefixed_features_at_the_end_of_their_task(learned):
   for task, stage in enumerate(learned.stages):
     batch = learned.batch(len(learned.sequence.tasks[task].train), task=task)
     prefixed = features_by_hand(learned, batch.images, stage.ended.mem["prompt"][task])
-    plain = np.asarray(learned.backbone.apply(learned.weights, batch.images))
+    plain = plain_features(learned, batch.images)
     for name, features in (("statistics", prefixed), ("identity_statistics", plain)):
       kept = learned.variables.mem[name]  # later tasks leave them as they are
       for label in range(*learned.spec.class_ranges[task]):
@@ -128,12 +132,17 @@ def test_the_head_is_aligned_by_the_statistics_of_all_classes_so_far(learned):
       np.testing.assert_allclose(stage.ended.mem["head"][name], leaf, atol=1e-5)
 
 
-def test_without_alignment_the_head_is_as_trained(lab):
-  made = lab("hide_prompt", method=SETTINGS | {"alignment": {"epochs": 0}})
-  for stage in made.stages:
-    lo, hi = made.spec.class_ranges[stage.view.index]
+def test_without_alignment_the_head_is_as_trained(learned):
+  settings = config_lib.merged(SETTINGS, {"alignment": {"epochs": 0}})
+  config = dataclasses.replace(
+    learned.config, method=config_lib.build(hide_prompt.Config, settings)
+  )
+  method = methods.make(config, learned.backbone, learned.spec)
+  for stage in learned.stages[:2]:
+    ended, _ = method.end_task(stage.trained, stage.view)
+    lo, hi = learned.spec.class_ranges[stage.view.index]
     for name, rows in stage.trained.cur["head"].items():
-      np.testing.assert_array_equal(made.variables.mem["head"][name][lo:hi], rows[: hi - lo])
+      np.testing.assert_array_equal(ended.mem["head"][name][lo:hi], rows[: hi - lo])
 
 
 def test_two_passes_name_the_task_and_then_the_class(learned):
@@ -141,7 +150,7 @@ def test_two_passes_name_the_task_and_then_the_class(learned):
   for stage in learned.stages:
     task, mem = stage.view.index, stage.ended.mem
     images = jnp.concatenate([learned.images(4, part="val", task=t) for t in range(3)])
-    plain = np.asarray(learned.backbone.apply(learned.weights, images))
+    plain = plain_features(learned, images)
     scores = identity_by_hand(stage.ended.shared["identity"], plain)
     ends = np.array([hi for _, hi in learned.spec.class_ranges])
     named = [int(np.argmax(np.argmax(row[: ends[task]]) < ends)) for row in scores]
@@ -239,13 +248,13 @@ def test_a_step_does_not_depend_on_padding(learned, changed):
 
 
 def test_domains_that_share_classes_have_an_identity_of_their_own(lab):
-  made = lab("hide_prompt", "dil", ((0, 3),) * 3, method=SETTINGS)
-  assert made.variables.shared["identity"]["head"]["bias"].shape == (9,)
-  assert made.variables.mem["statistics"]["mean"].shape == (9, 1, 16)
+  made = lab("hide_prompt", "dil", ((0, 3),) * 2, method=SETTINGS)
+  assert made.variables.shared["identity"]["head"]["bias"].shape == (6,)
+  assert made.variables.mem["statistics"]["mean"].shape == (6, 1, 16)
   assert np.asarray(made.variables.mem["statistics"]["exists"]).all()
   assert "no classes" in made.method.caveats[0]
   right = []
-  for task in range(3):
+  for task in range(2):
     batch = made.batch(18, part="val", task=task)
     named = np.argmax(made.predictions(made.variables, batch.images), axis=1)
     right.append(np.mean(named == np.asarray(batch.labels)))
