@@ -73,7 +73,7 @@ def test_every_config_file_fits_its_vit(path):
       {"optim": {"learning_rat": 1.0}},
       "config.optim.learning_rat is not a field; did you mean 'learning_rate'?",
     ),
-    ({"nonsense": 1}, "config.nonsense is not a field; fields are seed, epochs, "),
+    ({"nonsense": 1}, "config.nonsense is not a field; fields are seed, seeds, epochs, "),
     ({"epochs": True}, "config.epochs is True: must be of type int"),
     ({"epochs": 1.5}, "config.epochs is 1.5: must be of type int"),
     ({"epochs": "3"}, "config.epochs is '3': must be of type int"),
