@@ -15,7 +15,6 @@ from fmlora_jax import BEGAN, command_line
 from fmlora_jax import config as config_lib
 
 flags.adopt_module_key_flags(command_line)
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would cost, and run nothing.")
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> None:
   command_line.join_hosts()
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
-  if DRY_RUN.value:
+  if flags.FLAGS.dry_run:
     found = dry_run.estimate(config)
     if hosts.is_first():
       dry_run.show(found, Console())
@@ -53,4 +52,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_bool("dry_run", False, "Say what the run would cost, and run nothing.")
   command_line.start(main, command_line.parse_flags)

@@ -40,8 +40,9 @@ def test_an_image_costs_one_folded_forward_pass(prompts, most):
 
   owner = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
   masks = jax.ShapeDtypeStruct((10, CLASSES), bool)
-  evaluator = evaluate.Evaluator(method, center)
-  counted = evaluator._count.lower(model, images, owner, masks).cost_analysis()["flops"]
+  functions = {"predict": method.predict, "center": center}
+  lowered = evaluate.count_correct.lower(model, images, owner, masks, **functions)
+  counted = lowered.cost_analysis()["flops"]
   plain = jax.eval_shape(lambda weights: frame.cast_kernels(weights, jnp.bfloat16), weights)
   assert 1 <= counted / flops(backbone.apply, plain, images) < most
 
@@ -75,6 +76,7 @@ def test_one_program_serves_all_tasks_and_counts_what_the_logits_say(lab):
   made = lab("fm_lora")
   evaluator = evaluate.Evaluator(made.method, made.trainer.center)
   masks = made.trainer.put(np.ones((3, made.spec.num_classes), bool))
+  before = evaluate.count_correct._cache_size()
   for stage in made.stages:
     model = made.method.fold(made.weights, stage.ended)
     examples = made.trainer.put(
@@ -88,4 +90,4 @@ def test_one_program_serves_all_tasks_and_counts_what_the_logits_say(lab):
     owner = made.trainer.put(np.zeros(8, np.int32))
     counts = evaluator.correct(model, [(examples, owner)], masks)
     assert counts.tolist() == [1, 0, 0]  # one image, seven labels, and padding
-  assert evaluator._count._cache_size() == 1
+  assert evaluate.count_correct._cache_size() == before + 1

@@ -230,7 +230,7 @@ def program(monkeypatch, tmp_path):
     values = {"CONFIG": tree_of(changes), "WORKDIR": None}
     for name, value in values.items():
       monkeypatch.setattr(command_line, name, types.SimpleNamespace(value=value))
-    monkeypatch.setattr(main, "DRY_RUN", types.SimpleNamespace(value=dry_run))
+    monkeypatch.setattr(main.flags, "FLAGS", types.SimpleNamespace(dry_run=dry_run))
     monkeypatch.chdir(tmp_path)
     main.main(["main"])
 

@@ -152,11 +152,12 @@ def test_caveats_stand_below_the_table_once():
   assert "> warning: hide: the batch votes" in report.markdown([result(), *odd])
 
 
-def test_costs_are_two_lines():
+def test_costs_are_three_lines():
   assert report.costs(result(tasks=2)) == [
     "parameters 346k trained in the last task, 1.23M stored beside the backbone; added by each "
     "task: 12.3k 12.3k",
     "keeps      no image and no statistics of the data (rehearsal-free); forward passes 1/1",
+    "time       13:32 min: import 2.1 s, train 13:20 min, other 10.2 s",
   ]
   passes = {"train": 2, "test": 2, "between": 1}
   line = report.costs(result(passes=passes, rehearsal_bytes=2_500_000))[1]

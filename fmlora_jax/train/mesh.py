@@ -76,6 +76,8 @@ def put(tree: Any, shardings: Any) -> Any:
   """
 
   def place(leaf, sharding):
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+      return leaf
     if _is_global(leaf) or sharding.is_fully_addressable:
       return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)  # device_put would send it to all to compare

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import bench, methods
 from fmlora_jax import config as config_lib
+from fmlora_jax import methods
+from fmlora_jax.bench.lab import Lab, Setting
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import drs
 from fmlora_jax.models import pretrained, vit
@@ -260,7 +261,7 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(s
 
 def test_the_selection_costs_at_most_1_3_epochs_of_training(selectors):
   """Of ViT-B/16 at the smallest rank, where there are 7 training images for one of validation."""
-  lab = bench.Lab(bench.Setting(batch=2, rank=4))
+  lab = Lab(Setting(batch=2, rank=4))
   (selector,) = selectors
 
   def shapes(weights):

@@ -230,7 +230,7 @@ def test_the_penalty_is_the_repulsion_from_the_batch_and_the_past_without_paddin
 def test_a_step_does_not_depend_on_padding(learned, changed):
   stage, trainer = learned.stages[1], learned.trainer
   batch = learned.batch(6, task=1)
-  stepper = trainer._stepper(1)
+  stepper = trainer.stepper(1)
   fixed = Fixed(
     frozen=learned.method.freeze(learned.weights, stage.begun),
     mem=stage.begun.mem,

@@ -202,7 +202,9 @@ def main():
   read = stream.Stream(sequence=made, indices=train, put=lambda x: x, workers=2).read
   bounds = tuple(range(1_000_000))
   for _ in read(order.Chunks(num=len(train), batch_size=8, seed=0, task=0, bounds=bounds, size=1)):
-    print(len(multiprocessing.active_children()), "processes", flush=True)
+    while len(multiprocessing.active_children()) < 2:  # one may be ready before the other starts
+      time.sleep(0.1)
+    print("2 processes", flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
