@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> None:
     **{name: values[name].value for name in ("dtype", "epochs")},
   )
   command_line.keep_programs()
-  print(f"{jax.devices()[0].device_kind} ({jax.default_backend()})")
+  Console().print(f"{jax.devices()[0].device_kind} ({jax.default_backend()})", highlight=False)
   measure(plan)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 from rich.table import Table
 
 from fmlora_jax import config as config_lib
-from fmlora_jax import methods, tasks
+from fmlora_jax import methods
 from fmlora_jax.bench import tables
 from fmlora_jax.bench.lab import Lab, Program, Setting
 from fmlora_jax.config import Config
-from fmlora_jax.models import pretrained, vit
+from fmlora_jax.models import vit
+from fmlora_jax.parts import Workshop
 from fmlora_jax.settings import Choice
-from fmlora_jax.train import mesh
-from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Params
 
 RANKS = (32, 4, 8, 16, 32, 4, 8, 16, 32, 4)  # of the ten tasks whose programs are counted
@@ -90,22 +89,20 @@ def count_programs(ranks: Sequence[int] = RANKS) -> int:
       "compute_dtype": "float32",
       "weights": {"tag": "random", "architecture": "micro", "depth": 1},
       "tasks": {"benchmark": "digits", "num_tasks": len(ranks)},
-      "input": {"augmentation": "none", "steps_per_dispatch": 1},
+      "input": {"augmentation": "none", "normalisation": "half", "steps_per_dispatch": 1},
       "bases": {"max_rank": max(ranks)},
+      "drs": {"strategy": "fixed", "rank": max(ranks)},
     },
   )
-  weights, sizes, _ = pretrained.load(config.weights)
-  sequence = tasks.make(config.tasks, seed=config.seed, source_size=sizes.image_size)
-  backbone = vit.make(sizes)
+  parts = Workshop().parts(config)
+  trainer, backbone = parts.trainer, vit.make(parts.sizes)
+  method = trainer.method
 
   def with_rank(rank):
-    drs = dataclasses.replace(config.drs, strategy="fixed", rank=rank)
-    return methods.make(dataclasses.replace(config, drs=drs), backbone, sequence.spec)
+    drs = dataclasses.replace(config.drs, rank=rank)
+    return methods.make(dataclasses.replace(config, drs=drs), backbone, trainer.sequence.spec)
 
-  method = with_rank(max(ranks))
-  sizing = {"normalisation": "half", "image_size": sizes.image_size}
-  trainer = Trainer(config, method, sequence, weights, mesh=mesh.make(), **sizing)
-  variables = method.init(trainer.root, weights)
+  variables = method.init(trainer.root, trainer.weights)
   for index, rank in enumerate(ranks):
     view = trainer.view(index)
     variables, _ = with_rank(rank).begin_task(variables, view)
