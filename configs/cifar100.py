@@ -4,11 +4,13 @@ python -m fmlora_jax.prepare cifar100 --data_dir=DIR
 python -m fmlora_jax.main --config=configs/cifar100.py --config.tasks.data_dir=DIR
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper,
   recipe=unified|official.
   """
-  return config.paper(variant, benchmark="cifar100", num_tasks=10, split="official", source_size=32)
+  return config_files.paper(
+    variant, benchmark="cifar100", num_tasks=10, split="official", source_size=32
+  )

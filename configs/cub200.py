@@ -7,11 +7,11 @@ The published cut (split=official) has 30 training images a class in place of 47
 belong beside the table's.
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, split=paper|full|official,
   recipe=unified|official.
   """
-  return config.paper(variant, benchmark="cub200", num_tasks=10, split="paper")
+  return config_files.paper(variant, benchmark="cub200", num_tasks=10, split="paper")

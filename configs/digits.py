@@ -1,6 +1,6 @@
 """scikit-learn's digits in 5 tasks of 2 classes: real images, nothing to download."""
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 from fmlora_jax.models import vit
 
 # the best of two or three on validation images (--config.tasks.evaluate_on=val) of seeds 1993 and
@@ -27,9 +27,9 @@ SETTINGS = {"coda_prompt": {"pool_size": 50}, "l2p": {"length": 1}}
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N."""
-  chosen = config.parse_variant(variant, "method", "tasks")
+  chosen = config_files.parse_variant(variant, "method", "tasks")
   method = chosen.get("method", "fm_lora")
-  return config.defaults(
+  return config_files.defaults(
     batch_size=32,
     compute_dtype="float32",
     method={"name": method} | SETTINGS.get(method, {}),

@@ -1,6 +1,6 @@
 """The same ten digits in 4 domains: plain, inverted, turned by 90 degrees, noisy and blurred."""
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 from fmlora_jax.models import vit
 
 # the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds
@@ -28,9 +28,9 @@ SETTINGS = {
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME."""
-  chosen = config.parse_variant(variant, "method")
+  chosen = config_files.parse_variant(variant, "method")
   method = chosen.get("method", "fm_lora")
-  return config.defaults(
+  return config_files.defaults(
     epochs=10,  # with 30 every method forgets more
     batch_size=32,
     compute_dtype="float32",

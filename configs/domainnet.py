@@ -7,11 +7,11 @@ The paper calls this domain-incremental; configs/domainnet_dil.py is. Some publi
 images seem to lack quickdraw: --config.tasks.domains names the domains to take.
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper,
   recipe=unified|official.
   """
-  return config.paper(variant, benchmark="domainnet", num_tasks=5, split="official")
+  return config_files.paper(variant, benchmark="domainnet", num_tasks=5, split="official")

@@ -7,12 +7,12 @@ The domains come in the order of S-Prompts (arXiv:2207.12819); --config.tasks.or
 another from the seed. The official recipes are for configs/domainnet.py.
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, split=official|full|paper."""
-  return config.paper(
+  return config_files.paper(
     variant,
     benchmark="domainnet",
     scenario="dil",

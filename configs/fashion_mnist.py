@@ -7,7 +7,7 @@ python -m fmlora_jax.main --config=configs/fashion_mnist.py \\
 FILE is any DINOv2 ViT-S/14; --config.weights.tag=dinov2_small instead takes the published one.
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 # the best of two to four on validation images (--config.tasks.evaluate_on=val), seed 1993; of
 # finetune one was tried, and lora's is that of mode=incremental
@@ -28,9 +28,9 @@ LEARNING_RATES = {
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME."""
-  chosen = config.parse_variant(variant, "method")
+  chosen = config_files.parse_variant(variant, "method")
   method = chosen.get("method", "fm_lora")
-  return config.defaults(
+  return config_files.defaults(
     epochs=1,
     batch_size=64,
     compute_dtype="float32",

@@ -4,13 +4,13 @@ python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 \\
     --config.tasks.data_dir=FOLDER --config.weights.path=FILE
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til."""
-  chosen = config.parse_variant(variant, "method", "scenario", "tasks")
-  return config.defaults(
+  chosen = config_files.parse_variant(variant, "method", "scenario", "tasks")
+  return config_files.defaults(
     method={"name": chosen.get("method", "fm_lora")},
     tasks={
       "benchmark": "image_folder",

@@ -8,11 +8,11 @@ split=slice, then compare on split=slice80, which tests on the same images. It h
 ranks on: --config.drs.strategy=fixed.
 """
 
-from fmlora_jax import config
+from fmlora_jax import config_files
 
 
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=5|10|20, split=slice|slice80|stratified|coda,
   recipe=unified|official.
   """
-  return config.paper(variant, benchmark="imagenet_r", num_tasks=10, split="slice")
+  return config_files.paper(variant, benchmark="imagenet_r", num_tasks=10, split="slice")

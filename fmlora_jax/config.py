@@ -1,8 +1,7 @@
 """The settings of a run: declared, typed and checked here, and nowhere else.
 
-A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` that states what differs from
-the defaults below; `build` turns it into frozen dataclasses, and after that nobody sees a
-ConfigDict.
+A config file makes an `ml_collections.ConfigDict` (config_files.py); `build` turns it into the
+frozen dataclasses below, and after that nobody sees a ConfigDict.
 """
 
 import dataclasses
@@ -14,9 +13,6 @@ import types
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
-
-import ml_collections
-from ml_collections import config_dict
 
 # settings that each process of a run may have for itself; what lies at a path is hashed
 OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.stream", "weights.path")
@@ -30,7 +26,6 @@ FREE_FIELDS = (
   "seeds",
   *OWN_FIELDS,
 )
-RECIPES = ("unified", "official")
 
 
 class ConfigError(ValueError):
@@ -471,76 +466,6 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
   return value
 
 
-def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.ConfigDict:
-  """Returns every field of `Config` at its default, changed by nested dicts; for config files.
-
-  Fields that may be None become typed placeholders, so that the command line can set them.
-
-  Args:
-    recipe: unified trains every method alike, as `groups` say; official takes the settings that the
-      method's own code has for the benchmark, where they differ from `groups`.
-
-  Raises:
-    ConfigError: if there is no such recipe, or none for this method, benchmark and scenario.
-  """
-  require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
-  config = build(Config, groups)
-  if recipe == "official":
-    config = build(Config, merged(groups, _official(config)))
-  return _to_config_dict(config)
-
-
-def paper(
-  variant: str | None, *, source_size: int = 256, **tasks: Any
-) -> ml_collections.ConfigDict:
-  """Returns the config of one of the paper's benchmarks; for config files.
-
-  Args:
-    variant: the file's argument: method=NAME, tasks=N, split=NAME, recipe=unified|official. A split
-      that it names wins over the recipe's.
-    source_size: of `InputConfig`, pixels.
-    tasks: of `TasksConfig`, where the variant says nothing else.
-  """
-  chosen = parse_variant(variant, "method", "tasks", "split", "recipe")
-  if "tasks" in chosen:
-    tasks["num_tasks"] = int(chosen["tasks"])
-  tree = defaults(
-    recipe=chosen.get("recipe", "unified"),
-    method={"name": chosen.get("method", "fm_lora")},
-    tasks=tasks,
-    input={"source_size": source_size, "augmentation": "pilot", "normalisation": "zero_one"},
-  )
-  if "split" in chosen:
-    tree.tasks.split = chosen["split"]
-  return tree
-
-
-def _official(config: Config) -> dict[str, Any]:
-  """Returns the groups that the official code of the method has for the benchmark."""
-  name, tasks = config.method.name, config.tasks
-  if tasks.scenario != "cil":  # under this name; domainnet_dil has the same images as domainnet
-    raise ConfigError(
-      "recipe is 'official': must be unified, the official codes learn new classes in each task "
-      f"(cil), and the scenario is {tasks.scenario}"
-    )
-  module = importlib.import_module(f"fmlora_jax.methods.{name}")
-  known = getattr(module, "OFFICIAL", {})
-  if tasks.benchmark not in known:
-    have = f"has none for {tasks.benchmark!r}, but for {', '.join(known)}" if known else "has none"
-    raise ConfigError(f"recipe is 'official': must be unified, {name} {have}")
-  found = known[tasks.benchmark]
-  return found(tasks.num_tasks) if callable(found) else found
-
-
-def merged(groups: dict, changes: dict) -> dict:
-  """Returns nested dicts with the values of `changes` in place of those of `groups`."""
-  both = dict(groups)
-  for name, value in changes.items():
-    is_group = isinstance(value, dict) and isinstance(both.get(name), dict)
-    both[name] = merged(both[name], value) if is_group else value
-  return both
-
-
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
   """Yields (path, before, now) of every leaf that differs between two nested dicts."""
   if isinstance(before, dict) or isinstance(now, dict):
@@ -549,36 +474,3 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, An
       yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
   elif before != now:
     yield path, before, now
-
-
-def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
-  hints = typing.get_type_hints(type(record))
-  tree = ml_collections.ConfigDict()
-  for field in dataclasses.fields(record):
-    value = getattr(record, field.name)
-    if dataclasses.is_dataclass(value):
-      tree[field.name] = _to_config_dict(value)
-    elif value is None:
-      (kind,) = (a for a in typing.get_args(hints[field.name]) if a is not types.NoneType)
-      tree[field.name] = config_dict.placeholder(str if typing.get_origin(kind) else kind)
-    else:
-      tree[field.name] = value
-  return tree
-
-
-def parse_variant(text: str | None, *known: str) -> dict[str, str]:
-  """Returns {key: value} of a config file's argument such as "method=lora,tasks=10".
-
-  Raises:
-    ConfigError: if a part has no "=", or a key that is not `known`.
-  """
-  chosen = {}
-  for part in (text or "").split(","):
-    key, equals, value = part.partition("=")
-    if part and not equals:
-      raise ConfigError(f"config variant {part!r}: must be key=value, as in method=lora,tasks=10")
-    if part and key not in known:
-      raise ConfigError(f"config variant {part!r}: the key must be one of {', '.join(known)}")
-    if part:
-      chosen[key] = value
-  return chosen

@@ -3,10 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-import importlib.metadata
 import pathlib
-import platform
-import subprocess
 import time
 from typing import Any
 
@@ -14,7 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, hosts, metrics, report, writer
+from fmlora_jax import checkpoint, hosts, metrics, provenance, report, writer
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
@@ -25,7 +22,7 @@ from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Passes, Variables
+from fmlora_jax.types import Variables
 
 
 @dataclasses.dataclass
@@ -93,19 +90,19 @@ def _run(
     "manifest_sha256": sequence.manifest_sha256,
     "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
-  hosts.agree(identity | {"versions": _versions()}, besides=OWN_FIELDS)
+  hosts.agree(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
   is_first = hosts.is_first()
   finished = hosts.decided_by_first(lambda: _claim(workdir, identity, stream_json))
   if not (workdir / replay.FILE).exists():
     raise ConfigError(f"workdir {workdir} is not the first process's: must be a folder all share")
   with writer.open_run(workdir, console=console, writes=is_first) as log:
-    log.note(f"devices    {_described_devices(mesh)}")
+    log.note(f"devices    {provenance.devices(mesh)}")
     log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {parts.sizes.depth} blocks")
     log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
     log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
-    log.note(f"input      {_described_input(trainer)}")
+    log.note(f"input      {provenance.images(trainer)}")
     log.note(f"method     {config.method.name}, workdir {workdir}")
-    log.note(f"passes     {_described_passes(method.passes)}")
+    log.note(f"passes     {provenance.passes(method.passes)}")
     for caveat in method.caveats:
       log.note(f"caveat     {caveat}")
     if finished:
@@ -403,60 +400,10 @@ class Experiment:
       "epochs": config.epochs,
       "batch_size": config.batch_size,
       "wall_seconds": self._clock.seconds(),  # so far
-      "params_sha256": params_sha256(saved),
+      "params_sha256": provenance.params_sha256(saved),
       "devices": [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"],
-      "versions": _versions(),
-      "git_commit": _git_commit(),
+      "versions": provenance.versions(),
+      "git_commit": provenance.git_commit(),
       "config": config_dict,
       "finished": True,
     }
-
-
-def _described_devices(mesh: jax.sharding.Mesh) -> str:
-  parts = [f"{mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})"]
-  if jax.process_count() > 1:
-    parts.append(f"{jax.process_count()} processes")
-  if mesh.shape["fsdp"] > 1:
-    parts.append(f"backbone split over {mesh.shape['fsdp']}")
-  return ", ".join(parts)
-
-
-def _described_passes(passes: Passes) -> str:
-  between = f", {passes.between} over a task's images between tasks" if passes.between else ""
-  return f"{passes.train} forward in a training step, {passes.test} at test time{between}"
-
-
-def _described_input(trainer: Trainer) -> str:
-  sequence, workers = trainer.sequence, trainer.config.input.workers
-  if trainer.streams:
-    return f"stream, {workers} workers" if workers else "stream, threads"
-  images = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
-  place = "the device" if jax.device_count() == 1 else "all devices together"
-  return f"resident, {resident.num_bytes(sequence, images) / 2**30:.2f} GiB on {place}"
-
-
-def params_sha256(tree: Any) -> str:
-  """Returns the hash of all leaves of a pytree: names, shapes, dtypes and bytes, sorted by name."""
-  digest = hashlib.sha256()
-  for name, leaf in sorted(checkpoint.flatten(tree).items()):
-    array = np.asarray(leaf)
-    digest.update(f"{name}:{array.dtype}{array.shape}".encode())
-    digest.update(array.tobytes())
-  return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  found = {name: importlib.metadata.version(name) for name in names}
-  return found | {"python": platform.python_version()}
-
-
-def _git_commit() -> str | None:
-  """Returns the commit of the source tree; None where it is not a git checkout."""
-  root = pathlib.Path(__file__).parent
-  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return done.stdout.strip()

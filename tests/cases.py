@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from fmlora_jax import config
+from fmlora_jax import config, config_files
 
 # of InfLoRA's layers after ten tasks of ImageNet-R, from the logs of its official code
 SPANNED = [17, 52, 124, 178, 237, 254, 304, 353, 483, 558, 524, 651]
@@ -42,7 +42,7 @@ class Case:
 def official(name: str, benchmark: str, num_tasks: int = 10, **groups: Any) -> config.Config:
   """Returns the config of a method's official recipe, over `groups`."""
   tasks = {"benchmark": benchmark, "num_tasks": num_tasks}
-  values = config.defaults(recipe="official", method={"name": name}, tasks=tasks, **groups)
+  values = config_files.defaults(recipe="official", method={"name": name}, tasks=tasks, **groups)
   return config.build(config.Config, values.to_dict())
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, config, methods
+from fmlora_jax import checkpoint, config, config_files, methods
 from fmlora_jax.models import vit
 from fmlora_jax.tasks import resident
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
@@ -134,7 +134,7 @@ class Lab:
   """A method on the tiny ViT and the made-up tasks; `stages` are what it learned so far."""
 
   def __init__(self, scenario: str = "cil", ranges: tuple = RANGES, **changes):
-    self.config = config.build(config.Config, config.merged(SETTINGS, changes))
+    self.config = config.build(config.Config, config_files.merged(SETTINGS, changes))
     self.sequence = made_up_sequence(scenario, ranges)
     self.spec = self.sequence.spec
     self.backbone = vit.make(SIZES, jnp.dtype(self.config.compute_dtype))
@@ -229,7 +229,7 @@ def lab():
   made: dict[str, Lab] = {}
 
   def learned(name: str = "fm_lora", scenario: str = "cil", ranges: tuple = RANGES, **changes):
-    changes = config.merged(changes, {"method": {"name": name}})
+    changes = config_files.merged(changes, {"method": {"name": name}})
     key = repr((scenario, ranges, changes))
     if key not in made:
       made[key] = Lab(scenario, ranges, **changes)

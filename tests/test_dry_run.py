@@ -6,7 +6,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from fmlora_jax import config, costs, dry_run, parts, tasks
+from fmlora_jax import config, config_files, costs, dry_run, parts, tasks
 from fmlora_jax.models import pretrained
 from fmlora_jax.run import run
 from fmlora_jax.train import loop
@@ -37,7 +37,7 @@ def tiny_vit(make_lab):
 
 
 def small(method="fm_lora", **changes) -> config.Config:
-  values = config.merged(SMALL, {"method": {"name": method}} | changes)
+  values = config_files.merged(SMALL, {"method": {"name": method}} | changes)
   return config.build(config.Config, values)
 
 

@@ -12,7 +12,7 @@ import pytest
 from fmlora_jax import checkpoint, clock, config, parts, plots, tasks, writer
 from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.models import pretrained
-from fmlora_jax.run import params_sha256, run
+from fmlora_jax.run import run
 from fmlora_jax.tasks import resident
 from fmlora_jax.train.loop import NonFiniteError, Trainer
 
@@ -489,19 +489,3 @@ def test_every_other_method_runs_end_to_end(tmp_path, case):
   settings = small(case.name, method_settings=case.changes, optim={"learning_rate": 1e-4})
   result = run(settings, tmp_path / "run")
   assert set(writer.FIELDS) <= set(result) and result["method"] == case.name
-
-
-def test_the_hash_of_parameters_sees_names_shapes_types_and_bits():
-  base = {"a": np.zeros(2, np.float32), "b": np.ones(3, np.float32)}
-  hashes = {
-    params_sha256(tree)
-    for tree in (
-      base,
-      {"c": base["a"], "b": base["b"]},
-      base | {"a": np.zeros((2, 1), np.float32)},
-      base | {"a": np.zeros(2, np.int32)},
-      base | {"a": np.array([0.0, -0.0], np.float32)},
-    )
-  }
-  assert len(hashes) == 5
-  assert params_sha256({"b": base["b"], "a": base["a"]}) in hashes

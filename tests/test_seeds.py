@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, config, parts, report, runs, seeds, tasks
+from fmlora_jax import checkpoint, config, config_files, parts, report, runs, seeds, tasks
 from fmlora_jax.models import pretrained
 from fmlora_jax.run import run
 from fmlora_jax.train import loop
@@ -38,7 +38,7 @@ def tiny_vit(make_lab):
 
 
 def small(*chosen, method="fm_lora", **changes) -> config.Config:
-  values = config.merged(SMALL, {"method": {"name": method}, "seeds": chosen} | changes)
+  values = config_files.merged(SMALL, {"method": {"name": method}, "seeds": chosen} | changes)
   return config.build(config.Config, values)
 
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmlora_jax import config as config_lib
-from fmlora_jax import methods, settings
+from fmlora_jax import config_files, methods, settings
 from fmlora_jax.config import Config
 from fmlora_jax.methods import frame
 from fmlora_jax.methods.rules import label_leaves, partition
@@ -67,7 +66,7 @@ class Setting:
       "drs": {"strategy": "fixed", "rank": self.rank},
       "prompt": {"num_tokens": self.prompts},
     }
-    return settings.read_config(choice.flags(), config_lib.defaults(**values))
+    return settings.read_config(choice.flags(), config_files.defaults(**values))
 
 
 class Program:

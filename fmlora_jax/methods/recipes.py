@@ -1,4 +1,4 @@
-"""Official settings that several methods take, for the recipe "official" of config.defaults.
+"""Official settings that several methods take, for the recipe "official" of config_files.defaults.
 
 Sources are repository/path:line; SD is SD-Lora-CL at 8bacded, IL InfLoRA at e08b00e.
 """

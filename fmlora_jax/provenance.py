@@ -1,0 +1,70 @@
+"""What a run says of where its numbers come from: devices, versions, source, learned bits."""
+
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmlora_jax import checkpoint
+from fmlora_jax.tasks import resident
+from fmlora_jax.train.loop import Trainer
+from fmlora_jax.types import Passes
+
+
+def devices(mesh: jax.sharding.Mesh) -> str:
+  """Returns what a run computes on, in words."""
+  parts = [f"{mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})"]
+  if jax.process_count() > 1:
+    parts.append(f"{jax.process_count()} processes")
+  if mesh.shape["fsdp"] > 1:
+    parts.append(f"backbone split over {mesh.shape['fsdp']}")
+  return ", ".join(parts)
+
+
+def passes(counted: Passes) -> str:
+  """Returns how often an image goes through the backbone, in words."""
+  between = f", {counted.between} over a task's images between tasks" if counted.between else ""
+  return f"{counted.train} forward in a training step, {counted.test} at test time{between}"
+
+
+def images(trainer: Trainer) -> str:
+  """Returns how images reach the devices, in words."""
+  sequence, workers = trainer.sequence, trainer.config.input.workers
+  if trainer.streams:
+    return f"stream, {workers} workers" if workers else "stream, threads"
+  count = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
+  place = "the device" if jax.device_count() == 1 else "all devices together"
+  return f"resident, {resident.num_bytes(sequence, count) / 2**30:.2f} GiB on {place}"
+
+
+def params_sha256(tree: Any) -> str:
+  """Returns the hash of all leaves of a pytree: names, shapes, dtypes and bytes, sorted by name."""
+  digest = hashlib.sha256()
+  for name, leaf in sorted(checkpoint.flatten(tree).items()):
+    array = np.asarray(leaf)
+    digest.update(f"{name}:{array.dtype}{array.shape}".encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of what decides about a run's last bits."""
+  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  found = {name: importlib.metadata.version(name) for name in names}
+  return found | {"python": platform.python_version()}
+
+
+def git_commit() -> str | None:
+  """Returns the commit of the source tree; None where it is not a git checkout."""
+  root = pathlib.Path(__file__).parent
+  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()
