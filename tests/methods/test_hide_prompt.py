@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_task_identity import by_hand as identity_by_hand
 
-from fmlora_jax import config as config_lib
+from fmlora_jax import config_files
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import hide_prompt
@@ -133,7 +133,7 @@ def test_the_head_is_aligned_by_the_statistics_of_all_classes_so_far(learned):
 
 
 def test_without_alignment_the_head_is_as_trained(learned):
-  settings = config_lib.merged(SETTINGS, {"alignment": {"epochs": 0}})
+  settings = config_files.merged(SETTINGS, {"alignment": {"epochs": 0}})
   config = dataclasses.replace(
     learned.config, method=config_lib.build(hide_prompt.Config, settings)
   )
