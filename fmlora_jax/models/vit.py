@@ -6,7 +6,7 @@ DINOv2 (arXiv:2304.07193). Equal to timm's and Hugging Face's forward pass (test
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -108,7 +108,8 @@ def gelu(x: Float[Array, "*B F"], kind: str) -> Float[Array, "*B F"]:
 class Attention(nn.Module):
   """Multi-head self-attention; a prefix adds keys and values that have no query.
 
-  Every token is seen; with `num_queries` only that many leading ones look, and come back.
+  Every token is seen; with `num_queries` only that many leading ones look, and come back. Tokens
+  that come in parts are projected apart: a part without a gradient then costs none of the others'.
   """
 
   num_heads: int
@@ -117,19 +118,21 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "B N D"],
+    parts: Sequence[Float[Array, "B _ D"]],
     deltas: Deltas,
     prefix: Prefix | None,
     num_queries: int | None = None,
   ) -> Float[Array, "B Q D"]:
-    width = x.shape[-1]
+    width = parts[0].shape[-1]
 
-    def project(name, tokens):
-      y = AdaptedDense(width, self.dtype, name=name)(tokens, deltas.get(name, ()))
+    def project(name, parts):
+      layer = AdaptedDense(width, self.dtype, name=name)
+      y = jnp.concatenate([layer(part, deltas.get(name, ())) for part in parts], axis=1)
       return rearrange(y, "b n (h d) -> b n h d", h=self.num_heads)
 
-    query = project("query", x[:, :num_queries])
-    key, value = project("key", x), project("value", x)
+    looking = parts if len(parts) > 1 else (parts[0][:, :num_queries],)
+    query = project("query", looking)[:, :num_queries]
+    key, value = project("key", parts), project("value", parts)
     if prefix is not None:
       key, value = _prepend(prefix.key, key), _prepend(prefix.value, value)
     mixed = rearrange(attention(query, key, value), "b n h d -> b n (h d)")
@@ -145,7 +148,8 @@ def _prepend(front: Float[Array, "*B P D"], tokens: Float[Array, "B N *D"]) -> A
 class Block(nn.Module):
   """x + attention(LN(x)), then x + mlp(LN(x)); each branch with LayerScale where sizes say so.
 
-  With `num_queries` only that many leading tokens come back.
+  x may come in parts, which are joined here. With `num_queries` only that many leading tokens come
+  back.
   """
 
   sizes: Sizes
@@ -154,7 +158,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "B N D"],
+    parts: Sequence[Float[Array, "B _ D"]],
     adapters: LayerAdapters,
     num_queries: int | None = None,
   ) -> Float[Array, "B Q D"]:
@@ -170,10 +174,11 @@ class Block(nn.Module):
       found = adapters.bottlenecks.get(site)
       return branch if found is None else branch + bottleneck.apply(source, found)
 
-    y = LayerNorm(self.dtype, name="norm1")(x)
+    norm1 = LayerNorm(self.dtype, name="norm1")
     attend = Attention(sizes.num_heads, self.dtype, name="attention")
-    y = scaled(attend(y, deltas, adapters.prefix, num_queries), "scale1")
-    x = x[:, :num_queries] + bottlenecked(y, "attention", y)
+    seen = [norm1(part) for part in parts]
+    y = scaled(attend(seen, deltas, adapters.prefix, num_queries), "scale1")
+    x = jnp.concatenate(parts, axis=1)[:, :num_queries] + bottlenecked(y, "attention", y)
     y = LayerNorm(self.dtype, name="norm2")(x)
     hidden = sizes.width * sizes.mlp_ratio
     y = AdaptedDense(hidden, self.dtype, name="fc1")(y, deltas.get("fc1", ()))
@@ -208,13 +213,15 @@ class ViT(nn.Module):
     cls = self.param("cls", nn.initializers.zeros, (1, sizes.width))
     position = self.param("position", nn.initializers.normal(0.02), (sizes.num_tokens, sizes.width))
     x = _prepend(cls, x) + position.astype(x.dtype)
-    if adapters.prompt is not None:
-      x = jnp.concatenate([x[:, :1], _prepend(adapters.prompt, x[:, 1:])], axis=1)
+    parts = (x,)
+    if adapters.prompt is not None:  # often all that the first block passes a gradient to
+      prompt = jnp.broadcast_to(adapters.prompt, (len(x), *adapters.prompt.shape[-2:]))
+      parts = x[:, :1], prompt.astype(x.dtype), x[:, 1:]
     for layer in range(sizes.depth):
       wanted = num_queries if layer == sizes.depth - 1 else None
       block = Block(sizes, self.dtype, name=f"block_{layer}")
-      x = block(x, adapters.of_layer(layer), wanted)
-    return LayerNorm(self.dtype, name="norm")(x)
+      parts = (block(parts, adapters.of_layer(layer), wanted),)
+    return LayerNorm(self.dtype, name="norm")(*parts)
 
 
 def make(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
@@ -238,8 +245,8 @@ def make(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
       mutable="intermediates",
     )
     blocks = seen["intermediates"]
-    layers = [blocks[f"block_{i}"]["norm1"]["__call__"][0] for i in range(sizes.depth)]
-    return jnp.stack(layers)
+    layers = [blocks[f"block_{i}"]["norm1"]["__call__"] for i in range(sizes.depth)]
+    return jnp.stack([jnp.concatenate(parts, axis=1) for parts in layers])
 
   def init(key):
     image = jnp.zeros((1, sizes.image_size, sizes.image_size, 3), dtype)

@@ -23,20 +23,20 @@ def lowered(setting, task):
   return step, jax.jit(lab.backbone.apply).lower(params, shapes[-1].images)
 
 
-@pytest.mark.parametrize(("prompts", "most"), [(10, 2.17), (0, 2.03)])
+@pytest.mark.parametrize(("prompts", "most"), [(10, 2.15), (0, 2.03)])
 def test_a_step_of_vit_b16_costs_little_more_than_twice_the_forward(prompts, most):
   setting = Setting(batch=2, prompts=prompts)
   flops = [program.cost_analysis()["flops"] / 2 for program in lowered(setting, task=1)]
   assert flops[0] / flops[1] < most
   least = floor.flops(setting)
-  assert least["step"] < flops[0] < 1.02 * least["step"]
+  assert least["step"] < flops[0] < 1.01 * least["step"]
   assert least["forward"] < flops[1] < 1.01 * least["forward"]
 
 
 def test_xla_adds_nothing_to_the_step_of_vit_b16():
   step, forward = lowered(Setting(batch=2), task=1)
   flops = [program.compile().cost_analysis()["flops"] for program in (step, forward)]
-  assert flops[0] / flops[1] < 2.17
+  assert flops[0] / flops[1] < 2.15
 
 
 def test_the_peak_is_known_of_some_chips_in_bfloat16():

@@ -170,7 +170,7 @@ def test_the_place_of_prompts_does_not_matter_to_the_class_token(timm_vit):
   def run(x):
     for layer in range(TIMM.depth):
       block = vit.Block(TIMM, jnp.float32)
-      x = block.apply({"params": params[f"block_{layer}"]}, x, LayerAdapters())
+      x = block.apply({"params": params[f"block_{layer}"]}, (x,), LayerAdapters())
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     return x * params["norm"]["scale"] + params["norm"]["bias"]
@@ -222,7 +222,7 @@ def test_a_prefix_is_more_keys_and_values(timm_vit, batch):
   key, value = rng.normal(size=(2, batch, 5, 4, 8)).astype(np.float32)
   params = timm_vit.params["block_1"]["attention"]
   module = vit.Attention(4, jnp.float32)
-  ours = module.apply({"params": params}, x, {}, Prefix(key=key, value=value))
+  ours = module.apply({"params": params}, (x,), {}, Prefix(key=key, value=value))
   reference = [
     reference_attention(params, sample, key[i % batch], value[i % batch], 4)
     for i, sample in enumerate(np.float64(x))

@@ -80,3 +80,14 @@ def test_gelu_is_that_of_jax(kind, dtype, atol):
 
   reference = run(lambda x: jax.nn.gelu(x, approximate=kind == "tanh"))
   assert_near(run(lambda x: vit.gelu(x, kind)), reference, atol)
+
+
+def test_every_block_says_what_its_attention_sees_prompts_included():
+  backbone = vit.make(SIZES)
+  params, images = backbone.init(jax.random.key(0)), normal(1, 2, 32, 32, 3)
+  adapters = Adapters(prompt=normal(2, 5, SIZES.width))
+  plain = backbone.attention_inputs(params, images)[0]
+  seen = backbone.attention_inputs(params, images, adapters)
+  assert seen.shape == (SIZES.depth, 2, SIZES.num_tokens + 5, SIZES.width)
+  assert_near(seen[0, :, :1], plain[:, :1], 1e-5)
+  assert_near(seen[0, :, 6:], plain[:, 1:], 1e-5)
