@@ -37,7 +37,7 @@ class Trainer:
     config: the run's.
     method: what is trained.
     sequence: the tasks.
-    weights: the pre-trained backbone, float32.
+    weights: the pre-trained backbone, float32, on the devices of the mesh.
     normalisation: of pixels.
     image_size: side that the ViT sees.
     mesh: devices; see `mesh.py` for what lies where.
@@ -58,8 +58,7 @@ class Trainer:
   ):
     mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
     mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
-    self.method, self.mesh, self.streams = method, mesh, streams
-    self.weights = mesh_lib.put(weights, mesh_lib.spread(mesh, weights))
+    self.method, self.mesh, self.streams, self.weights = method, mesh, streams, weights
     self.share = resident.Share(jax.process_index(), jax.process_count())
     pixels = {
       "size": image_size,

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from test_task_identity import by_hand as identity_by_hand
 
-from fmlora_jax import config_files
-from fmlora_jax import methods
-from fmlora_jax.config import ConfigError
+from fmlora_jax import config_files, methods
+from fmlora_jax.config import Config, ConfigError, build
 from fmlora_jax.methods import hide_prompt
 from fmlora_jax.methods.alignment import Aligner
 from fmlora_jax.models import heads, vit
@@ -134,9 +133,7 @@ def test_the_head_is_aligned_by_the_statistics_of_all_classes_so_far(learned):
 
 def test_without_alignment_the_head_is_as_trained(learned):
   settings = config_files.merged(SETTINGS, {"alignment": {"epochs": 0}})
-  config = dataclasses.replace(
-    learned.config, method=config_lib.build(hide_prompt.Config, settings)
-  )
+  config = dataclasses.replace(learned.config, method=build(hide_prompt.Config, settings))
   method = methods.make(config, learned.backbone, learned.spec)
   for stage in learned.stages[:2]:
     ended, _ = method.end_task(stage.trained, stage.view)
@@ -272,9 +269,7 @@ def test_what_it_costs_is_said(learned):
 @pytest.mark.parametrize(("length", "expected"), [(20, 153_600), (5, 38_400)])
 def test_a_slot_of_a_vit_b_has_the_parameters_of_the_public_code(length, expected):
   """Acceptance test 1."""
-  config = config_lib.build(
-    config_lib.Config, {"method": {"name": "hide_prompt", "prompt_length": length}}
-  )
+  config = build(Config, {"method": {"name": "hide_prompt", "prompt_length": length}})
   spec = SequenceSpec(scenario="cil", num_tasks=2, num_classes=4, class_ranges=((0, 2), (2, 4)))
   method = methods.make(config, vit.make(Sizes()), spec)
   mem = jax.eval_shape(method.init, jax.random.key(0), {}).mem
