@@ -52,6 +52,19 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_addoption(parser):
+  text = "pass the tests of this tier and those below: 1 at every commit, 2 at a merge, 3 by night"
+  parser.addoption("--tier", type=int, choices=(1, 2, 3), default=1, help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out the tests of higher tiers."""
+  tiers = [getattr(item.get_closest_marker("tier"), "args", (1,))[0] for item in items]
+  left_out = [i for i, t in zip(items, tiers, strict=True) if t > config.getoption("tier")]
+  config.hook.pytest_deselected(items=left_out)
+  items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
   """Gives each worker whole files, so that what a file compiles is compiled once."""

@@ -89,7 +89,7 @@ def test_other_float_types_become_float32(tmp_path, dtype):
   assert_equal(ours, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
 
 
-@pytest.mark.parametrize("size", ["tiny", pytest.param("vit_b16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("vit_b16", marks=pytest.mark.tier(2))])
 def test_every_file_of_a_checkpoint_gives_the_same_features(tmp_path, monkeypatch, size):
   sizes = vit.ARCHITECTURES[size]
   source = pretrained.Source(
