@@ -29,6 +29,13 @@ def of_tree(tree: Any) -> dict[str, str]:
   }
 
 
+def template(text: str, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  """Returns what an array with the digest `text` looks like, placed by `sharding`."""
+  dtype, _, shape = text.partition("]")[0].partition("[")
+  sizes = tuple(int(size) for size in shape.split(",") if size)
+  return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=sharding)
+
+
 def _text(leaf, lanes) -> str:
   return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] " + "".join(f"{n:08x}" for n in lanes)
 
