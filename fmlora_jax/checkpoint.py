@@ -2,23 +2,32 @@
 
 A checkpoint holds everything but the backbone and the data, whose hashes it names. Its step is the
 number of training steps of the whole run. Task ends are kept; within a task only the newest.
+
+Orbax writes a step in one piece, but hands out flipped bits, casts, and empty folders for steps.
+So a record of our own lies in each step: whose it is, a digest of each array, and one of itself. A
+step counts only if all of that is right.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import logging
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from fmlora_jax import writer
-from fmlora_jax.config import FREE_FIELDS, ConfigError, differences
+from fmlora_jax import digest, disk, hosts, writer
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, differences, method_config
 
 IDENTITY = "config.json"  # what a workdir belongs to
+TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax ends the name of what it has not finished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,53 +75,163 @@ def fill(template: Any, arrays: Mapping[str, Array], prefix: str) -> Any:
   return jax.tree.map_with_path(leaf, template)
 
 
+class DamagedError(ConfigError):
+  """A checkpoint that can't be used; the message says why."""
+
+
 class Store:
-  """The checkpoints of one workdir; a context manager.
+  """The checkpoints of one workdir.
 
   Args:
     workdir: of the run.
     sharding: that restored arrays get.
+    identity: of the run, as `claim` takes it; checkpoints of others are none.
+    on_damage: as CheckpointConfig has it.
+    note: shows a line.
   """
 
-  def __init__(self, workdir: pathlib.Path, sharding: jax.sharding.Sharding):
-    self._sharding = sharding
-    self._checkpointer = ocp.training.Checkpointer((workdir / "checkpoints").absolute())
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    sharding: jax.sharding.Sharding,
+    *,
+    identity: Mapping[str, Any],
+    on_damage: Literal["fall_back", "refuse"] = "fall_back",
+    note: Callable[[str], None] = print,
+  ):
+    self.folder = (workdir / "checkpoints").absolute()
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._sharding, self._identity = sharding, identity
+    self._on_damage, self._note = on_damage, note
     self._kept: list[int] = []
 
-  def __enter__(self) -> "Store":
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._checkpointer.close()
-
   def save(self, step: int, snapshot: Snapshot, *, keep: bool) -> None:
-    """Writes a checkpoint and waits for it; drops all others but those that were kept."""
+    """Writes a checkpoint and reads it again; then drops all others but those that were kept.
+
+    Raises:
+      ConfigError: if the disk is full, or what it gives back is not what was written; all other
+        checkpoints are then still there.
+    """
     arrays = {name: jnp.asarray(leaf) for name, leaf in snapshot.arrays.items()}
     kept = [*self._kept, step] if keep else self._kept
-    record = snapshot.record | {"kept": kept}
-    self._checkpointer.save(step, arrays, custom_metadata=record, overwrite=True)
+    own = {"step": step, "kept": kept, "identity": self._identity}
+    record = snapshot.record | own | {"digests": digest.of_tree(arrays)}
+    with disk.writing(self._path(step), num_bytes(arrays)):
+      metadata = record | {"sha256": _sha256(record)}
+      ocp.save(self._path(step), arrays, overwrite=True, custom_metadata=metadata)
+      if hosts.is_first():
+        disk.sync(self._path(step))
+    self._load(step)
     self._drop_others(step, kept)
 
   def latest(self) -> Snapshot | None:
-    """Returns the newest checkpoint, None if there is none; drops what a kill left beside it."""
-    newest = self._checkpointer.latest
-    if newest is None:
-      return None
-    metadata = self._checkpointer.metadata(newest.step)
-    template = {
-      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding)
-      for name, leaf in metadata.metadata.items()
-    }
-    arrays = self._checkpointer.load(newest.step, template)
-    record = metadata.custom_metadata
-    self._drop_others(newest.step, record["kept"])
+    """Returns the newest good checkpoint, None if there is none; drops what a kill left beside it.
+
+    Each newer one, which can't be used, is named and set aside.
+
+    Raises:
+      DamagedError: if the newest can't be used and `on_damage` is "refuse".
+    """
+    self._drop_unfinished()
+    for step in reversed(self._steps()):
+      try:
+        snapshot = self._load(step)
+      except DamagedError as error:
+        if self._on_damage == "refuse":
+          raise
+        self._set_aside(step, str(error))
+      else:
+        self._drop_others(step, snapshot.record["kept"])
+        return snapshot
+    return None
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.folder / str(step)
+
+  def _steps(self) -> list[int]:
+    """Returns what lies there under the name of a step, ascending."""
+    return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+  def _load(self, step: int) -> Snapshot:
+    """Returns a checkpoint that is as it was saved, and this run's.
+
+    Raises:
+      DamagedError: on all processes, if it is not to one of them.
+    """
+    path, reason, snapshot = self._path(step), "", None
+    logging.disable()  # orbax logs at length what is one line here
+    try:
+      snapshot = self._verified(step)
+    except DamagedError as error:
+      reason = str(error)
+    except MemoryError:
+      raise
+    except Exception as error:  # damage makes orbax raise whatever its parts do
+      message = " ".join(str(error).split())
+      if "RESOURCE_EXHAUSTED" in message:
+        raise
+      reason = f"it can't be read ({type(error).__name__}: {message[:300]})"
+    finally:
+      logging.disable(logging.NOTSET)
+    if reason := next(filter(None, hosts.gather(reason)), ""):
+      raise DamagedError(f"checkpoint {path} can't be used: {reason}")
+    return snapshot
+
+  def _verified(self, step: int) -> Snapshot:
+    path = self._path(step)
+    metadata = ocp.metadata(path).custom_metadata or {}
+    record = {name: value for name, value in metadata.items() if name != "sha256"}
+    if "digests" not in record or "sha256" not in metadata:
+      raise DamagedError("it has no digests, so nobody can tell whether it is whole")
+    if _sha256(record) != metadata["sha256"]:
+      raise DamagedError("its record, in _CHECKPOINT_METADATA, is not what was saved")
+    if changed := changes(record["identity"], self._identity):
+      raise DamagedError(f"it is another run's ({'; '.join(changed)})")
+    if record["step"] != step:
+      raise DamagedError(f"it is that of step {record['step']}")
+    digests = record["digests"]
+    template = {name: digest.template(text, self._sharding) for name, text in digests.items()}
+    arrays = ocp.load(path, template)
+    found = digest.of_tree(arrays)
+    if wrong := sorted(name for name in digests if found[name] != digests[name]):
+      more = f" and {len(wrong) - 3} others" if len(wrong) > 3 else ""
+      raise DamagedError(f"{', '.join(wrong[:3])}{more} in it: not what was saved")
     return Snapshot(arrays=arrays, record=record)
+
+  def _set_aside(self, step: int, reason: str) -> None:
+    targets = (self.folder / f"{step}.unusable{'-' * i}" for i in itertools.count())
+    target = next(path for path in targets if not path.exists())
+    hosts.gather("")  # all have found the same name
+    if hosts.is_first():
+      self._path(step).rename(target)
+    self._note(f"{reason}; set aside as {target.name}, the one before it is taken")
+    hosts.gather("")
+
+  def _drop_unfinished(self) -> None:
+    hosts.gather("")
+    for path in sorted(self.folder.glob(f"*{TEMPORARY}")):
+      self._note(f"checkpoint {path.name.removesuffix(TEMPORARY)} was not finished: dropped")
+      self._drop(path)
+    hosts.gather("")
 
   def _drop_others(self, newest: int, kept: list[int]) -> None:
     self._kept = kept
-    found = {checkpoint.step for checkpoint in self._checkpointer.checkpoints}
-    for step in sorted(found - {newest, *kept}):  # in one order: all processes delete together
-      self._checkpointer.delete(step)
+    for step in set(self._steps()) - {newest, *kept}:
+      self._drop(self._path(step))
+    hosts.gather("")
+
+  def _drop(self, path: pathlib.Path) -> None:
+    if hosts.is_first():
+      shutil.rmtree(path)
+
+
+def num_bytes(arrays: Any) -> int:
+  """Returns the bytes of all arrays of a pytree, as a checkpoint holds them uncompressed."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
+def _sha256(record: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
@@ -139,14 +258,40 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     before = json.loads(path.read_text())
   except ValueError as error:
     raise ConfigError(f"{path} can't be read ({error}); choose another --workdir") from None
-  now = json.loads(json.dumps(identity))
-  changed = [
-    f"{field}: {old!r} there, {new!r} now"
-    for field, old, new in differences(before, now)
-    if field.removeprefix("config.") not in FREE_FIELDS
-  ]
-  if changed:
+  if changed := changes(before, identity):
     raise ConfigError(
       f"workdir {workdir} belongs to another run ({'; '.join(changed)}): undo the change to "
       "resume it, or choose another --workdir"
     )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """Returns what makes an identity another run's, one text a field; none for the same run.
+
+  Free fields may differ. A field that came to be after `before` was written may have its default,
+  which leaves the numbers as they were.
+  """
+  now = json.loads(json.dumps(now))
+  there, defaults = dict(_leaves(before)), dict(_leaves(_defaults(now)))
+  return [
+    f"{field}: {old!r} there, {new!r} now"
+    for field, old, new in differences(before, now)
+    if field.removeprefix("config.") not in FREE_FIELDS
+    and (field in there or field not in defaults or defaults[field] != new)
+  ]
+
+
+def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns an identity that differs in nothing from the defaults of the same method."""
+  name = identity.get("config", {}).get("method", {}).get("name", Config().method.name)
+  config = dataclasses.asdict(Config(method=method_config(name)()))
+  return {"config": json.loads(json.dumps(config))}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (path, value) of every leaf of nested dicts, paths as those of `differences`."""
+  if isinstance(tree, dict):
+    for name, value in tree.items():
+      yield from _leaves(value, f"{path}.{name}" if path else name)
+  else:
+    yield path, tree

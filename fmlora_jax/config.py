@@ -16,9 +16,12 @@ from typing import Any, Literal
 
 # settings that each process of a run may have for itself; what lies at a path is hashed
 OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.stream", "weights.path")
-# settings that change neither the numbers of a run, but for rounding, nor its shapes
+# settings that change neither the numbers of a run, but for rounding, nor its shapes; all others
+# are its identity. What can be extended is the list of seeds alone, as each is a run: more tasks
+# or epochs would cut the classes and anneal the rates in another way from the first step on
 FREE_FIELDS = (
   "checkpoint.every_steps",
+  "checkpoint.on_damage",
   "eval_batch_size",
   "input.mode",
   "input.steps_per_dispatch",
@@ -315,9 +318,12 @@ class CheckpointConfig:
 
   Attributes:
     every_steps: within a task; 0 saves at task ends only.
+    on_damage: where the newest checkpoint can't be used, fall back to the newest good one, which
+      leads to the same bits, or refuse to run.
   """
 
   every_steps: int = 0
+  on_damage: Literal["fall_back", "refuse"] = "fall_back"
 
   def __post_init__(self):
     require(self.every_steps >= 0, "every_steps", self.every_steps, ">= 0")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, hosts, metrics, provenance, report, writer
+from fmlora_jax import checkpoint, disk, hosts, metrics, provenance, report, writer
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
@@ -109,9 +109,15 @@ def _run(
       log.note("finished before; its result:")
       result = writer.read_result(workdir)
     else:
-      with checkpoint.Store(workdir, mesh_lib.replicated(mesh)) as store:
-        experiment = Experiment(config, trainer, store, log, clock)
-        experiment.learn()
+      store = checkpoint.Store(
+        workdir,
+        mesh_lib.replicated(mesh),
+        identity=identity,
+        on_damage=config.checkpoint.on_damage,
+        note=log.note,
+      )
+      experiment = Experiment(config, trainer, store, log, clock)
+      experiment.learn()
       result = experiment.result(info, parts.normalisation, identity["config"])
       if is_first:
         from fmlora_jax import plots  # matplotlib takes a second to import
@@ -157,6 +163,7 @@ class Experiment:
     """Learns all tasks that are left."""
     with self._ahead:
       state = self._restore()
+      self._require_room()
       self.log.truncate(
         self.progress.task, self._steps_before(self.progress.task) + self._step(state)
       )
@@ -320,6 +327,15 @@ class Experiment:
       record = {"progress": dataclasses.asdict(self.progress)}
       snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
       self.store.save(step, snapshot, keep=keep)
+
+  def _require_room(self):
+    """Refuses to begin where a checkpoint for each task that is left, and one more, can't lie."""
+    groups = self.variables.shared, self.variables.cur, self.variables.mem
+    left = len(self.sequence.tasks) - self.progress.task
+    need = (left + 1) * checkpoint.num_bytes(groups)
+    hosts.decided_by_first(
+      lambda: disk.require_room(self.store.folder, need, f"checkpoints of {left} tasks")
+    )
 
   def _steps_before(self, index):
     return self.config.epochs * sum(self.trainer.steps_per_epoch(i) for i in range(index))

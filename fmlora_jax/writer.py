@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from fmlora_jax import metrics
+from fmlora_jax import disk, metrics
 
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
@@ -112,8 +112,9 @@ class RunLog:
       line = place | {"name": name, "value": plain(float(value), name)}
       lines.append(json.dumps(line) + "\n")
       self._events.add_scalar(name, float(value), int(step))
-    with open(self._workdir / METRICS, "a", encoding="utf-8") as file:
-      file.write("".join(lines))
+    path, text = self._workdir / METRICS, "".join(lines)
+    with disk.writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
+      file.write(text)
 
   def note(self, text: str) -> None:
     """Shows one line as it is; long ones are left to the terminal to wrap."""
@@ -312,13 +313,19 @@ def duration(seconds: float) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-  """Writes `path` so that a crash leaves the old or the new text, never a mixture."""
+  """Writes `path` so that a crash leaves the old or the new text, never a mixture.
+
+  Raises:
+    ConfigError: if the disk is full; the old text is then still there.
+  """
   draft = path.with_name(f"{_draft_start(path)}{os.getpid()}")
-  with open(draft, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(draft, path)
+  with disk.writing(path, len(text)):
+    with open(draft, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(draft, path)
+    disk.sync_name(path)
 
 
 def is_draft(path: Path, of: Path) -> bool:

@@ -21,8 +21,8 @@ TREE = {
 IDENTITY = {"config": {"seed": 1, "optim": {"learning_rate": 0.1}}, "weights_sha256": "ab"}
 
 
-def store(workdir):
-  return Store(workdir, mesh.replicated(mesh.make()))
+def store(workdir, identity=IDENTITY, **how):
+  return Store(workdir, mesh.replicated(mesh.make()), identity=identity, **how)
 
 
 def steps(workdir):
@@ -47,11 +47,11 @@ def test_leaves_have_paths_and_groups_come_back_from_them():
 def test_a_saved_tree_comes_back_bit_for_bit_with_its_record(tmp_path):
   record = {"progress": {"task": 2, "facts": [{"rank": 4, "complexity": None}], "share": 0.1}}
   flat = checkpoint.flatten(TREE)
-  with store(tmp_path) as opened:
-    assert opened.latest() is None
-    opened.save(7, Snapshot(arrays=flat, record=record), keep=True)
-  with store(tmp_path) as opened:
-    got = opened.latest()
+  opened = store(tmp_path)
+  assert opened.latest() is None
+  opened.save(7, Snapshot(arrays=flat, record=record), keep=True)
+  opened = store(tmp_path)
+  got = opened.latest()
   assert got.record["progress"] == record["progress"]
   assert got.arrays.keys() == flat.keys()
   for name, leaf in flat.items():
@@ -60,47 +60,47 @@ def test_a_saved_tree_comes_back_bit_for_bit_with_its_record(tmp_path):
 
 
 def test_the_newest_checkpoint_is_taken_by_number(tmp_path):
-  with store(tmp_path) as opened:
-    for step in (9, 10, 100):
-      opened.save(step, snapshot(step), keep=True)
-  with store(tmp_path) as opened:
-    assert float(opened.latest().arrays["shared/x"][0]) == 100
+  opened = store(tmp_path)
+  for step in (9, 10, 100):
+    opened.save(step, snapshot(step), keep=True)
+  opened = store(tmp_path)
+  assert float(opened.latest().arrays["shared/x"][0]) == 100
 
 
 def test_task_ends_are_kept_and_within_a_task_only_the_newest(tmp_path):
-  with store(tmp_path) as opened:
-    for step, keep in ((3, False), (6, False), (8, True), (11, False)):
-      opened.save(step, snapshot(step), keep=keep)
-    assert steps(tmp_path) == [8, 11]
-  with store(tmp_path) as opened:  # also after a restart
-    assert float(opened.latest().arrays["shared/x"][0]) == 11
-    opened.save(14, snapshot(14), keep=False)
-    assert steps(tmp_path) == [8, 14]
-    opened.save(16, snapshot(16), keep=True)
+  opened = store(tmp_path)
+  for step, keep in ((3, False), (6, False), (8, True), (11, False)):
+    opened.save(step, snapshot(step), keep=keep)
+  assert steps(tmp_path) == [8, 11]
+  opened = store(tmp_path)
+  assert float(opened.latest().arrays["shared/x"][0]) == 11
+  opened.save(14, snapshot(14), keep=False)
+  assert steps(tmp_path) == [8, 14]
+  opened.save(16, snapshot(16), keep=True)
   assert steps(tmp_path) == [8, 16]
 
 
 def test_a_checkpoint_that_a_kill_left_behind_goes_with_the_next_start(tmp_path, monkeypatch):
-  with store(tmp_path) as opened:
-    opened.save(3, snapshot(3), keep=True)
-    opened.save(5, snapshot(5), keep=False)
-    monkeypatch.setattr(opened._checkpointer, "delete", lambda step: None)  # killed before it
-    opened.save(7, snapshot(7), keep=False)
+  opened = store(tmp_path)
+  opened.save(3, snapshot(3), keep=True)
+  opened.save(5, snapshot(5), keep=False)
+  monkeypatch.setattr(opened, "_drop", lambda path: None)  # killed before it
+  opened.save(7, snapshot(7), keep=False)
   assert steps(tmp_path) == [3, 5, 7]
   half_gone = next(path for path in (tmp_path / "checkpoints" / "5").iterdir() if path.is_dir())
   shutil.rmtree(half_gone)
-  with store(tmp_path) as opened:
-    assert float(opened.latest().arrays["shared/x"][0]) == 7
-    assert steps(tmp_path) == [3, 7]
+  opened = store(tmp_path)
+  assert float(opened.latest().arrays["shared/x"][0]) == 7
+  assert steps(tmp_path) == [3, 7]
 
 
 def test_a_step_that_is_saved_again_is_overwritten(tmp_path):
-  with store(tmp_path) as opened:
-    opened.save(3, snapshot(1.0), keep=False)
-    opened.save(3, snapshot(2.0), keep=False)
+  opened = store(tmp_path)
+  opened.save(3, snapshot(1.0), keep=False)
+  opened.save(3, snapshot(2.0), keep=False)
   assert steps(tmp_path) == [3]
-  with store(tmp_path) as opened:
-    assert float(opened.latest().arrays["shared/x"][0]) == 2.0
+  opened = store(tmp_path)
+  assert float(opened.latest().arrays["shared/x"][0]) == 2.0
 
 
 def test_an_optimiser_state_is_filled_in_by_path():
