@@ -1,0 +1,89 @@
+"""SIGTERM and SIGINT: the run saves, says how to go on, and the resumed one ends bit-equal."""
+
+import json
+import pathlib
+import signal
+import sys
+
+import processes
+import pytest
+import stopping
+
+from fmlora_jax import command_line, stop
+from fmlora_jax.run import run
+
+SCRIPT = pathlib.Path(stopping.__file__)
+
+
+def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
+  """Returns (exit code, last line) of a session that gets a signal at a moment."""
+  with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left:
+    command_line.guarded(lambda argv: run(settings, workdir), [])
+  return left.value.code, capsys.readouterr().err
+
+
+def assert_same_run(workdir, result, whole, expected):
+  for name in stopping.SAME:
+    assert result[name] == expected[name], name
+  assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_training_loses_no_chunk(capsys, tmp_path, signum, code):
+  settings = stopping.settings(method={"name": "linear_probe"})
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  name = signal.Signals(signum).name
+  left, line = stopped(capsys, settings, workdir, "training", signum)
+  assert (left, line) == (code, f"stopped by {name}; the same command resumes\n")
+  assert stopping.steps(workdir) == (2, 2)
+  assert_same_run(workdir, run(settings, workdir), whole, run(settings, whole))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """(workdir, result) of the run that no signal met."""
+  workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+  return workdir, run(stopping.settings(), workdir)
+
+
+@pytest.mark.tier(2)
+def test_a_signal_at_any_moment_loses_no_chunk(capsys, uninterrupted, tmp_path):
+  workdir, settings = tmp_path / "run", stopping.settings()
+  lost = []
+  for moment in stopping.MOMENTS:
+    code, line = stopped(capsys, settings, workdir, moment)
+    assert (code, line) == (143, "stopped by SIGTERM; the same command resumes\n"), moment
+    logged, saved = stopping.steps(workdir)
+    lost.append(logged - saved)
+  assert_same_run(workdir, run(settings, workdir), *uninterrupted)
+  assert lost == [0] * len(stopping.MOMENTS)
+  count = len(lost)
+  print(f"row 4, 1 process: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
+
+
+def in_two(workdir, *when):
+  arguments = [sys.executable, SCRIPT, workdir, *when]
+  environments = processes.environment(2)
+  for environment in environments:
+    environment["PYTHONPATH"] += f":{SCRIPT.parent}"
+  return processes.ended(processes.start(arguments, environments))
+
+
+@pytest.mark.tier(2)
+def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(tmp_path):
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  lost = []
+  for i, moment in enumerate(stopping.MOMENTS):
+    ends = in_two(workdir, moment, str(i % 2))
+    for code, _, errors in ends:
+      assert code == 143, (moment, ends)
+      assert errors.endswith("stopped by SIGTERM; the same command resumes\n"), (moment, ends)
+    logged, saved = stopping.steps(workdir)
+    lost.append(logged - saved)
+  for place in (workdir, whole):
+    assert [code for code, _, _ in in_two(place)] == [0, 0]
+  results = [json.loads((place / "result.json").read_text()) for place in (workdir, whole)]
+  assert_same_run(workdir, results[0], whole, results[1])
+  count = len(lost)
+  print(f"row 4, 2 processes: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
+  assert lost == [0] * count
