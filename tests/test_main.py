@@ -16,7 +16,7 @@ import processes
 import pytest
 from PIL import Image
 
-from fmlora_jax import clock, command_line, config, hosts, main, writer
+from fmlora_jax import clock, command_line, config, hosts, main, stop, writer
 from fmlora_jax.run import run
 from fmlora_jax.types import NonFiniteError
 
@@ -178,11 +178,12 @@ def test_a_bug_shows_its_trace(guarded):
       guarded(error)
 
 
-def test_ctrl_c_says_how_to_go_on(guarded, capsys):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
   with pytest.raises(SystemExit) as stopped:
-    guarded(KeyboardInterrupt())
-  assert stopped.value.code == 130
-  assert capsys.readouterr().err == "stopped; the same command resumes\n"
+    guarded(stop.Stopped(signal.Signals[name]))
+  assert stopped.value.code == code
+  assert capsys.readouterr().err == f"stopped by {name}; the same command resumes\n"
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(program, tmp_p
   program(small)
   assert "\nlinear_probe       2 " in capsys.readouterr().out
   folder = tmp_path / "runs" / "digits-linear_probe"
-  assert sorted(path.name for path in folder.iterdir()) == ["3", "4", "seeds.json"]
+  assert sorted(path.name for path in folder.iterdir()) == [".lock", "3", "4", "seeds.json"]
 
 
 def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):

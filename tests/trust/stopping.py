@@ -1,6 +1,7 @@
-"""A small run that gets a signal at a named moment, in this process or as one of several.
+"""A small run that may get a signal at a named moment, in this process or as one of several.
 
-python tests/trust/stopping.py WORKDIR [MOMENT PROCESS]: PROCESS alone gets SIGTERM.
+python tests/trust/stopping.py WORKDIR CHANGES [MOMENT PROCESS]: CHANGES of SETTINGS as JSON;
+PROCESS alone gets SIGTERM.
 """
 
 import contextlib
@@ -88,19 +89,20 @@ def _counted(original, count, place):
 
 def steps(workdir: pathlib.Path) -> tuple[int, int]:
   """Returns (steps that were logged, steps that are saved)."""
-  logged = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  metrics = workdir / "metrics.jsonl"
+  logged = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else [])
   losses = [line for line in logged if line["name"] == "train/loss"]
   saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-  return len(losses), max(saved)
+  return len(losses), max(saved, default=0)
 
 
 def main(argv: list[str]) -> None:
   command_line.join_hosts()
-  workdir, *when = argv[1:]
+  workdir, changes, *when = argv[1:]
   with contextlib.ExitStack() as stack:
     if when and int(when[1]) == hosts.sys.modules["jax"].process_index():
       stack.enter_context(sent_at(when[0]))
-    run.run(settings(), pathlib.Path(workdir))
+    run.run(settings(**json.loads(changes)), pathlib.Path(workdir))
 
 
 if __name__ == "__main__":

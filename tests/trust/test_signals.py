@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT: the run saves, says how to go on, and the resumed one ends bit-equal."""
 
 import json
-import pathlib
 import signal
 import sys
 
@@ -11,8 +10,6 @@ import stopping
 
 from fmlora_jax import command_line, stop
 from fmlora_jax.run import run
-
-SCRIPT = pathlib.Path(stopping.__file__)
 
 
 def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
@@ -62,11 +59,8 @@ def test_a_signal_at_any_moment_loses_no_chunk(capsys, uninterrupted, tmp_path):
 
 
 def in_two(workdir, *when):
-  arguments = [sys.executable, SCRIPT, workdir, *when]
-  environments = processes.environment(2)
-  for environment in environments:
-    environment["PYTHONPATH"] += f":{SCRIPT.parent}"
-  return processes.ended(processes.start(arguments, environments))
+  arguments = [sys.executable, stopping.__file__, workdir, "{}", *when]
+  return processes.ended(processes.start(arguments, processes.environment(2)))
 
 
 @pytest.mark.tier(2)
