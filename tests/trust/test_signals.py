@@ -1,8 +1,12 @@
 """SIGTERM and SIGINT: the run saves, says how to go on, and the resumed one ends bit-equal."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
 import sys
+import time
 
 import processes
 import pytest
@@ -44,8 +48,9 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.tier(2)
-def test_a_signal_at_any_moment_loses_no_chunk(capsys, uninterrupted, tmp_path):
-  workdir, settings = tmp_path / "run", stopping.settings()
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_a_signal_at_any_moment_loses_no_chunk(capsys, uninterrupted, tmp_path, mode):
+  workdir, settings = tmp_path / "run", stopping.settings(input={"mode": mode})
   lost = []
   for moment in stopping.MOMENTS:
     code, line = stopped(capsys, settings, workdir, moment)
@@ -55,7 +60,9 @@ def test_a_signal_at_any_moment_loses_no_chunk(capsys, uninterrupted, tmp_path):
   assert_same_run(workdir, run(settings, workdir), *uninterrupted)
   assert lost == [0] * len(stopping.MOMENTS)
   count = len(lost)
-  print(f"row 4, 1 process: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
+  print(
+    f"row 4, 1 process, {mode}: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost"
+  )
 
 
 def in_two(workdir, *when):
@@ -81,3 +88,37 @@ def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(tmp_path):
   count = len(lost)
   print(f"row 4, 2 processes: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
   assert lost == [0] * count
+
+
+def program(workdir, **changes):
+  """Starts the run as a program with two processes that decode, in a group of its own."""
+  settings = {"input": {"mode": "stream", "workers": 2}, "epochs": 200} | changes
+  arguments = [sys.executable, stopping.__file__, workdir, json.dumps(settings)]
+  path = f"{processes.ROOT}:{processes.ROOT / 'tests'}"
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  environment = os.environ | {"PYTHONPATH": path}
+  return subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
+
+
+@pytest.mark.tier(2)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_group_of_processes_gets_a_signal_once_or_twice(tmp_path, times):
+  """Slurm sends it to the processes that decode too; a second one does not wait for a save."""
+  with program(tmp_path / "run", method={"name": "linear_probe"}) as running:
+    try:
+      while not stopping.steps(tmp_path / "run")[0]:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+      for _ in range(times):
+        os.killpg(running.pid, signal.SIGTERM)
+        time.sleep(0.02)
+      _, errors = running.communicate(timeout=120)
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)
+  assert running.returncode == 143
+  how = "by" if times == 1 else "at once by a second"
+  assert errors.splitlines()[-1] == f"stopped {how} SIGTERM; the same command resumes"
+  if times == 1:
+    logged, saved = stopping.steps(tmp_path / "run")
+    assert logged == saved > 0 and errors.count("\n") == 1
