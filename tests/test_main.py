@@ -186,6 +186,13 @@ def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
   assert capsys.readouterr().err == f"stopped by {name}; the same command resumes\n"
 
 
+def test_a_workdir_is_where_the_program_was_started(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for given, expected in ((None, "runs/name"), ("mine", "mine"), ("../x", "../x")):
+    monkeypatch.setattr(command_line, "WORKDIR", types.SimpleNamespace(value=given))
+    assert command_line.workdir("name") == tmp_path / expected
+
+
 @pytest.fixture
 def guarded(monkeypatch):
   """Returns a function that guards a program which raises its argument."""
@@ -369,8 +376,12 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
   done = call(arguments)
   assert done.returncode == 0, done.stderr
   assert "devices    1 x cpu (cpu)\n" in done.stdout
+  two = "2 x cpu (cpu), 2 processes"
+  assert f"devices    were {two}: from here on the last bits may differ\n" in done.stdout
   assert "resumed in task 1, step" in done.stdout
   result = json.loads((workdir / "result.json").read_text())
+  assert result["devices"] == [two, "1 x cpu (cpu)"]
+  assert expected["devices"] == ["1 x cpu (cpu)"]
   assert result["accuracy"] == expected["accuracy"]
   assert result["accuracy"][1][1] > 0.25  # five classes
   losses = []
