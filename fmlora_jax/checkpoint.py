@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from fmlora_jax import digest, disk, hosts, writer
+from fmlora_jax import digest, disk, hosts, lock, writer
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, differences, method_config
 
 IDENTITY = "config.json"  # what a workdir belongs to
@@ -234,6 +234,24 @@ def _sha256(record: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def check_folder(workdir: pathlib.Path) -> None:
+  """Refuses a folder that holds files which no run wrote.
+
+  Raises:
+    ConfigError: with their names.
+  """
+  path = workdir / IDENTITY
+  if path.exists() or not workdir.exists():
+    return
+  found = [p for p in workdir.iterdir() if p.name != lock.FILE and not writer.is_draft(p, of=path)]
+  if found:
+    names = ", ".join(sorted(p.name for p in found)[:3])
+    raise ConfigError(
+      f"workdir {workdir} holds {names} but no {path.name}: must be new, empty, or a run's own; "
+      "choose another with --workdir"
+    )
+
+
 def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Writes `identity` into a new workdir, or checks that the workdir belongs to it.
 
@@ -245,13 +263,9 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
       that no run wrote.
   """
   path = workdir / IDENTITY
+  check_folder(workdir)
   if not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
-    if found := sorted(p.name for p in workdir.iterdir() if not writer.is_draft(p, of=path)):
-      raise ConfigError(
-        f"workdir {workdir} holds {', '.join(found[:3])} but no {path.name}: must be new, empty, "
-        "or a run's own; choose another with --workdir"
-      )
     writer.replace(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
     return
   try:

@@ -1,7 +1,7 @@
 """What the programs that run experiments share: flags, and errors that are one line.
 
-A wrong setting ends with exit code 2 and its message, Ctrl-C with 130; what only we can mend shows
-its trace.
+A wrong setting ends with exit code 2 and its message, SIGTERM with 143, Ctrl-C with 130; what only
+we can mend shows its trace.
 """
 
 import logging
@@ -15,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from fmlora_jax import hosts, settings
+from fmlora_jax import hosts, settings, stop
 from fmlora_jax.config import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
@@ -32,17 +32,19 @@ def start(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[s
   log.setLevel(logging.INFO)
   log.addHandler(logging.StreamHandler(sys.stdout))
   log.propagate = False
-  app.run(lambda argv: guarded(main, argv), flags_parser=parse)
+  with stop.caught():
+    app.run(lambda argv: guarded(main, argv), flags_parser=parse)
 
 
 def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
-  """Runs `main`; what a user can mend is one last line and exit code 2, a stop exit code 130."""
+  """Runs `main`; what a user can mend is one last line and exit code 2, a stop one with its own."""
   try:
     main(argv)
     hosts.finish()
-  except KeyboardInterrupt:
-    sys.stderr.write("stopped; the same command resumes\n")
-    hosts.leave(130)
+  except stop.Stopped as stopped:
+    hosts.finish()  # several processes stop together
+    sys.stderr.write(f"{stopped}; the same command resumes\n")
+    hosts.leave(stopped.code)
   except Exception as error:
     if not isinstance(error, (ConfigError, app.UsageError)):
       hosts.await_bad_news()
@@ -77,6 +79,11 @@ def check_workdir() -> None:
       f"--workdir is {WORKDIR.value!r}: must be a local or mounted folder, buckets are not "
       "supported yet"
     )
+
+
+def workdir(name: str) -> pathlib.Path:
+  """Returns --workdir, or the folder `name` in runs/; where the program was started, for good."""
+  return pathlib.Path(WORKDIR.value or pathlib.Path("runs", name)).expanduser().absolute()
 
 
 def join_hosts() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import app, flags
 
-from fmlora_jax import command_line, settings
+from fmlora_jax import command_line, lock, settings
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.settings import Choice
 from fmlora_jax.writer import RESULT, duration, replace
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
   seeds = list(dict.fromkeys(map(int, values.seeds)))
   file, variant, _ = _split_flags(config_flags)
   name = re.sub(r"[^\w=.-]+", "-", f"compare-{pathlib.Path(file).stem}-{variant}").strip("-")
-  folder = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
+  folder = command_line.workdir(name)
   planned = plan(config_flags, settings.parse_methods(values.methods), seeds, folder)
   from rich.console import Console
   from rich.text import Text
@@ -218,12 +218,13 @@ def main(argv: list[str]) -> None:
     return run(one.config, one.workdir, Console(quiet=one.state == "finished"), workshop)
 
   command_line.keep_programs()
-  results, problems = run_all(planned, run_one, note)
-  if results:
-    report.show(results, console, problems)
-    replace(folder / TABLE, report.markdown(results, problems) + "\n")
-    plots.plot_accuracy_over_tasks(report.group(results), folder / PLOT)
-    note(f"written: {folder / TABLE}, {folder / PLOT}")
+  with lock.held(folder):
+    results, problems = run_all(planned, run_one, note)
+    if results:
+      report.show(results, console, problems)
+      replace(folder / TABLE, report.markdown(results, problems) + "\n")
+      plots.plot_accuracy_over_tasks(report.group(results), folder / PLOT)
+      note(f"written: {folder / TABLE}, {folder / PLOT}")
   if problems:
     command_line.fail(f"{len(planned) - len(results)} of {len(planned)} runs are left out", code=1)
 

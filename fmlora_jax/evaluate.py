@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from fmlora_jax import stop
 from fmlora_jax.tasks import order
 from fmlora_jax.types import Examples, Method
 
@@ -67,5 +68,5 @@ def batches_of(
   """
   owners = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
   blocks = order.natural(len(owners), batch_size)
-  for (examples, _), rows in zip(read(blocks), blocks, strict=True):
+  for (examples, _), rows in zip(stop.checked(read(blocks)), blocks, strict=True):
     yield examples, put(owners[rows])  # padding has any owner: it is not valid

@@ -2,14 +2,12 @@
 
 Every process runs the same code on the same mesh; the first one alone writes. A process that ends
 early leaves the others waiting in an exchange for ever, so each watches a connection to the first
-one and stops in seconds. In a program of one process nothing here does anything.
+one (watch.py) and stops in seconds. In a program of one process nothing here does anything.
 """
 
-import contextlib
 import json
 import multiprocessing.connection
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,16 +18,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fmlora_jax.config import ConfigError, differences
+from fmlora_jax.watch import HEARTBEAT_S, Watch
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 CLUSTER = "FMLORA_JAX_CLUSTER"  # "auto": jax finds out, on a TPU pod say
 TIMEOUT = "FMLORA_JAX_LAUNCH_TIMEOUT"  # seconds
-HEARTBEAT_S = 20  # jax ends a process that hears nothing from the others for so long
 GRACE_S = 5.0  # an exchange may fail before the connection to the process that ended does
 ENDED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 
-_finishing = threading.Event()
 _ending = threading.Lock()
+_watch: Watch | None = None
 
 
 def start() -> None:
@@ -47,7 +45,7 @@ def start() -> None:
     return
   import jax  # after the flags: --help and a typo answer at once
 
-  # it would catch SIGTERM and go on; a process alone ends
+  # it would catch SIGTERM; stop.py does
   jax.config.update("jax_enable_preemption_service", False)
   limit = _launch_timeout()
   # jax gives up with a dump of its C++ stack, so it must not come to that
@@ -56,9 +54,12 @@ def start() -> None:
   giving_up.start()
   try:
     jax.distributed.initialize(
-      **found, initialization_timeout=limit + 60, heartbeat_timeout_seconds=HEARTBEAT_S
+      **found,
+      initialization_timeout=limit + 60,
+      heartbeat_timeout_seconds=3 * HEARTBEAT_S,  # the watch is first: jax dumps its C++ stack
     )
-    _watch()
+    if several():
+      _connect()
   except (ValueError, RuntimeError, OSError, EOFError) as error:
     reason = " ".join(str(error).split())
     raise ConfigError(
@@ -108,22 +109,28 @@ def _not_met(found: Mapping[str, Any], limit: int) -> str:
   )
 
 
-def _several() -> bool:
+def several() -> bool:
+  """Returns whether this process has joined others."""
   jax = sys.modules.get("jax")  # what never imported it joined nobody
   return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
   """Returns whether this process is the one that writes."""
-  return not _several() or sys.modules["jax"].process_index() == 0
+  return not several() or sys.modules["jax"].process_index() == 0
 
 
-def agree(values: Mapping[str, Any], besides: Sequence[str] = ()) -> None:
+def agree(
+  values: Mapping[str, Any],
+  besides: Sequence[str] = (),
+  mend: str = "start all with one command on the same data",
+) -> None:
   """Compares a JSON-able record over all processes.
 
   Args:
     values: nested dicts.
     besides: fields of `config` that may differ.
+    mend: what to do where they differ.
 
   Raises:
     ConfigError: on all of them, if it is not the same everywhere, with what differs.
@@ -137,7 +144,7 @@ def agree(values: Mapping[str, Any], besides: Sequence[str] = ()) -> None:
     ]
     if found:
       shown = "; ".join(found)
-      raise ConfigError(f"processes differ ({shown}): start all with one command on the same data")
+      raise ConfigError(f"processes differ ({shown}): {mend}")
 
 
 def decided_by_first(decide: Callable[[], Any]) -> Any:
@@ -151,10 +158,10 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
     try:
       answer = {"value": decide()}
     except ConfigError as error:
-      if not _several():
+      if not several():
         raise
       answer = {"error": str(error)}
-  if not _several():
+  if not several():
     return answer["value"]
   answer = json.loads(gather(json.dumps(answer))[0])
   if "error" in answer:
@@ -164,7 +171,7 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
 
 def gather(text: str) -> list[str]:
   """Returns the text that each process gave, in their order."""
-  if not _several():
+  if not several():
     return [text]
   from jax.experimental import multihost_utils
 
@@ -178,34 +185,51 @@ def gather(text: str) -> list[str]:
 
 def finish() -> None:
   """Waits until all have done their work: from here on each may end."""
-  if _several():
-    _finishing.set()
+  if _watch:
+    _watch.finish()
     gather("")
+
+
+def ask_to_stop(signum: int) -> None:
+  """Asks all processes to stop by a signal at a common call of `stops`; from any thread."""
+  if _watch:
+    _watch.ask(signum)
+
+
+def stops(asked: int) -> int:
+  """Returns the signal by which this program stops here; 0 if it goes on.
+
+  Args:
+    asked: the signal that this process got, or 0. Alone it decides; several processes, all of which
+      must call this equally often, stop at the same call once one of them was asked.
+  """
+  return _watch.stops() if _watch else asked
 
 
 def await_bad_news() -> None:
   """Gives the watch time to say that an error here is another process's end."""
-  if _several():
+  if several():
     time.sleep(GRACE_S)
 
 
 def leave_with_trace() -> None:
   """Ends one of several processes by an error that is being handled; alone it does nothing."""
-  if _several():
+  if several():
     sys.stderr.write(traceback.format_exc())
     leave(1)
 
 
 def leave(code: int) -> NoReturn:
   """Ends the program; of several processes at once, without waiting for the others."""
-  if _several():
+  if several():
     _ending.acquire()  # never released: what the watch has to say now would be a second message
     _exit(code)
   sys.exit(code)
 
 
-def _watch() -> None:
-  """Starts threads that end this process when another one does; all of them must call it."""
+def _connect() -> None:
+  """Starts to watch the other processes; all of them must call it."""
+  global _watch
   import jax
   from jax._src import distributed  # no public name tells where the first process is
 
@@ -214,65 +238,15 @@ def _watch() -> None:
     port, key = gather("")[0].split()
     connection = multiprocessing.connection.Client((host, int(port)), authkey=bytes.fromhex(key))
     connection.send_bytes(str(jax.process_index()).encode())
-    _start(_follow, connection)
-    return
-  place, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
-  with multiprocessing.connection.Listener(place, backlog=count, authkey=key) as listener:
-    gather(f"{listener.address[1]} {key.hex()}")
-    accepted = [listener.accept() for _ in range(count)]
-  connections = {int(connection.recv_bytes()): connection for connection in accepted}
-  for index in connections:
-    _start(_guard, index, connections)
-
-
-def _start(target: Callable, *arguments: Any) -> None:
-  threading.Thread(target=target, args=arguments, daemon=True).start()
-
-
-def _guard(index: int, connections: Mapping[int, Any]) -> None:
-  """In the first process: waits for the end of process `index`, tells the rest and ends."""
-  _keep_alive(connections[index])
-  _wait(connections[index])
-  if _finishing.is_set():
-    return
-  message = _ended(index)
-  for other, connection in connections.items():
-    if other != index:
-      with contextlib.suppress(OSError):  # it has ended, too
-        connection.send_bytes(message.encode())
-  _end(message, ENDED)
-
-
-def _follow(connection) -> None:
-  """In another process: waits for what the first one says, or for its end."""
-  _keep_alive(connection)
-  message = _wait(connection) or _ended(0)
-  if not _finishing.is_set():
-    _end(message, ENDED)
-
-
-def _wait(connection) -> str | None:
-  """Returns what is sent; None where the connection ends."""
-  try:
-    return connection.recv_bytes().decode()
-  except (EOFError, OSError):
-    return None
-
-
-def _keep_alive(connection) -> None:
-  """Lets the connection fail within HEARTBEAT_S of the other machine's sudden end."""
-  with socket.socket(fileno=os.dup(connection.fileno())) as raw:
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("IDLE", HEARTBEAT_S // 2), ("INTVL", HEARTBEAT_S // 4), ("CNT", 2)):
-      if hasattr(socket, f"TCP_KEEP{name}"):
-        raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"), value)
-
-
-def _ended(index: int) -> str:
-  return (
-    f"process {index} ended before its work was done, its own last lines say why: start all again "
-    "with the same command to resume"
-  )
+    connections = {0: connection}
+  else:
+    place, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
+    with multiprocessing.connection.Listener(place, backlog=count, authkey=key) as listener:
+      gather(f"{listener.address[1]} {key.hex()}")
+      accepted = [listener.accept() for _ in range(count)]
+    connections = {int(connection.recv_bytes()): connection for connection in accepted}
+  _watch = Watch(connections, lambda message: _end(message, ENDED))
+  _watch.start()
 
 
 def _end(message: str, code: int) -> None:

@@ -6,7 +6,7 @@ python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] 
 With --config.seeds=1993,1994 the experiment runs with each seed in turn, in a folder of its own.
 """
 
-import pathlib
+import dataclasses
 import re
 
 from absl import app, flags
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
   command_line.join_hosts()
   command_line.keep_programs()
   config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
+  # before anything is loaded: on other meshes, say, exchanges would never end
+  hosts.agree({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
   if flags.FLAGS.dry_run:
     found = dry_run.estimate(config)
     if hosts.is_first():
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
     return
   name = f"{config.tasks.benchmark}-{config.method.name}"
   name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
-  workdir = pathlib.Path(command_line.WORKDIR.value or pathlib.Path("runs", name)).expanduser()
+  workdir = command_line.workdir(name)
   if config.seeds:
     results = seeds.run_each(config, workdir, began=BEGAN)
   else:

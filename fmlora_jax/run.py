@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, disk, hosts, metrics, provenance, report, writer
+from fmlora_jax import checkpoint, disk, hosts, lock, metrics, provenance, report, stop, writer
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
@@ -21,6 +21,7 @@ from fmlora_jax.tasks import replay, resident, stream
 from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.step import TrainState
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Variables
 
@@ -39,6 +40,8 @@ class Progress:
     seconds: wall time of all sessions up to this checkpoint, as `clock.Clock` tells it: what a
       session did after its last one is lost, and so is its time.
     trained: trained parameters of the last task.
+    devices: what it was computed on, in words; of several sessions one after the other where it
+      changed.
   """
 
   task: int = 0
@@ -49,6 +52,7 @@ class Progress:
   baseline: list[int | None] = dataclasses.field(default_factory=list)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   trained: int = 0
+  devices: list[str] = dataclasses.field(default_factory=list)
 
 
 def run(
@@ -66,10 +70,13 @@ def run(
     began: when the run's program began, by time.monotonic(); None is now.
 
   Raises:
-    ConfigError: if a setting, a file or the workdir can't be used, in one line for the user.
+    ConfigError: if a setting, a file or the workdir can't be used, in one line for the user; also
+      if another process is at work in the workdir.
     NonFiniteError: if training diverges.
+    Stopped: if the program was asked to stop; what was trained is saved.
   """
-  with Clock(time.monotonic() if began is None else began) as clock:
+  hosts.decided_by_first(lambda: checkpoint.check_folder(workdir))
+  with Clock(time.monotonic() if began is None else began) as clock, lock.held_by_first(workdir):
     return _run(config, workdir, console, workshop or Workshop(), clock)
 
 
@@ -158,18 +165,28 @@ class Experiment:
     self._fold = jax.jit(self.method.fold)
     self.progress = Progress()
     self.variables = None
+    self._unsaved: tuple[Variables, TrainState] | None = None  # trained since the last checkpoint
 
   def learn(self) -> None:
-    """Learns all tasks that are left."""
-    with self._ahead:
+    """Learns all tasks that are left.
+
+    Raises:
+      Stopped: if the program was asked to stop; what was trained is saved.
+    """
+    with self._ahead, stop.awaited():
       state = self._restore()
       self._require_room()
       self.log.truncate(
         self.progress.task, self._steps_before(self.progress.task) + self._step(state)
       )
       for index in range(self.progress.task, len(self.sequence.tasks)):
+        stop.check()
         self.progress.task = index
-        self._learn_task(index, state)
+        try:
+          self._learn_task(index, state)
+        except stop.Stopped:
+          self._save_within_task()
+          raise
         state = None
         self._save(self._steps_before(index + 1), keep=True)
 
@@ -225,10 +242,9 @@ class Experiment:
       done += num
       speed = num * self.config.batch_size / seconds
       self.log.progress(done, loss=float(stats["loss"][-1]), images_per_second=speed)
+      self._unsaved = self.variables.replace(**state.params), state
       if every and done % every == 0 and done < steps * self.config.epochs:
-        self.progress.training = True
-        self.variables = self.variables.replace(**state.params)
-        self._save(before + done, keep=False, state=state)
+        self._save_within_task()
     return state
 
   def _decode_ahead(self, index: int) -> concurrent.futures.Future | None:
@@ -285,11 +301,14 @@ class Experiment:
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
     with self._clock.kind("checkpoint"):
       snapshot = self.store.latest()
+    found = snapshot.record["progress"] if snapshot else {}
+    hosts.agree({"checkpoint": found}, mend="--workdir must be a folder that all share")
+    for name, value in found.items():
+      setattr(self.progress, name, value)
+    self._add_devices()
     if snapshot is None:
       self._fresh()
       return None
-    for name, value in snapshot.record["progress"].items():
-      setattr(self.progress, name, value)
     self._clock.add(self.progress.seconds)
     progress, arrays = self.progress, snapshot.arrays
     groups = {name: checkpoint.unflatten(arrays, name) for name in ("shared", "cur", "mem")}
@@ -308,6 +327,13 @@ class Experiment:
     self.log.note(f"resumed in task {progress.task + 1}, step {int(state.step)}")
     return state
 
+  def _add_devices(self):
+    now, before = provenance.devices(self.trainer.mesh), self.progress.devices
+    if before and before[-1] != now:
+      self.log.note(f"devices    were {before[-1]}: from here on the last bits may differ")
+    if before[-1:] != [now]:
+      before.append(now)
+
   def _fresh(self):
     key = stream_key(self.trainer.root, "init", task=0)
     # on all devices, as later tasks' and restored ones are: no program compiles once more for them
@@ -318,6 +344,14 @@ class Experiment:
         self.progress.baseline = [None, *self._correct(0, spec.num_tasks)[1:]]
       self.progress.ahead = [None]
 
+  def _save_within_task(self):
+    """Saves what was trained since the last checkpoint; what came after the steps is done again."""
+    if self._unsaved:
+      self.progress.training = True
+      self.variables, state = self._unsaved
+      step = self._steps_before(self.progress.task) + int(state.step)
+      self._save(step, keep=False, state=state)
+
   def _save(self, step, *, keep, state=None):
     groups = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
     if state is not None:
@@ -327,6 +361,7 @@ class Experiment:
       record = {"progress": dataclasses.asdict(self.progress)}
       snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
       self.store.save(step, snapshot, keep=keep)
+    self._unsaved = None
 
   def _require_room(self):
     """Refuses to begin where a checkpoint for each task that is left, and one more, can't lie."""
@@ -417,7 +452,7 @@ class Experiment:
       "batch_size": config.batch_size,
       "wall_seconds": self._clock.seconds(),  # so far
       "params_sha256": provenance.params_sha256(saved),
-      "devices": [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"],
+      "devices": progress.devices,
       "versions": provenance.versions(),
       "git_commit": provenance.git_commit(),
       "config": config_dict,

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fmlora_jax import checkpoint, hosts, writer
+from fmlora_jax import checkpoint, hosts, lock, writer
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.parts import Workshop
 from fmlora_jax.run import run
@@ -52,8 +52,16 @@ def run_each(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
     )
-  is_first = hosts.is_first()
-  console = (console or Console()) if is_first else Console(quiet=True)
+  with lock.held_by_first(workdir):
+    results = _run_each(config, workdir, console, began)
+    if hosts.is_first():
+      text = json.dumps(writer.plain(summary(results), SUMMARY), indent=1)
+      writer.replace(workdir / SUMMARY, f"{text}\n")
+  return results
+
+
+def _run_each(config, workdir, console, began):
+  console = (console or Console()) if hosts.is_first() else Console(quiet=True)
   workshop, results = Workshop(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
     place, own = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
@@ -62,9 +70,6 @@ def run_each(
     console.print(Text(note), soft_wrap=True)
     shown = Console(quiet=True) if finished else console
     results.append(run(own, place, shown, workshop, None if results else began))
-  if is_first:
-    text = json.dumps(writer.plain(summary(results), SUMMARY), indent=1)
-    writer.replace(workdir / SUMMARY, f"{text}\n")
   return results
 
 

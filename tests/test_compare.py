@@ -10,7 +10,7 @@ import pytest
 from absl import app
 from made_up import result
 
-from fmlora_jax import command_line, compare, methods, runs
+from fmlora_jax import command_line, compare, methods, runs, stop
 from fmlora_jax.config import ConfigError
 from fmlora_jax.settings import Choice, parse_methods
 from fmlora_jax.types import NonFiniteError
@@ -179,7 +179,7 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(debug):
   assert notes[:2] == ["\nrun 1 of 8: finetune, seed 1", "left out: loss is nan"]
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [KeyError("a bug"), stop.Stopped(15)])
 def test_a_bug_and_a_stop_end_the_comparison(debug, error):
   with pytest.raises(type(error)):
     compare.run_all(planned("lora,fm_lora"), answers(lora=error), print)

@@ -150,7 +150,7 @@ def test_a_wrong_launch_is_refused_by_the_name_of_the_variable(monkeypatch, chan
 def test_only_one_of_several_joins(monkeypatch, variables, several):
   joined = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
-  monkeypatch.setattr(hosts, "_watch", lambda: None)
+  monkeypatch.setattr(hosts, "several", lambda: False)
   for name in list(os.environ):
     if name.startswith(("SLURM_", "OMPI_", "TPU_", "JAX_COORD", "JAX_NUM_P", "JAX_PROCESS")):
       monkeypatch.delenv(name)

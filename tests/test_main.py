@@ -16,7 +16,7 @@ import processes
 import pytest
 from PIL import Image
 
-from fmlora_jax import clock, command_line, config, hosts, main, writer
+from fmlora_jax import clock, command_line, config, hosts, main, stop, writer
 from fmlora_jax.run import run
 from fmlora_jax.types import NonFiniteError
 
@@ -178,11 +178,19 @@ def test_a_bug_shows_its_trace(guarded):
       guarded(error)
 
 
-def test_ctrl_c_says_how_to_go_on(guarded, capsys):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
   with pytest.raises(SystemExit) as stopped:
-    guarded(KeyboardInterrupt())
-  assert stopped.value.code == 130
-  assert capsys.readouterr().err == "stopped; the same command resumes\n"
+    guarded(stop.Stopped(signal.Signals[name]))
+  assert stopped.value.code == code
+  assert capsys.readouterr().err == f"stopped by {name}; the same command resumes\n"
+
+
+def test_a_workdir_is_where_the_program_was_started(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  for given, expected in ((None, "runs/name"), ("mine", "mine"), ("../x", "../x")):
+    monkeypatch.setattr(command_line, "WORKDIR", types.SimpleNamespace(value=given))
+    assert command_line.workdir("name") == tmp_path / expected
 
 
 @pytest.fixture
@@ -251,7 +259,7 @@ def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(program, tmp_p
   program(small)
   assert "\nlinear_probe       2 " in capsys.readouterr().out
   folder = tmp_path / "runs" / "digits-linear_probe"
-  assert sorted(path.name for path in folder.iterdir()) == ["3", "4", "seeds.json"]
+  assert sorted(path.name for path in folder.iterdir()) == [".lock", "3", "4", "seeds.json"]
 
 
 def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):
@@ -368,8 +376,12 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
   done = call(arguments)
   assert done.returncode == 0, done.stderr
   assert "devices    1 x cpu (cpu)\n" in done.stdout
+  two = "2 x cpu (cpu), 2 processes"
+  assert f"devices    were {two}: from here on the last bits may differ\n" in done.stdout
   assert "resumed in task 1, step" in done.stdout
   result = json.loads((workdir / "result.json").read_text())
+  assert result["devices"] == [two, "1 x cpu (cpu)"]
+  assert expected["devices"] == ["1 x cpu (cpu)"]
   assert result["accuracy"] == expected["accuracy"]
   assert result["accuracy"][1][1] > 0.25  # five classes
   losses = []

@@ -9,7 +9,7 @@ import cases
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, clock, config, parts, plots, tasks, writer
+from fmlora_jax import checkpoint, clock, config, lock, parts, plots, tasks, writer
 from fmlora_jax.evaluate import Evaluator
 from fmlora_jax.models import pretrained
 from fmlora_jax.run import run
@@ -332,10 +332,15 @@ def test_a_finished_run_gives_its_result_again_and_trains_nothing(finished, monk
 
 def test_another_config_is_refused_with_the_difference(finished):
   settings, workdir, _ = finished
-  before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+
+  def files():  # but for who was there last
+    found = [path for path in workdir.iterdir() if path.is_file() and path.name != lock.FILE]
+    return {path: path.read_bytes() for path in found}
+
+  before = files()
   with pytest.raises(config.ConfigError, match=r"config\.epochs: 1 there, 2 now"):
     run(dataclasses.replace(settings, epochs=2), workdir)
-  assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+  assert files() == before
 
 
 def test_settings_that_change_no_number_may_change(finished):

@@ -161,8 +161,12 @@ def _in_processes(data: grain.MapDataset, workers: int) -> Iterator:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-  """Ends this process when its parent ends, even if that one was killed."""
+  """Ends this process when its parent ends, even if that one was killed, and not before.
+
+  Slurm, say, sends a signal to all processes of a group: the parent decides what it means.
+  """
   del index, count
+  os.setpgrp()
   parent = multiprocessing.parent_process()
 
   def wait():

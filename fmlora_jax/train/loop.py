@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmlora_jax import stop
 from fmlora_jax.config import Config
 from fmlora_jax.tasks import TaskSequence, augment, order, resident, stream
 from fmlora_jax.tasks.ahead import Ahead
@@ -121,16 +122,18 @@ class Trainer:
     train, val = readers["train"], readers.get("val")
 
     def train_batches(epoch):
-      return train(order.epoch_indices(len(task.train), seed=config.seed, epoch=epoch, **order_of))
+      rows = order.epoch_indices(len(task.train), seed=config.seed, epoch=epoch, **order_of)
+      return stop.checked(train(rows))
 
     def val_batches(epoch):
-      return val(order.epoch_indices(len(task.val), seed=config.seed + 1, epoch=epoch, **order_of))
+      rows = order.epoch_indices(len(task.val), seed=config.seed + 1, epoch=epoch, **order_of)
+      return stop.checked(val(rows))
 
     def train_chunks(start):
       end = config.epochs * self.steps_per_epoch(index)
       cuts = order.bounds(start, end, self._steps, config.checkpoint.every_steps)
       sizes = {"num": len(task.train), "size": self._steps, "bounds": cuts}
-      return train(order.Chunks(seed=config.seed, **sizes, **order_of))
+      return stop.checked(train(order.Chunks(seed=config.seed, **sizes, **order_of)))
 
     return TaskView(
       index=index,
@@ -230,6 +233,7 @@ class Trainer:
     Raises:
       NonFiniteError: if a loss or a gradient norm is not finite, with task and step.
       ConfigError: if images are streamed and one can't be decoded any more.
+      Stopped: between two chunks, if the program is to stop.
     """
     chunk, fixed = self.chunk(view.index), self.fixed(variables, view)
     # a copy of its own: the chunk donates it, and a method may have put one array in two places

@@ -1,0 +1,73 @@
+"""One writer: a lock on a folder, held as long as its process lives and freed by the kernel.
+
+Readers need none.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+from fmlora_jax import hosts
+from fmlora_jax.config import ConfigError
+
+FILE = ".lock"  # never deleted: who waits for it would lock a file that nobody else sees
+UNKNOWN = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def held_by_first(folder: pathlib.Path) -> Iterator[None]:
+  """Has the first process hold the lock of a folder for all.
+
+  Raises:
+    ConfigError: in all processes, where `held` raises it in the first.
+  """
+  with contextlib.ExitStack() as stack:
+    hosts.decided_by_first(lambda: stack.enter_context(held(folder)))
+    yield
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a folder, which is made if need be.
+
+  On a file system that has no locks one line warns, and nothing is held.
+
+  Raises:
+    ConfigError: if another process holds it, with its host, number and start.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / FILE, "a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ConfigError(
+        f"workdir {folder} is in use{_described(file.read())}: must be one run's at a time; wait, "
+        "stop that one, or choose another with --workdir"
+      ) from None
+    except OSError as error:
+      if error.errno not in UNKNOWN:
+        raise
+      _log.warning("workdir %s can't be locked (%s): start no second run in it", folder, error)
+    file.truncate(0)
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
+    file.flush()
+    yield
+
+
+def _described(holder: str) -> str:
+  """Returns who holds a lock, in words; nothing while it has not said so yet."""
+  try:
+    return " by process {pid} on {host} since {since}".format(**json.loads(holder))
+  except (ValueError, KeyError):
+    return ""

@@ -1,0 +1,140 @@
+"""What the processes of one program tell each other besides the mesh: that they live, end or stop.
+
+Each has a connection to the first process. A process that ends or falls silent leaves the others
+waiting in an exchange for ever: they hear of it here, and end too. A process that is asked to stop
+must not do so alone: all agree here on the same call of `Watch.stops`, without any exchange where
+nobody asks.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+HEARTBEAT_S = 20  # a process that is silent for so long is taken for lost
+BEAT_S = 2.0
+AGAIN = "start all again with the same command to resume"
+
+
+class Watch:
+  """The connections of this process, and the threads that listen to them.
+
+  Args:
+    connections: by number: of the first process to every other one, of the others to process 0.
+    end: ends this process with a message; called where another one is lost.
+  """
+
+  def __init__(self, connections: Mapping[int, Connection], end: Callable[[str], None]):
+    self._connections, self._end = connections, end
+    self._is_first = 0 not in connections
+    self._finishing = threading.Event()
+    self._sending = threading.Lock()
+    self._calls = threading.Condition()  # guards what follows
+    self._count = 0  # calls of `stops` so far
+    self._held = False  # whether the next one waits for `_last`
+    self._last: int | None = None  # the call at which all stop
+    self._signum = 0  # why
+    self._counts: dict[int, int] = {}  # of the first process: what all others counted
+
+  def start(self) -> None:
+    """Starts to listen, and to tell the others that this process lives."""
+    for index in self._connections:
+      threading.Thread(target=self._listen, args=(index,), daemon=True).start()
+    threading.Thread(target=self._beat, daemon=True).start()
+
+  def finish(self) -> None:
+    """Says that from here on the others may end."""
+    self._finishing.set()
+
+  def ask(self, signum: int) -> None:
+    """Asks all processes to stop by a signal, at the next call of `stops` that none has passed."""
+    if self._is_first:
+      self._hold_all(signum)
+    else:
+      self._send(0, {"ask": signum})
+
+  def stops(self) -> int:
+    """Returns the signal by which all processes stop at this call of theirs; 0 if they go on."""
+    with self._calls:
+      self._calls.wait_for(lambda: not self._held)
+      self._count += 1
+      return self._signum if self._last is not None and self._count >= self._last else 0
+
+  def _listen(self, index: int) -> None:
+    # counted in its own seconds of life: a process that was suspended itself has missed nothing
+    connection, silent = self._connections[index], 0
+    while silent < HEARTBEAT_S:
+      try:
+        if connection.poll(1):
+          self._hear(index, json.loads(connection.recv_bytes()))
+          silent = 0
+        else:
+          silent += 1
+      except (EOFError, OSError):
+        self._lose(f"ended before its work was done, its own last lines say why: {AGAIN}", index)
+        return
+    self._lose(f"was silent for {HEARTBEAT_S} s, stopped or out of reach: {AGAIN}", index)
+
+  def _beat(self) -> None:
+    while True:
+      self._tell({})
+      time.sleep(BEAT_S)
+
+  def _hear(self, index: int, message: Mapping[str, Any]) -> None:
+    match message:
+      case {"lost": lost, "why": why}:
+        self._lose(why, lost)
+      case {"ask": signum}:
+        self._hold_all(signum)
+      case {"hold": signum}:
+        self._send(0, {"count": self._hold(signum)})
+      case {"count": count}:
+        self._counts[index] = count
+        self._settle()
+      case {"last": last}:
+        self._go_on(last)
+
+  def _lose(self, why: str, index: int) -> None:
+    """Ends this process, in the first one all others too, unless their work is done."""
+    if not self._finishing.is_set():
+      if self._is_first:
+        self._tell({"lost": index, "why": why})
+      self._end(f"process {index} {why}")
+
+  def _hold_all(self, signum: int) -> None:
+    """In the first process: has all wait at their next call of `stops`."""
+    with self._calls:
+      if self._signum:
+        return  # asked before
+      self._hold(signum)
+    self._tell({"hold": signum})
+
+  def _settle(self) -> None:
+    """In the first process: when all have counted, lets them go on to the first common call."""
+    if len(self._counts) == len(self._connections):
+      with self._calls:
+        last = max(self._count, *self._counts.values()) + 1
+      self._tell({"last": last})
+      self._go_on(last)
+
+  def _hold(self, signum: int) -> int:
+    with self._calls:
+      self._held, self._signum = True, signum
+      return self._count
+
+  def _go_on(self, last: int) -> None:
+    with self._calls:
+      self._held, self._last = False, last
+      self._calls.notify_all()
+
+  def _tell(self, message: Mapping[str, Any]) -> None:
+    for index in self._connections:
+      self._send(index, message)
+
+  def _send(self, index: int, message: Mapping[str, Any]) -> None:
+    # of a process that has ended `_listen` hears
+    with contextlib.suppress(OSError), self._sending:
+      self._connections[index].send_bytes(json.dumps(message).encode())

@@ -1,0 +1,114 @@
+"""What processes tell each other, over pipes between threads of one process."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from fmlora_jax import watch
+
+COUNT = 3
+
+
+class Group:
+  """Watches of so many processes, connected as hosts.py does it; `ended` are their last lines."""
+
+  def __init__(self, count=COUNT):
+    pipes = {index: multiprocessing.Pipe() for index in range(1, count)}
+    ends = [{index: pipe[0] for index, pipe in pipes.items()}]
+    ends += [{0: pipe[1]} for pipe in pipes.values()]
+    self.ended: dict[int, str] = {}
+    self.connections = ends
+    self.watches = [watch.Watch(end, self._ends(index)) for index, end in enumerate(ends)]
+    for one in self.watches:
+      one.start()
+
+  def _ends(self, index):
+    return lambda message: self.ended.setdefault(index, message)
+
+  def wait(self, count, seconds=10):
+    until = time.monotonic() + seconds
+    while len(self.ended) < count and time.monotonic() < until:
+      time.sleep(0.01)
+    return self.ended
+
+  def close(self):
+    for one in self.watches:
+      one.finish()
+    for end in self.connections:
+      for connection in end.values():
+        connection.close()
+
+
+@pytest.fixture
+def group():
+  made = Group()
+  yield made
+  made.close()
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 1, 2)])
+def test_all_stop_at_the_same_call_whoever_is_asked_and_however_far_each_is(group, asked):
+  stopped, barrier = {}, threading.Barrier(COUNT)
+
+  def work(index):
+    for call in range(400):
+      if call % 40 == 0:
+        barrier.wait()  # an exchange: nobody is 40 calls ahead
+      time.sleep(0.0002 * (1 + index))
+      if signum := group.watches[index].stops():
+        stopped[index] = call, signum
+        return
+
+  threads = [threading.Thread(target=work, args=(index,)) for index in range(COUNT)]
+  for thread in threads:
+    thread.start()
+  time.sleep(0.02)
+  for index in asked:
+    group.watches[index].ask(15)
+  for thread in threads:
+    thread.join()
+  assert len(set(stopped.values())) == 1 and len(stopped) == COUNT
+  (call, signum), *_ = stopped.values()
+  assert signum == 15 and call < 399
+
+
+def test_nobody_stops_who_is_not_asked(group):
+  assert [one.stops() for one in group.watches for _ in range(100)] == [0] * 100 * COUNT
+
+
+def test_one_that_ends_ends_all_and_is_named(group):
+  group.connections[2][0].close()
+  ended = group.wait(2)
+  message = f"process 2 ended before its work was done, its own last lines say why: {watch.AGAIN}"
+  assert ended[0] == ended[1] == message
+
+
+def test_one_whose_work_is_done_may_end(group):
+  for one in group.watches:
+    one.finish()
+  for end in group.connections:
+    for connection in end.values():
+      connection.close()
+  time.sleep(0.2)
+  assert not group.ended
+
+
+def test_one_that_is_silent_ends_all(monkeypatch):
+  monkeypatch.setattr(watch, "HEARTBEAT_S", 2)
+  monkeypatch.setattr(watch, "BEAT_S", 0.5)
+  monkeypatch.setattr(watch.Watch, "_beat", lambda self: None)  # a process that was suspended
+  group = Group(count=2)
+  ended = group.wait(2)
+  group.close()
+  assert f"process 1 was silent for 2 s, stopped or out of reach: {watch.AGAIN}" == ended[0]
+
+
+def test_beats_keep_a_quiet_group_alive(monkeypatch):
+  monkeypatch.setattr(watch, "HEARTBEAT_S", 1)
+  monkeypatch.setattr(watch, "BEAT_S", 0.2)
+  group = Group()
+  time.sleep(2.5)
+  assert not group.ended
+  group.close()

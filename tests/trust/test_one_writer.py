@@ -1,0 +1,68 @@
+"""Two runs in one workdir: the second is refused at once, the first goes on as if nothing was."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import stopping
+
+from fmlora_jax import writer
+from fmlora_jax.config import ConfigError
+from fmlora_jax.models import pretrained
+from fmlora_jax.run import run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(tmp_path, monkeypatch):
+  settings = stopping.settings(method={"name": "linear_probe"})
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  expected = run(settings, whole)
+  scalars, load, took = writer.RunLog.scalars, pretrained.load, []
+
+  def nothing(*arguments):
+    raise AssertionError("weights are loaded before the lock is tried")
+
+  def then_start_another(self, *arguments):
+    if len(took) < 10:
+      began = time.monotonic()
+      monkeypatch.setattr(pretrained, "load", nothing)
+      with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on "):
+        run(settings, workdir)
+      monkeypatch.setattr(pretrained, "load", load)
+      took.append(time.monotonic() - began)
+    scalars(self, *arguments)
+
+  monkeypatch.setattr(writer.RunLog, "scalars", then_start_another)
+  result = run(settings, workdir)
+  for name in stopping.SAME:
+    assert result[name] == expected[name], name
+  assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+  print(f"row 12: {len(took)}/10 second runs refused, the slowest in {1e3 * max(took):.1f} ms")
+  assert len(took) == 10 and max(took) < 5
+
+
+@pytest.mark.tier(2)
+def test_a_second_program_is_refused_in_five_seconds(tmp_path):
+  command = [sys.executable, "-m", "fmlora_jax.main", "--config=configs/digits.py"]
+  command += ["--config.weights.tag=random", f"--workdir={tmp_path / 'run'}"]
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as first:
+    try:
+      first.stdout.readline()  # it runs
+      took = []
+      for _ in range(10):
+        began = time.monotonic()
+        second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        took.append(time.monotonic() - began)
+        assert second.returncode == 2 and not second.stdout
+        assert second.stderr.startswith(f"error: workdir {tmp_path / 'run'} is in use by process ")
+        assert f"process {first.pid} on" in second.stderr and second.stderr.count("\n") == 1
+    finally:
+      first.terminate()
+    assert first.wait(timeout=120) == 143
+  print(f"row 12, programs: 10/10 refused, the slowest in {max(took):.1f} s, imports and all")
