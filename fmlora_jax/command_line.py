@@ -1,7 +1,7 @@
-"""What the programs that run experiments share: flags, and errors that are one line.
+"""What our programs share: flags, and errors that are one line.
 
-A wrong setting ends with exit code 2 and its message, SIGTERM with 143, Ctrl-C with 130; what only
-we can mend shows its trace.
+A wrong setting ends with exit code 2 and its message, SIGTERM with 143, Ctrl-C with 130, a bug of
+ours with 1 and the name of a file with its trace. --debug shows the trace of any error.
 """
 
 import logging
@@ -9,6 +9,8 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
@@ -22,7 +24,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for what is run; the same again resumes it. Default: in runs/."
 )
-DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error that has a message.")
+DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error.")
+OF_RUNS = ("config", "workdir")  # flags that programs which run nothing do without
 
 
 def start(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
@@ -48,11 +51,39 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
   except Exception as error:
     if not isinstance(error, (ConfigError, app.UsageError)):
       hosts.await_bad_news()
-    line = reason(error, CONFIG.value and CONFIG.value.batch_size)
-    if DEBUG.value or not line:
+    if DEBUG.value:
       hosts.leave_with_trace()
       raise
-    fail(line)
+    line = reason(error, _batch_size())
+    fail(line or bug(error), code=2 if line else 1)
+
+
+def bug(error: Exception) -> str:
+  """Returns the line for an error that only we can mend; its trace goes to a file.
+
+  The file is a new one: in --workdir where a run is there already, else among the temporary ones.
+  """
+  folder = WORKDIR.value if "workdir" in flags.FLAGS else None
+  of_run = folder and pathlib.Path(folder, "config.json").exists()
+  with tempfile.NamedTemporaryFile(
+    "w", prefix="error-", suffix=".txt", dir=folder if of_run else None, delete=False
+  ) as file:
+    file.write("".join(traceback.format_exception(error)))
+  message = " ".join(str(error).split())
+  return (
+    f"{type(error).__name__}: {message[:300]} (a bug of fmlora_jax: its trace is in {file.name}, "
+    "--debug shows it here)"
+  )
+
+
+def _batch_size() -> int | None:
+  return getattr(CONFIG.value, "batch_size", None) if "config" in flags.FLAGS else None
+
+
+def drop_flags(*names: str) -> None:
+  """Makes flags of this module unknown to a program; call it before the flags are parsed."""
+  for name in names:
+    delattr(flags.FLAGS, name)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -73,7 +104,9 @@ def check_files(arguments: Sequence[str]) -> None:
 
 
 def check_workdir() -> None:
-  """Refuses a bucket as --workdir."""
+  """Refuses a bucket, and what no folder can be called, as --workdir."""
+  if not (WORKDIR.value or "").isprintable():
+    raise app.UsageError(f"--workdir is {WORKDIR.value!r}: must be of printable characters")
   if "://" in (WORKDIR.value or ""):
     raise app.UsageError(
       f"--workdir is {WORKDIR.value!r}: must be a local or mounted folder, buckets are not "
@@ -112,16 +145,21 @@ def keep_programs() -> None:
 
 def reason(error: Exception, batch_size: int | None) -> str | None:
   """Returns in one line what a user may be able to mend; None where only we can."""
-  from fmlora_jax.types import NonFiniteError  # which imports jax
+  from fmlora_jax.types import FrozenError, NonFiniteError  # which imports jax
 
   message = " ".join(str(error).split())
-  if isinstance(error, (app.UsageError, ConfigError, NonFiniteError)):
+  if isinstance(error, (app.UsageError, ConfigError, FrozenError, NonFiniteError)):
     return message
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+    from fmlora_jax import parts  # which imports jax
+
     detail = str(error).partition("\n")[0]
+    own = parts.device_memory()
+    place, size = ("machine", parts.host_memory()) if own is None else ("device", own)
     return (
-      f"config.batch_size is {batch_size}: out of memory; lower it, config.eval_batch_size or "
-      f"config.input.source_size ({detail})"
+      f"config.batch_size is {batch_size}: out of memory, the {place} has {size / 2**30:.1f} GiB; "
+      "lower it, config.eval_batch_size or config.input.source_size, or set "
+      f"config.input.mode=stream ({detail})"
     )
   if isinstance(error, (ValueError, OSError)):
     return f"{message} (--debug shows where)"

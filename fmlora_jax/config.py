@@ -9,6 +9,7 @@ import difflib
 import importlib
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ FREE_FIELDS = (
   "input.steps_per_dispatch",
   "mesh.fsdp",
   "seeds",
+  "tasks.copies",
   *OWN_FIELDS,
 )
 
@@ -39,6 +41,26 @@ def require(ok: bool, field: str, value: Any, allowed: str) -> None:
   """Raises ConfigError unless `ok`; `field` is relative to the dataclass that checks it."""
   if not ok:
     raise ConfigError(f"{field} is {value!r}: must be {allowed}")
+
+
+def require_within(record: Any, least: int, most: int, *names: str) -> None:
+  """Raises ConfigError if one of these fields is outside of least..most; None is within."""
+  for name in names:
+    value = getattr(record, name)
+    allowed = f">= {least} and <= {most}"
+    require(value is None or least <= value <= most, name, value, allowed)
+
+
+def require_path(record: Any, *names: str) -> None:
+  """Raises ConfigError if one of these fields is a path that no file can have."""
+  for name in names:
+    value = getattr(record, name)
+    require(value is None or value.isprintable(), name, value, "a path of printable characters")
+
+
+MOST_STEPS = 10**6  # of what is done in turn: epochs, steps between checkpoints
+MOST_AT_ONCE = 2**20  # of what lies in memory at a time: images of a batch, say
+MOST_WIDE = 2**14  # of ranks, tokens and sides of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +88,8 @@ class TasksConfig:
     evaluate_on: what fills the accuracy matrix; "val" is for choosing hyper-parameters: the test
       images are then never read. The rank selector looks at the validation images too.
     broken_files: refuse the whole folder, or skip the file with a warning.
+    copies: report or refuse validation and test images whose file is that of a training image too,
+      and test images whose file is that of a validation image: published sets do hold some.
     max_pixels: larger images are refused before they are decoded (decompression bombs).
   """
 
@@ -83,13 +107,20 @@ class TasksConfig:
   split_seed: int = 0
   evaluate_on: Literal["test", "val"] = "test"
   broken_files: Literal["refuse", "skip"] = "refuse"
+  copies: Literal["report", "refuse"] = "report"
   max_pixels: int = 178_956_970  # Pillow's own limit for an error
 
   def __post_init__(self):
-    require(self.num_tasks >= 1, "num_tasks", self.num_tasks, ">= 1")
+    require_within(self, 1, MOST_WIDE, "num_tasks")
+    require_within(self, 0, 2**32 - 1, "order_seed", "split_seed")
+    require_path(self, "data_dir", "stream")
+    name = self.benchmark
+    is_name = re.fullmatch(r"[\w.-]+(:[\w.-]+(/[\w.-]+)?(:[\w.*]+)?)?", name, re.ASCII)
+    ok = is_name and len(name) <= 100 and ".." not in name
+    require(bool(ok), "benchmark", name, "NAME or tfds:NAME, of letters, digits, '_', '-' and '.'")
     require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "in [0, 1)")
     require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
-    require(self.max_pixels >= 1, "max_pixels", self.max_pixels, ">= 1")
+    require_within(self, 1, 2**32, "max_pixels")
     require(len(set(self.domains)) == len(self.domains), "domains", self.domains, "distinct")
     if self.evaluate_on == "val":
       require(self.val_fraction > 0, "val_fraction", self.val_fraction, "> 0 to evaluate_on val")
@@ -123,10 +154,9 @@ class InputConfig:
   steps_per_dispatch: int = 32
 
   def __post_init__(self):
-    for name in ("image_size", "source_size", "steps_per_dispatch"):
-      value = getattr(self, name)
-      require(value is None or value >= 1, name, value, ">= 1")
-    require(self.workers >= 0, "workers", self.workers, ">= 0")
+    require_within(self, 1, MOST_WIDE, "image_size", "source_size")
+    require_within(self, 1, MOST_AT_ONCE, "steps_per_dispatch")
+    require_within(self, 0, 1024, "workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +179,8 @@ class WeightsConfig:
   gelu: Literal["erf", "tanh"] | None = None
 
   def __post_init__(self):
-    require(self.depth is None or self.depth >= 1, "depth", self.depth, ">= 1")
+    require_within(self, 1, 1024, "depth")
+    require_path(self, "path")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,7 +259,7 @@ class BasesConfig:
 
   def __post_init__(self):
     require(self.lr_scale > 0, "lr_scale", self.lr_scale, "> 0")
-    require(self.max_rank >= 1, "max_rank", self.max_rank, ">= 1")
+    require_within(self, 1, MOST_WIDE, "max_rank")
     require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
     require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
 
@@ -265,12 +296,11 @@ class DrsConfig:
     ascending = all(a < b for a, b in itertools.pairwise(ranks))
     ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
     require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
-    require(self.rank >= 1, "rank", self.rank, ">= 1")
+    require_within(self, 1, MOST_WIDE, "rank")
     require(self.price >= 0, "price", self.price, ">= 0")
     require(self.tau > 0, "tau", self.tau, "> 0")
     require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
-    for name in ("epochs", "selector_steps"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+    require_within(self, 1, MOST_STEPS, "epochs", "selector_steps")
     lr = self.selector_learning_rate
     require(lr > 0, "selector_learning_rate", lr, "> 0")
 
@@ -288,7 +318,7 @@ class PromptConfig:
   lr_scale: float = 1.0
 
   def __post_init__(self):
-    require(self.num_tokens >= 0, "num_tokens", self.num_tokens, ">= 0")
+    require_within(self, 0, MOST_WIDE, "num_tokens")
     require(self.lr_scale >= 0, "lr_scale", self.lr_scale, ">= 0")
 
 
@@ -326,7 +356,7 @@ class CheckpointConfig:
   on_damage: Literal["fall_back", "refuse"] = "fall_back"
 
   def __post_init__(self):
-    require(self.every_steps >= 0, "every_steps", self.every_steps, ">= 0")
+    require_within(self, 0, 2**31 - 1, "every_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,7 +371,7 @@ class MeshConfig:
   fsdp: int = 1
 
   def __post_init__(self):
-    require(self.fsdp >= 1, "fsdp", self.fsdp, ">= 1")
+    require_within(self, 1, MOST_AT_ONCE, "fsdp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -364,7 +394,7 @@ class LowRankConfig(MethodConfig):
   targets: tuple[Projection, ...] = ("query", "value")
 
   def __post_init__(self):
-    require(self.rank >= 1, "rank", self.rank, ">= 1")
+    require_within(self, 1, MOST_WIDE, "rank")
     distinct = 0 < len(self.targets) == len(set(self.targets))
     require(distinct, "targets", self.targets, "at least one projection, each once")
 
@@ -413,8 +443,8 @@ class Config:
     require(in_range and distinct, "seeds", self.seeds, "distinct, each in [0, 2**32)")
     alone = not self.seeds or self.seed == Config.seed
     require(alone, "seed", self.seed, "left out where seeds are given")
-    for name in ("epochs", "batch_size", "eval_batch_size"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+    require_within(self, 1, MOST_STEPS, "epochs")
+    require_within(self, 1, MOST_AT_ONCE, "batch_size", "eval_batch_size")
 
 
 def build(cls: type, values: dict, path: str = "config") -> Any:
@@ -469,6 +499,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     raise ConfigError(f"{path} is {value!r}: must be of type {kind.__name__}")
   if kind is float and not math.isfinite(value):
     raise ConfigError(f"{path} is {value!r}: must be finite")
+  if kind is int and abs(value) > 2**32:  # also of fields that a method declares
+    raise ConfigError(f"{path} is {value!r}: must be at most 2**32")
   return value
 
 

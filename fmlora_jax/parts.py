@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmlora_jax import hosts, methods, tasks
+from fmlora_jax import hosts, methods, preflight, tasks
 from fmlora_jax.config import Config
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.tasks import TaskSequence, augment, resident
@@ -62,6 +62,7 @@ class Workshop:
     Raises:
       ConfigError: if a setting or a file can't be used.
     """
+    preflight.check(config)
     mesh = mesh_lib.make(config.mesh.fsdp)
     with kind("weights"):
       weights, sizes, info = self._load(config, mesh)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 from absl import app, flags
 
-from fmlora_jax import tasks
+from fmlora_jax import command_line, tasks
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import prepared
 
@@ -226,18 +226,7 @@ def main(argv: Sequence[str]) -> None:
   )
 
 
-def guarded_main(argv: Sequence[str]) -> None:
-  """Runs `main`; what a user can mend is one last line and exit code 2."""
-  try:
-    main(argv)
-  except (ConfigError, app.UsageError) as error:
-    sys.stderr.write(f"error: {error}\n")
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-  package = logging.getLogger("fmlora_jax")
-  package.setLevel(logging.INFO)
-  package.addHandler(logging.StreamHandler(sys.stdout))
-  package.propagate = False
-  app.run(guarded_main)
+  command_line.drop_flags(*command_line.OF_RUNS)
+  flags.adopt_module_key_flags(command_line)
+  command_line.start(main, command_line.parse_flags)

@@ -7,25 +7,27 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import logging
 import pathlib
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from ml_collections import config_flags
 
+from fmlora_jax import command_line, letters
 from fmlora_jax import config as config_lib
-from fmlora_jax import letters
 from fmlora_jax.models import vit, weight_files
 from fmlora_jax.types import Backbone, Params
 
 REPORT_EVERY = 500  # steps
 VERSIONS_OF = ("jax", "flax", "optax", "numpy", "pillow", "matplotlib")
+
+_log = logging.getLogger("fmlora_jax.pretrain")  # as __main__ it has another name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def train(recipe: Recipe, backbone: Backbone) -> tuple[Params, float]:
     if (i + 1) % REPORT_EVERY == 0:
       if not np.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} at step {i + 1}: lower config.learning_rate")
-      logging.info("step %d loss %.4f, %.0f s", i + 1, loss, time.monotonic() - began)
+      _log.info("step %d loss %.4f, %.0f s", i + 1, loss, time.monotonic() - began)
   return params["backbone"], evaluate(backbone, params, *render(recipe, "val"))
 
 
@@ -108,7 +110,7 @@ def render(
     coarse=recipe.coarse,
     quarter_turns=recipe.quarter_turns,
   )
-  logging.info("rendered %d letters, %.0f s", len(examples[1]), time.monotonic() - began)
+  _log.info("rendered %d letters, %.0f s", len(examples[1]), time.monotonic() - began)
   return examples
 
 
@@ -217,17 +219,18 @@ def main(argv: list[str]) -> None:
   try:
     recipe = config_lib.build(Recipe, flags.FLAGS.config.to_dict())
     backbone = vit.make(vit.architecture(recipe.architecture))
-    if not output.parent.is_dir():
-      raise config_lib.ConfigError(f"--output is {output}: its folder must be there; make it")
   except (TypeError, ValueError) as error:  # TypeError: a field that the config lacks
-    sys.exit(f"error: {error}")
+    raise config_lib.ConfigError(str(error)) from error
+  if not output.parent.is_dir():
+    raise config_lib.ConfigError(f"--output is {output}: its folder must be there; make it")
   params, accuracy = train(recipe, backbone)
   save(params, output, recipe, accuracy)
-  logging.info("wrote %s, letters in held-out faces %.4f", output, accuracy)
+  _log.info("wrote %s, letters in held-out faces %.4f", output, accuracy)
 
 
 if __name__ == "__main__":
+  command_line.drop_flags(*command_line.OF_RUNS)
+  flags.adopt_module_key_flags(command_line)
   config_flags.DEFINE_config_file("config", "configs/pretrain_letters.py", "The recipe.")
   flags.DEFINE_string("output", None, "File to write, .safetensors.", required=True)
-  logging.set_verbosity(logging.INFO)
-  app.run(main)
+  command_line.start(main, command_line.parse_flags)

@@ -1,5 +1,6 @@
 """What a run says of where its numbers come from: devices, versions, source, learned bits."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import pathlib
@@ -12,6 +13,7 @@ import numpy as np
 
 from fmlora_jax import checkpoint
 from fmlora_jax.tasks import resident
+from fmlora_jax.tasks.sequence import find_copies
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Passes
 
@@ -40,6 +42,36 @@ def images(trainer: Trainer) -> str:
   count = resident.capacity(sequence, "train") + resident.capacity(sequence, "val")
   place = "the device" if jax.device_count() == 1 else "all devices together"
   return f"resident, {resident.num_bytes(sequence, count) / 2**30:.2f} GiB on {place}"
+
+
+def protocol(
+  trainer: Trainer, *, kept: int, val_read: bool, alone: dict[str, int]
+) -> dict[str, Any]:
+  """Returns what a reader must know of how the numbers came about; JSON-able.
+
+  Split, weights, pixels and devices have fields of their own in a result.
+
+  Args:
+    kept: bytes of statistics of the data.
+    val_read: whether the method read validation images.
+    alone: right answers on some test images together and alone.
+  """
+  sequence, measured = trainer.sequence, trainer.config.tasks.evaluate_on
+  copies = find_copies(sequence)
+  return {
+    "old_image_bytes": 0,  # no method has a way to a task's images once it is over: see TaskView
+    "old_statistics_bytes": kept,
+    "task_identity_at_test": sequence.scenario == "til",
+    "measured_on": measured,
+    "validation_images": sum(len(task.val) for task in sequence.tasks),
+    "validation_read_by_method": val_read,
+    "copies": None if copies is None else dataclasses.asdict(copies),
+    "checks": {
+      "finite": "loss, gradient and parameters at each step, all that is saved",
+      "frozen": "weights and frozen parameters at each task's end and each checkpoint",
+      "batch_of_one": alone,
+    },
+  }
 
 
 def params_sha256(tree: Any) -> str:

@@ -9,17 +9,17 @@ With --paper they stand beside the numbers of the FM-LoRA paper, as Markdown and
 """
 
 import collections
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fmlora_jax import paper
+from fmlora_jax.config import ConfigError
 from fmlora_jax.runs import Group, Result, group, load, mean, mean_std, repeated_seeds, weights
 from fmlora_jax.writer import duration
 
@@ -106,6 +106,37 @@ def costs(run: Result) -> list[str]:
   ]
 
 
+def protocols(groups: Mapping[str, Group]) -> list[str]:
+  """Returns one line for each row of a table: how its numbers came about; none of old results."""
+  return [
+    f"protocol {label}: {line}"
+    for label, runs in groups.items()
+    for line in sorted({_protocol(run) for run in runs if "protocol" in run})
+  ]
+
+
+def _protocol(run: Result) -> str:
+  card, tag_and_hash = run["protocol"], " ".join(weights(run))
+  copies, alone = card["copies"], card["checks"]["batch_of_one"]
+  num_copies = "not looked for"
+  if copies is not None:
+    num_copies = str(sum(n for n in copies.values() if isinstance(n, int)))
+  read = "read" if card["validation_read_by_method"] else "not read"
+  parts = [
+    f"kept of old tasks {_bytes(card['old_image_bytes'])} of images, "
+    f"{_bytes(card['old_statistics_bytes'])} of statistics",
+    f"task {'given' if card['task_identity_at_test'] else 'not given'} at test time",
+    f"measured on {card['measured_on']} images of {run['split_id']}, copies across its parts "
+    f"{num_copies}",
+    f"{card['validation_images']} validation images {read} by the method",
+    f"weights {tag_and_hash}, pixels {run['normalisation']}",
+    f"on {'; then '.join(run['devices'])}",
+    f"right alone {alone['right_alone']}, in a batch {alone['right_together']} of "
+    f"{alone['images']} images",
+  ]
+  return "; ".join(parts)
+
+
 def show(results: Iterable[Result], console: Console, notes: Iterable[str] = ()) -> None:
   """Prints one table for each heading, with its warnings, to a terminal or as plain text."""
   for heading, groups in group(results).items():
@@ -113,6 +144,8 @@ def show(results: Iterable[Result], console: Console, notes: Iterable[str] = ())
     _print_rows(rows(groups), console)
     for line in warnings(groups):
       _line(console, f"warning: {line}", "yellow")
+    for line in protocols(groups):
+      _line(console, line, "dim")
   _line(console, f"\n{LEGEND}", "dim")
   for line in notes:
     _line(console, line, "yellow")
@@ -155,6 +188,7 @@ def markdown(results: Iterable[Result], notes: Iterable[str] = ()) -> str:
       lines.append("| " + " | ".join(marked) + " |")
     parts += [f"### {heading}", "\n".join(lines)]
     parts += [f"> warning: {line}" for line in warnings(groups)]
+    parts += [f"> {line}" for line in protocols(groups)]
   return "\n\n".join([*parts, LEGEND, *(f"> {line}" for line in notes)])
 
 
@@ -223,34 +257,44 @@ def _report_on_paper(results: Iterable[Result], notes: Iterable[str], html: str 
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reports on the runs in argv[1:]; ends with code 2 and one line where they can't be read."""
-  try:
-    if len(argv) < 2:
-      raise ValueError("no RUN given; python -m fmlora_jax.report RUN... (--help says more)")
-    options = flags.FLAGS
-    if options.plot and not options.plot.endswith(".png"):
-      raise ValueError(f"--plot is {options.plot!r}: must end in .png")
-    if options.html and not options.paper:
-      raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
-    results, notes = load(argv[1:])
-    if options.paper:
-      _report_on_paper(results, notes, options.html)
-    elif options.markdown:
-      _line(Console(), markdown(results, notes))
-    else:
-      show(results, Console(), notes)
-    if options.plot:
-      from fmlora_jax import plots  # matplotlib takes a second to import
+  """Reports on the runs in argv[1:].
 
-      plots.plot_accuracy_over_tasks(group(results), options.plot)
+  Raises:
+    ConfigError: if they can't be read, or a flag can't be.
+  """
+  try:
+    _report(argv[1:], flags.FLAGS)
   except (ValueError, OSError) as error:
-    _line(Console(stderr=True), f"report: {error}")
-    sys.exit(2)
+    raise ConfigError(str(error)) from error
+
+
+def _report(paths: Sequence[str], options: flags.FlagValues) -> None:
+  if not paths:
+    raise ValueError("no RUN given; python -m fmlora_jax.report RUN... (--help says more)")
+  if options.plot and not options.plot.endswith(".png"):
+    raise ValueError(f"--plot is {options.plot!r}: must end in .png")
+  if options.html and not options.paper:
+    raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
+  results, notes = load(paths)
+  if options.paper:
+    _report_on_paper(results, notes, options.html)
+  elif options.markdown:
+    _line(Console(), markdown(results, notes))
+  else:
+    show(results, Console(), notes)
+  if options.plot:
+    from fmlora_jax import plots  # matplotlib takes a second to import
+
+    plots.plot_accuracy_over_tasks(group(results), options.plot)
 
 
 if __name__ == "__main__":
+  from fmlora_jax import command_line  # only as a program: runs report too
+
+  command_line.drop_flags(*command_line.OF_RUNS)
+  flags.adopt_module_key_flags(command_line)
   flags.DEFINE_bool("markdown", False, "Print Markdown instead of a table.")
   flags.DEFINE_string("plot", None, "PNG file for the accuracy over tasks of all groups.")
   flags.DEFINE_bool("paper", False, "Print the paper's tables with these runs, as Markdown.")
   flags.DEFINE_string("html", None, "With --paper: HTML file for the tables with pictures.")
-  app.run(main)
+  command_line.start(main, command_line.parse_flags)

@@ -11,7 +11,18 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fmlora_jax import checkpoint, disk, hosts, lock, metrics, provenance, report, stop, writer
+from fmlora_jax import (
+  checkpoint,
+  checks,
+  disk,
+  hosts,
+  lock,
+  metrics,
+  provenance,
+  report,
+  stop,
+  writer,
+)
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
@@ -24,6 +35,8 @@ from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Variables
+
+NUM_ALONE = 4  # test images that are also classified in a batch of their own, at the end
 
 
 @dataclasses.dataclass
@@ -42,6 +55,7 @@ class Progress:
     trained: trained parameters of the last task.
     devices: what it was computed on, in words; of several sessions one after the other where it
       changed.
+    val_read: whether the method read validation images.
   """
 
   task: int = 0
@@ -53,6 +67,7 @@ class Progress:
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   trained: int = 0
   devices: list[str] = dataclasses.field(default_factory=list)
+  val_read: bool = False
 
 
 def run(
@@ -74,6 +89,7 @@ def run(
       if another process is at work in the workdir.
     NonFiniteError: if training diverges.
     Stopped: if the program was asked to stop; what was trained is saved.
+    FrozenError: if training changes what it must leave alone.
   """
   hosts.decided_by_first(lambda: checkpoint.check_folder(workdir))
   with Clock(time.monotonic() if began is None else began) as clock, lock.held_by_first(workdir):
@@ -163,6 +179,7 @@ class Experiment:
     self._tests = self._measured_images(np.concatenate(measured))
     self._clock, self._ahead = clock, Ahead()
     self._fold = jax.jit(self.method.fold)
+    self._frozen = checks.Frozen(trainer)
     self.progress = Progress()
     self.variables = None
     self._unsaved: tuple[Variables, TrainState] | None = None  # trained since the last checkpoint
@@ -214,10 +231,13 @@ class Experiment:
         self.progress.facts.append(facts)
         state = self.trainer.init(self.variables, index)
       self._count_trained(index)
+      self._frozen.begin(index, state.params)
       state = self._train(state, view)
+      self._frozen.check(index, state.params)
       self.variables = self.variables.replace(**state.params)
       self.variables, facts = self._shared_out(self.method.end_task(self.variables, view))
       self.progress.facts[index] |= facts
+      self.progress.val_read |= self.trainer.val_read
     self.progress.training = False
     if tests:
       with self._clock.kind("data"):
@@ -273,6 +293,24 @@ class Experiment:
 
   def _correct(self, learned: int, num_tests: int) -> list[int]:
     """Returns right answers on the first test sets, of a model that learned tasks 0..learned."""
+    counts = self._count(learned, self._tests, self.n_test[:num_tests])
+    return counts[:num_tests].tolist()
+
+  def _batch_of_one(self) -> dict[str, int]:
+    """Returns right answers on a few test images: all in one batch, and each in one of its own."""
+    last, sets = len(self.sequence.tasks) - 1, np.repeat(np.arange(len(self.n_test)), self.n_test)
+    picked = np.unique(np.linspace(0, len(sets) - 1, NUM_ALONE).astype(int))
+
+    def right(places):
+      tests = dataclasses.replace(self._tests, indices=self._tests.indices[places])
+      sizes = np.bincount(sets[places], minlength=len(self.n_test))
+      return int(self._count(last, tests, sizes).sum())
+
+    alone = sum(right(place) for place in picked[:, None])
+    return {"images": len(picked), "right_together": right(picked), "right_alone": alone}
+
+  def _count(self, learned: int, tests: stream.Stream, sizes: np.ndarray) -> np.ndarray:
+    """Returns right answers on images of which the first sizes[0] are of test set 0, and so on."""
     spec = self.sequence.spec
     classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
     masks = np.stack(
@@ -282,11 +320,8 @@ class Experiment:
       ]
     )
     model = self._fold(self.trainer.weights, self.variables)
-    tests = batches_of(
-      self._tests.read, self.n_test[:num_tests], self.config.eval_batch_size, self.trainer.put
-    )
-    counts = self.evaluator.correct(model, tests, self.trainer.put(masks))
-    return counts[:num_tests].tolist()
+    batches = batches_of(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
+    return self.evaluator.correct(model, batches, self.trainer.put(masks))
 
   def _measured_images(self, records: np.ndarray) -> stream.Stream:
     """Returns what reads the images that fill the matrix; decoded once unless all is streamed."""
@@ -356,10 +391,13 @@ class Experiment:
     groups = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
     if state is not None:
       groups |= {"opt_state": state.opt_state, "step": state.step}
+      self._frozen.check(self.progress.task, state.params)
+    arrays = checkpoint.flatten(groups)
+    checks.require_finite(arrays, f"at the end of step {step} of the run")
     with self._clock.kind("checkpoint"):
       self.progress.seconds = self._clock.seconds()
       record = {"progress": dataclasses.asdict(self.progress)}
-      snapshot = checkpoint.Snapshot(arrays=checkpoint.flatten(groups), record=record)
+      snapshot = checkpoint.Snapshot(arrays=arrays, record=record)
       self.store.save(step, snapshot, keep=keep)
     self._unsaved = None
 
@@ -419,6 +457,11 @@ class Experiment:
     means = sum(head[name].size for name in ("mean", "count") if name in head)
     head = sum(leaf.size for leaf in jax.tree.leaves(head))
     saved = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
+    statistics = 4 * (means + stored.get("statistics", 0))
+    with self._clock.kind("eval"):
+      alone = self._batch_of_one()
+    if alone["right_together"] != alone["right_alone"]:
+      self.log.note(f"warning    predictions depend on the batch they are in: {alone}")
     return {
       "method": config.method.name,
       "benchmark": config.tasks.benchmark,
@@ -438,7 +481,10 @@ class Experiment:
         "stored_total": stored["shared"] + sum(stored["per_task"]) + head,
         "backbone": sum(leaf.size for leaf in jax.tree.leaves(self.trainer.weights)),
       },
-      "rehearsal_bytes": 4 * (means + stored.get("statistics", 0)),
+      "rehearsal_bytes": statistics,
+      "protocol": provenance.protocol(
+        self.trainer, kept=statistics, val_read=progress.val_read, alone=alone
+      ),
       "passes": dataclasses.asdict(self.method.passes),
       "caveats": list(self.method.caveats),
       "weights": {"tag": info.tag, "sha256": info.sha256},

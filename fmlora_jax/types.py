@@ -26,6 +26,10 @@ class NonFiniteError(ValueError):
   """Training gave NaN or infinity; the run stops and keeps its last checkpoint."""
 
 
+class FrozenError(RuntimeError):
+  """Training changed what it must leave alone; the run stops and keeps its last checkpoint."""
+
+
 @flax.struct.dataclass
 class LowRank:
   """A change of one projection in every layer: y += ((x·A)·core)·Bᵀ.

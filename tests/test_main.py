@@ -16,11 +16,12 @@ import processes
 import pytest
 from PIL import Image
 
-from fmlora_jax import clock, command_line, config, hosts, main, stop, writer
+from fmlora_jax import clock, command_line, config, hosts, main, parts, stop, writer
 from fmlora_jax.run import run
-from fmlora_jax.types import NonFiniteError
+from fmlora_jax.types import FrozenError, NonFiniteError
 
 ROOT = pathlib.Path(__file__).parents[1]
+GIB = parts.host_memory() / 2**30
 SMALL = {
   "epochs": 1,
   "batch_size": 32,
@@ -153,10 +154,12 @@ def test_what_can_not_be_run_is_refused_in_one_line(answers, case):
     (FileNotFoundError("no such file"), "no such file (--debug shows where)"),
     (
       jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nlong table"),
-      "config.batch_size is 512: out of memory; lower it, config.eval_batch_size or "
-      "config.input.source_size (RESOURCE_EXHAUSTED: no 9 GiB)",
+      f"config.batch_size is 512: out of memory, the machine has {GIB:.1f} GiB; lower it, "
+      "config.eval_batch_size or config.input.source_size, or set config.input.mode=stream "
+      "(RESOURCE_EXHAUSTED: no 9 GiB)",
     ),
-    (MemoryError(), "config.batch_size is 512: out of memory; lower it"),
+    (MemoryError(), "config.batch_size is 512: out of memory, the machine has "),
+    (FrozenError("shared/a has changed"), "shared/a has changed"),
   ],
 )
 def test_what_stops_a_run_is_one_line_and_a_possible_bug_can_be_traced(
@@ -172,10 +175,28 @@ def test_what_stops_a_run_is_one_line_and_a_possible_bug_can_be_traced(
     guarded(error, debug=True)
 
 
-def test_a_bug_shows_its_trace(guarded):
-  for error in (KeyError("x"), RuntimeError("INTERNAL: x")):
-    with pytest.raises(type(error)):
-      guarded(error)
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("INTERNAL:\nx")])
+def test_a_bug_is_one_line_that_names_the_file_with_its_trace(guarded, capsys, tmp_path, error):
+  (tmp_path / "config.json").touch()  # a run's workdir
+  with pytest.raises(SystemExit) as stopped:
+    guarded(error, workdir=str(tmp_path))
+  assert stopped.value.code == 1
+  line = capsys.readouterr().err
+  start = " ".join(f"error: {type(error).__name__}: {error} (a bug of fmlora_jax: ".split())
+  assert line.startswith(start) and line.count("\n") == 1 and "--debug" in line
+  (file,) = tmp_path.glob("error-*.txt")
+  assert str(file) in line and "Traceback" in file.read_text()
+  with pytest.raises(type(error)):
+    guarded(error, debug=True)
+
+
+def test_a_bug_leaves_no_file_in_a_folder_that_is_no_run_s(guarded, capsys, tmp_path):
+  with pytest.raises(SystemExit):
+    guarded(KeyError("x"), workdir=str(tmp_path))
+  assert not list(tmp_path.iterdir())
+  path = pathlib.Path(capsys.readouterr().err.split("its trace is in ")[1].split(",")[0])
+  assert "Traceback" in path.read_text()
+  path.unlink()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -197,13 +218,14 @@ def test_a_workdir_is_where_the_program_was_started(monkeypatch, tmp_path):
 def guarded(monkeypatch):
   """Returns a function that guards a program which raises its argument."""
 
-  def call(error, debug=False):
+  def call(error, debug=False, workdir=None):
     def fail(argv):
       raise error
 
     values = types.SimpleNamespace(batch_size=512)
     monkeypatch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=values))
     monkeypatch.setattr(command_line, "DEBUG", types.SimpleNamespace(value=debug))
+    monkeypatch.setattr(command_line, "WORKDIR", types.SimpleNamespace(value=workdir))
     command_line.guarded(fail, [])
 
   return call
@@ -342,8 +364,9 @@ def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):
     "2 classes"
   )
   assert second.endswith(
-    "0 validation and 6 test images are copies of training images: remove them on one side, or "
-    "the accuracies are too good"
+    "0 validation and 6 test images are copies of training images, 0 test images of validation "
+    "images, such as Test/ant/0.png is Train/ant/0.png: remove them on one side, or the accuracies "
+    "are too good"
   ), second
   assert third.startswith("devices")
   assert (tmp_path / "run" / "result.json").exists()  # ~ is the home

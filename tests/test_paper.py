@@ -478,7 +478,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   ):
     done = run_report(tmp_path / "run", *argv)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("report: ")
+    assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
   assert (tmp_path / "mine.html").read_text(encoding="utf-8") == "<p>my own page</p>"

@@ -237,7 +237,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   ):
     done = run_report(*argv)
     assert done.returncode == 2
-    assert done.stderr.startswith("report: ")
+    assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
 

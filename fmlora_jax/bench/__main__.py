@@ -21,10 +21,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags
 from rich.console import Console
 
-from fmlora_jax import settings
+from fmlora_jax import command_line, settings
 from fmlora_jax.bench import peer, programs, speed
 from fmlora_jax.bench.lab import Setting
 
@@ -33,26 +33,22 @@ def main(argv: Sequence[str]) -> None:
   del argv
   values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 140)
   setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
-  try:
-    if values.methods:
-      result = programs.count_methods(
-        setting, settings.parse_methods(values.methods), console.print
-      )
-      shown = programs.methods_table(result)
-    else:
-      variants = values.variants if values.peers else ()
-      result = speed.measure(setting, values.repeats, variants, values.peers_python)
-      result |= {"programs_of_10_tasks": programs.count_programs()}
-      shown = speed.table(result)
-  except (ValueError, OSError) as error:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-    sys.exit(2)
+  if values.methods:
+    result = programs.count_methods(setting, settings.parse_methods(values.methods), console.print)
+    shown = programs.methods_table(result)
+  else:
+    variants = values.variants if values.peers else ()
+    result = speed.measure(setting, values.repeats, variants, values.peers_python)
+    result |= {"programs_of_10_tasks": programs.count_programs()}
+    shown = speed.table(result)
   console.print(shown)
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
+  command_line.drop_flags(*command_line.OF_RUNS)
+  flags.adopt_module_key_flags(command_line)
   flags.DEFINE_string("architecture", Setting.architecture, "A name in models/vit.py.")
   flags.DEFINE_integer("batch", Setting.batch, "Images in a step.", lower_bound=1)
   flags.DEFINE_enum("dtype", Setting.dtype, ("float32", "bfloat16"), "What is computed in.")
@@ -72,5 +68,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("json", None, "File for all numbers.")
   # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  command_line.start(main, command_line.parse_flags)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from rich.console import Console
 
 from fmlora_jax import command_line, run
@@ -195,6 +195,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+  command_line.drop_flags(*command_line.OF_RUNS)
+  flags.adopt_module_key_flags(command_line)
   flags.DEFINE_string("out", None, "Folder for gpu.json, gpu.txt and the whole run.", required=True)
   flags.DEFINE_string("peers_python", sys.executable, "The Python that has torch.")
   flags.DEFINE_float("seconds", 520.0, "Time for all of it.", lower_bound=1.0)
@@ -204,5 +206,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("epochs", 30, "Of the whole run.", lower_bound=1)
   # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  command_line.start(main, command_line.parse_flags)

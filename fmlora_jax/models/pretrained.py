@@ -210,6 +210,20 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
     return _convert(config, image_size, path)
 
 
+def check(config: WeightsConfig, image_size: int | None = None) -> Sizes | None:
+  """Returns the sizes of the ViT without a look at its file; None where that one says what it is.
+
+  Raises:
+    ConfigError: if a field can't be used.
+  """
+  _check_fields(config)
+  source = WEIGHTS[config.tag] if config.tag else None
+  if (source and source.architecture) or config.architecture:
+    source = source or Source(files=(), architecture=config.architecture, normalisation=None)
+    return _sizes(config, source, image_size)
+  return None
+
+
 def _convert(
   config: WeightsConfig, image_size: int | None, path: pathlib.Path
 ) -> tuple[Params, Sizes, Info]:

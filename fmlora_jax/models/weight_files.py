@@ -6,7 +6,7 @@ Nothing is ever unpickled, and whatever is wrong with a file is one line.
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,8 @@ _DTYPES = ("F16", "BF16", "F32", "F64")
 # a ViT-L/16 with a head of 21,843 classes, in float64, is 2.6e9
 _MOST_BYTES = 3_000_000_000
 
+_LONGEST_NAME = 200  # of a tensor, in characters: names are shown and logged
+
 # what people take for a file of weights, by its first bytes
 _MISTAKES = (
   (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
@@ -34,7 +36,8 @@ def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[st
   """Returns (name -> array of a float type, metadata); `shown` stands for the file in errors.
 
   Raises:
-    ConfigError: if it is neither safetensors nor .npz, is cut off, or holds other types.
+    ConfigError: if it is neither safetensors nor .npz, is cut off, or holds other types, or names
+      that can't be shown.
   """
   try:
     with open(path, "rb") as file:
@@ -60,6 +63,7 @@ def _read_safetensors(path, shown):
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       names = file.keys()
+      _check_names(shown, names)
       for name in names:
         dtype = file.get_slice(name).get_dtype()
         if dtype not in _DTYPES:
@@ -67,6 +71,15 @@ def _read_safetensors(path, shown):
       return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
   except safetensors.SafetensorError as error:
     raise _refusal(shown, f"damaged or cut off ({error}): get it again") from None
+
+
+def _check_names(shown: str, names: Iterable[str]) -> None:
+  for name in names:
+    if not (name.isprintable() and len(name) <= _LONGEST_NAME):
+      raise ConfigError(
+        f"{shown}: a tensor is called {name[:40]!a}...: must be at most {_LONGEST_NAME} "
+        "printable characters; get the file again"
+      )
 
 
 def _wrong_type(shown, name, dtype):
@@ -87,6 +100,7 @@ def _read_npz(path, shown):
       size = sum(member.file_size for member in members)
       if size > _MOST_BYTES:
         raise ConfigError(f"{shown} unpacks to {size:.1e} bytes: must be at most {_MOST_BYTES:.0e}")
+      _check_names(shown, file.files)
       return {name: _floats(shown, name, file[name]) for name in file.files}
   except (ConfigError, OSError):
     raise

@@ -8,9 +8,16 @@ from collections.abc import Sequence
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import replay
-from fmlora_jax.tasks.sequence import Source, Task, TaskSequence, cut
+from fmlora_jax.tasks.sequence import (
+  Source,
+  Task,
+  TaskSequence,
+  check_divides,
+  cut,
+  report_copies,
+)
 
-__all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "make"]
+__all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "check", "make", "num_classes"]
 
 
 def benchmark_names() -> list[str]:
@@ -27,7 +34,8 @@ def make(
   Args:
     config: names the benchmark, which is a file of that name in benchmarks/ with a function
       `make(config, source_size) -> Source` and, where they apply, tables of the names that
-      config.split (CUTS) and config.domains (DOMAINS) may have.
+      config.split (CUTS) and config.domains (DOMAINS) may have, or NUM_CLASSES where it is known
+      without the data.
     seed: the run's; orders classes or domains where config.order_seed is None, unless
       config.stream names a file that says all.
     source_size: shorter side in pixels that images are kept at.
@@ -36,20 +44,36 @@ def make(
   Raises:
     ConfigError: if there is no such benchmark, or it can't be cut into such tasks.
   """
+  is_first_look = source is None
   if source is None:
-    source = _open(config, source_size)
+    check(config)
+    source = find(config.benchmark).make(config, source_size)
   if config.stream is not None:
-    return replay.read(config.stream, source, config)
-  return cut(source, config, seed=seed)
+    sequence = replay.read(config.stream, source, config)
+  else:
+    sequence = cut(source, config, seed=seed)
+  report_copies(sequence, config, warn=is_first_look)
+  return sequence
 
 
-def _open(config: TasksConfig, source_size: int) -> Source:
-  """Returns the labelled images of the benchmark."""
-  benchmark = find(config.benchmark)
+def check(config: TasksConfig) -> None:
+  """Refuses what can't be without a look at the data.
+
+  Raises:
+    ConfigError: if there is no such benchmark, cut or domain, or if classes that the benchmark's
+      file declares can't be cut into so many tasks.
+  """
   wanted = [] if config.split is None else [config.split]
   check_names(config.benchmark, "CUTS", wanted, "config.tasks.split is")
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
-  return benchmark.make(config, source_size)
+  count = num_classes(config.benchmark)
+  if count and config.scenario != "dil":
+    check_divides(config.num_tasks, count, config.benchmark)
+
+
+def num_classes(benchmark: str) -> int | None:
+  """Returns what the file of a benchmark that ships its data declares; None of others."""
+  return getattr(find(benchmark), "NUM_CLASSES", None)
 
 
 def find(name: str) -> types.ModuleType:

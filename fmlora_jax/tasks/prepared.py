@@ -5,7 +5,6 @@ and takes the indices of a palette for grey. What the first look at a split find
 data as its manifest, and must never change.
 """
 
-import base64
 import dataclasses
 import difflib
 import hashlib
@@ -14,23 +13,19 @@ import json
 import logging
 import os
 import pathlib
-import time
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int, UInt8, UInt16
+from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import images
+from fmlora_jax.tasks import images, looks
 from fmlora_jax.tasks.cuts import Codes
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL
 
-CHUNK = 1024  # records read at a time
-LINE_EVERY_S = 10.0  # while a split is looked at for the first time
-MAX_LISTED = 10  # records in one message
+MAX_LISTED = 10  # files in one message
 
 _log = logging.getLogger(__name__)
 
@@ -95,38 +90,52 @@ class Split:
   """One prepared split, and what is known of all its records; safe to pickle.
 
   Attributes:
-    name: such as "domainnet/real train".
+    files: where it lies.
     data: record position -> dict of features, the image as the bytes of its file.
     image, label: names of the two features that count.
-    labels: of each record, as TFDS numbers its classes.
-    sizes: (width, height) in pixels of each image.
+    known: of its records.
   """
 
-  name: str
+  files: looks.Files
   data: Any
   image: str
   label: str
-  labels: Int[np.ndarray, " n"]
-  sizes: Int[np.ndarray, "n 2"]
+  known: looks.Looks
+
+  @property
+  def name(self) -> str:
+    """Such as "domainnet/real train"."""
+    return self.files.split
+
+  @property
+  def labels(self) -> Int[np.ndarray, " n"]:
+    return self.known.labels
+
+  @property
+  def sizes(self) -> Int[np.ndarray, "n 2"]:
+    return self.known.sizes
 
   def pixels(self, position: int, side: int, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the image of one record, shorter side `side`; call within `images.threads`.
 
     Raises:
-      ConfigError: if it can't be decoded.
+      ConfigError: if it can't be read or decoded, or is not what it was at the first look.
     """
     try:
-      image = images.decode(io.BytesIO(self.data[position][self.image]), max_pixels)
+      content = looks.bytes_of(looks.read(self.data.__getitem__, position), self.image)
+      if looks.content_hash(content) != self.known.contents[position]:
+        raise images.BrokenImage("it has changed since it was first used")
+      image = images.decode(io.BytesIO(content), max_pixels)
     except images.BrokenImage as error:
       raise ConfigError(
-        f"record {position} of {self.name} can't be used: {error}; remove the folder of "
+        f"{self.files.shown(position)} can't be used: {error}; remove the folder of "
         f"{self.name.split()[0]} and prepare it again"
       ) from error
     return np.asarray(images.keep(image, side))
 
   def file_names(self) -> list[str]:
     """Returns the feature `file_name` of each record, all of which are read for it."""
-    blocks = (range(lo, min(lo + CHUNK, len(self.data))) for lo in range(0, len(self.data), CHUNK))
+    blocks = looks.blocks(len(self.data))
     records = (record for rows in blocks for record in self.data.__getitems__(rows))
     return [record["file_name"].decode() for record in records]
 
@@ -135,9 +144,9 @@ class Prepared:
   """A prepared builder and its manifest.
 
   The manifest is `.fmlora_manifest_<builder>_<version>.json` in the data folder: of each split that
-  was used the number of records, the histogram of labels, all labels and image sizes in reading
-  order, and their sha256; of each cut, the numbers of images and a sha256. What it says once must
-  hold ever after, and only the first run looks at each record.
+  was used the number of records, the histogram of labels, all labels, image sizes and hashes of
+  contents in reading order, and their sha256; of each cut, the numbers of images and a sha256. What
+  it says once must hold ever after, and only the first run looks at each record.
   """
 
   def __init__(self, name: str, config: TasksConfig):
@@ -189,43 +198,55 @@ class Prepared:
       for key, feature in self.builder.info.features.items()
       if isinstance(feature, tfds.features.Image)
     }
-    data = self.builder.as_data_source(name, decoders=raw)
-    labels, sizes = self._arrays(name, data, _stamps(paths))
-    return Split(
-      name=f"{self.name} {name}",
-      data=data,
-      image=self.image,
-      label=self.label,
-      labels=labels,
-      sizes=sizes,
+    files = looks.Files(
+      split=f"{self.name} {name}",
+      paths=tuple(paths),
+      lengths=tuple(splits[name].shard_lengths),
+    )
+    try:
+      data = self.builder.as_data_source(name, decoders=raw)
+      num = len(data)
+    except Exception as error:  # array_record raises what its C++ says
+      raise self._damaged(files, error) from None
+    if num != sum(files.lengths):
+      raise self._damaged(files, f"it holds {num} records, must hold {sum(files.lengths)}")
+    known = self._known(name, data, files)
+    return Split(files=files, data=data, image=self.image, label=self.label, known=known)
+
+  def _damaged(self, files: looks.Files, reason: Any) -> ConfigError:
+    names = ", ".join(path.name for path in files.paths[:MAX_LISTED])
+    return ConfigError(
+      f"{files.split} in {str(self._root)!r} can't be read ({' '.join(str(reason).split())}), of "
+      f"{names}: remove {str(self.builder.data_path)!r} and prepare it again"
     )
 
-  def _arrays(self, name, data, shards) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels and sizes of a split from the manifest, or from the records and into it."""
-    known = self._manifest["splits"].get(name)
-    if known and known["shards"] == shards:
-      labels, sizes = _unpack(known["labels"]), _unpack(known["sizes"]).reshape(-1, 2)
-      if {"labels": sha256(labels), "sizes": sha256(sizes)} != known["sha256"]:
+  def _known(self, name: str, data, files: looks.Files) -> looks.Looks:
+    """Returns what the manifest says of a split, or what its records say, which goes into it."""
+    known, shards = self._manifest["splits"].get(name), _stamps(files.paths)
+    if known and known["shards"] == shards and "contents" in known:
+      kept = looks.unpack(known)
+      if kept.digests() != known["sha256"]:
         raise ConfigError(f"{self._path} is damaged at {name!r}: remove it")
-      return labels, sizes
-    keys = (self.image, self.label)
-    labels, sizes = _look_at(f"{self.name} {name}", data, keys, self._config.max_pixels)
-    digests = {"labels": sha256(labels), "sizes": sha256(sizes)}
-    if known and known["sha256"] != digests:
+      return kept
+    found = looks.look_at(files, data, (self.image, self.label), self._config.max_pixels)
+    digests = found.digests()
+    # a manifest of before there were hashes of contents has none, which is no difference
+    if known and any(digests[key] != digest for key, digest in known["sha256"].items()):
+      before = looks.unpack(known) if "contents" in known else None
       raise ConfigError(
         f"{self.name} {name} in {str(self._root)!r} has other labels, images or order than when "
-        f"first used: prepare it again, or remove {self._path.name} there if this was meant"
+        f"first used ({looks.first_change(files, before, found)}): prepare it again, or remove "
+        f"{self._path.name} there if this was meant"
       )
     self._manifest["splits"][name] = {
-      "num": len(labels),
-      "histogram": np.bincount(labels, minlength=len(self.class_names)).tolist(),
-      "labels": _pack(labels),
-      "sizes": _pack(sizes),
+      "num": len(found.labels),
+      "histogram": np.bincount(found.labels, minlength=len(self.class_names)).tolist(),
       "sha256": digests,
       "shards": shards,
+      **found.packed(),
     }
     self._write_manifest()
-    return labels, sizes
+    return found
 
   def pin(self, cut: str, codes: Codes) -> None:
     """Keeps what a cut of these records is, or refuses one that has changed."""
@@ -262,65 +283,6 @@ class Prepared:
       _log.warning("%s: can't be written (%s); the next run looks again", self._path, error)
 
 
-def _look_at(
-  shown: str, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
-) -> tuple[UInt16[np.ndarray, " n"], UInt16[np.ndarray, "n 2"]]:
-  """Returns label and (width, height) of each record, from the head of its image's file.
-
-  Args:
-    keys: of the image and of the label in a record.
-
-  Raises:
-    ConfigError: naming the first records that are no image, too large or without a label.
-  """
-  num, line_due = len(data), time.monotonic() + LINE_EVERY_S
-  _log.info("looking at the %d records of %s, once", num, shown)
-  labels, sizes, faults = np.zeros(num, np.uint16), np.zeros((num, 2), np.uint16), []
-  with images.pillow_unlimited():
-    for lo in range(0, num, CHUNK):
-      rows = range(lo, min(lo + CHUNK, num))
-      for row, record in zip(rows, data.__getitems__(rows), strict=True):
-        image, label = (record[key] for key in keys)
-        try:
-          sizes[row] = images.size_of(io.BytesIO(image), max_pixels)
-          labels[row] = _at_least_0(label)
-        except images.BrokenImage as error:
-          faults.append(f"{row}: {error}")
-      if time.monotonic() >= line_due:
-        line_due += LINE_EVERY_S
-        _log.info("  %d of %d records", rows.stop, num)
-  if faults:
-    more = f"; and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-    raise ConfigError(
-      f"{len(faults)} of {num} records of {shown} can't be used; prepare it again: "
-      f"{'; '.join(faults[:MAX_LISTED])}{more}"
-    )
-  return labels, sizes
-
-
 def _stamps(paths: Sequence[pathlib.Path]) -> dict[str, list[int]]:
   """Returns size in bytes and time of change of each file; a copied file is looked at again."""
   return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-
-
-def _at_least_0(label: int) -> int:
-  if label < 0:
-    raise images.BrokenImage(f"its label is {label}, so it has none")
-  return label
-
-
-def _pack(array: np.ndarray) -> str:
-  return base64.b64encode(zlib.compress(_as_bytes(array))).decode()
-
-
-def _unpack(text: str) -> UInt16[np.ndarray, " n"]:
-  return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2")
-
-
-def sha256(array: np.ndarray) -> str:
-  """Returns the hex digest of numbers below 65,536, whatever their dtype."""
-  return hashlib.sha256(_as_bytes(array)).hexdigest()
-
-
-def _as_bytes(array: np.ndarray) -> bytes:
-  return np.ascontiguousarray(array, "<u2").tobytes()

@@ -1,6 +1,7 @@
 """Labelled images of a benchmark, put together from splits that TFDS prepared."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ from jaxtyping import Int, UInt8
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.cuts import Cut, Pool
-from fmlora_jax.tasks.prepared import Prepared, Split, data_root, open_builder, sha256
+from fmlora_jax.tasks.prepared import Prepared, Split, data_root, open_builder
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, Source
 
 PARTS = {"train": TRAIN, "validation": VAL, "test": TEST}  # what TFDS calls its splits
@@ -142,7 +143,23 @@ def source(
     cut=cut_name,
     domains=domains.astype(np.int32) if domain_names else None,
     domain_names=tuple(domain_names),
+    group=_groups(splits),
+    shown=functools.partial(_shown, splits),
   )
+
+
+def _groups(splits: Sequence[Split]) -> Int[np.ndarray, " n"]:
+  """Returns the first record with the same content, of each record."""
+  contents = np.concatenate([split.known.contents for split in splits])
+  _, first, member = np.unique(contents, return_index=True, return_inverse=True)
+  return first[member]
+
+
+def _shown(splits: Sequence[Split], record: int) -> str:
+  """Returns a record of several splits, one split after the other, as its own split shows it."""
+  starts = np.cumsum([0, *(len(split.labels) for split in splits)])
+  part = int(np.searchsorted(starts, record, side="right")) - 1
+  return splits[part].files.shown(record - int(starts[part]))
 
 
 def _distinct(splits: Sequence[Split]) -> list[tuple[int, int]]:
@@ -153,7 +170,7 @@ def _distinct(splits: Sequence[Split]) -> list[tuple[int, int]]:
 
 def _digest(prepared: Mapping[str, Prepared], parts, splits) -> str:
   facts = [
-    [part.builder, prepared[part.builder].version, part.split, sha256(s.labels), sha256(s.sizes)]
+    [part.builder, prepared[part.builder].version, part.split, *s.known.digests().values()]
     for part, s in zip(parts, splits, strict=True)
   ]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,8 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.types import SequenceSpec
 
 TRAIN, VAL, TEST = 0, 1, 2
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,9 @@ class Source:
     cut: name of a `split` that is whole: nothing is drawn from it, even if it has no VAL.
     domains: domain of each record; None where there are none.
     domain_names: by domain.
-    group: records of equal value never land in different splits; None: each on its own.
+    group: records of equal value never land in different splits where a split is drawn; copies of
+      one image have one. None: each on its own, and no image is known to be a copy.
+    shown: record -> what people find it by.
   """
 
   name: str
@@ -45,6 +50,7 @@ class Source:
   domains: Int[np.ndarray, " n"] | None = None
   domain_names: tuple[str, ...] = ()
   group: Int[np.ndarray, " n"] | None = None
+  shown: Callable[[int], str] = "record {}".format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,64 @@ class TaskSequence:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copies:
+  """Images of one split that are also in an earlier one.
+
+  Attributes:
+    val_of_train, test_of_train, test_of_val: how many there are.
+    example: the first of them and what it is a copy of; None where there is none.
+  """
+
+  val_of_train: int
+  test_of_train: int
+  test_of_val: int
+  example: str | None
+
+  def __str__(self) -> str:
+    return (
+      f"{self.val_of_train} validation and {self.test_of_train} test images are copies of training "
+      f"images, {self.test_of_val} test images of validation images"
+    )
+
+
+def find_copies(sequence: TaskSequence) -> Copies | None:
+  """Returns which images are in two splits; None where the source does not tell copies."""
+  group = sequence.source.group
+  if group is None:
+    return None
+  rows = {
+    part: np.concatenate([getattr(task, part) for task in sequence.tasks])
+    for part in ("train", "val", "test")
+  }
+  counts, example = {}, None
+  for part, of in (("val", "train"), ("test", "train"), ("test", "val")):
+    copies = rows[part][np.isin(group[rows[part]], group[rows[of]])]
+    counts[f"{part}_of_{of}"] = len(copies)
+    if example is None and len(copies):
+      first = copies[0]
+      (same, *_) = rows[of][group[rows[of]] == group[first]].tolist()
+      example = f"{sequence.source.shown(int(first))} is {sequence.source.shown(same)}"
+  return Copies(**counts, example=example)
+
+
+def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) -> None:
+  """Says which images are in two splits, if `warn`, or refuses them, as config.copies says."""
+  found = find_copies(sequence)
+  if found is None or found.example is None:
+    return
+  text = f"{found}, such as {found.example}"
+  if config.copies == "refuse":
+    raise ConfigError(
+      f"config.tasks.copies is 'refuse': {sequence.split_id}: {text}; remove them on one side, or "
+      "set it to report"
+    )
+  if warn:
+    _log.warning(
+      "%s: %s: remove them on one side, or the accuracies are too good", sequence.split_id, text
+    )
+
+
 def order_of(count: int, order: str, seed: int) -> list[int]:
   """Returns 0..count-1, "natural" or "shuffled" by numpy's frozen legacy stream, as SD-LoRA."""
   if order == "natural":
@@ -113,9 +177,6 @@ def cut(source: Source, config: TasksConfig, *, seed: int) -> TaskSequence:
     ConfigError: if the source has no such tasks, or a class of a task no train or no test image.
   """
   order_seed = seed if config.order_seed is None else config.order_seed
-  for field, value in (("order_seed", order_seed), ("split_seed", config.split_seed)):
-    if not 0 <= value < 2**32:
-      raise ConfigError(f"config.tasks.{field} is {value}: must be in [0, 2**32)")
   split = _split(source, config)
   make_tasks = _domain_tasks if config.scenario == "dil" else _class_tasks
   class_order, members = make_tasks(source, config, order_seed)
@@ -148,14 +209,9 @@ def cut(source: Source, config: TasksConfig, *, seed: int) -> TaskSequence:
 
 def _class_tasks(source, config, seed):
   """Returns the class order and what makes (name, lo, hi, mask of records) of each cil task."""
-  count, num_tasks = len(source.class_names), config.num_tasks
-  if count % num_tasks:
-    divisors = ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
-    raise ConfigError(
-      f"config.tasks.num_tasks is {num_tasks}: must divide the {count} classes of {source.name}, "
-      f"so be one of {divisors}"
-    )
-  size = count // num_tasks
+  count = len(source.class_names)
+  check_divides(config.num_tasks, count, source.name)
+  size = count // config.num_tasks
 
   def members(labels):
     for lo in range(0, count, size):
@@ -163,6 +219,16 @@ def _class_tasks(source, config, seed):
       yield name, lo, lo + size, (labels >= lo) & (labels < lo + size)
 
   return order_of(count, config.order, seed), members
+
+
+def check_divides(num_tasks: int, num_classes: int, name: str) -> None:
+  """Raises ConfigError unless tasks of new classes can all have the same number of them."""
+  if num_classes % num_tasks:
+    divisors = ", ".join(str(d) for d in range(1, num_classes + 1) if num_classes % d == 0)
+    raise ConfigError(
+      f"config.tasks.num_tasks is {num_tasks}: must divide the {num_classes} classes of {name}, "
+      f"so be one of {divisors}"
+    )
 
 
 def _domain_tasks(source, config, seed):

@@ -80,6 +80,7 @@ class Trainer:
   def _take(self, config: Config, sequence: TaskSequence) -> None:
     """Sets what a run of another seed has of its own."""
     self.config, self.sequence = config, sequence
+    self.val_read = False  # whether the method asked for validation images
     whole = mesh_lib.replicated(self.mesh)
     self.root = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
     self._coming: dict[int, concurrent.futures.Future] = {}
@@ -126,6 +127,7 @@ class Trainer:
       return stop.checked(train(rows))
 
     def val_batches(epoch):
+      self.val_read = True
       rows = order.epoch_indices(len(task.val), seed=config.seed + 1, epoch=epoch, **order_of)
       return stop.checked(val(rows))
 
@@ -231,7 +233,8 @@ class Trainer:
     yielded state is donated to the next chunk.
 
     Raises:
-      NonFiniteError: if a loss or a gradient norm is not finite, with task and step.
+      NonFiniteError: if a loss, a gradient norm or a parameter is not finite, with task and step;
+        no state that came of that step is ever yielded.
       ConfigError: if images are streamed and one can't be decoded any more.
       Stopped: between two chunks, if the program is to stop.
     """
@@ -246,17 +249,19 @@ class Trainer:
         rows, count = self.put((rows, np.int32(num)))
         state, stats = chunk(state, fixed, examples, rows, count)
         stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
-        self._check(stats, view.index, done)
+        if (good := int(state.step) - done) < num:
+          now = {name: values[good] for name, values in stats.items()}
+          raise self._not_finite(now, view.index, done + good)
         done += num
         yield state, stats, time.monotonic() - began
         began = time.monotonic()
 
-  def _check(self, stats, task: int, done: int) -> None:
-    bad = ~(np.isfinite(stats["loss"]) & np.isfinite(stats["grad_norm"]))
-    if bad.any():
-      i = int(np.argmax(bad))
-      raise NonFiniteError(
-        f"loss is {stats['loss'][i]} and gradient norm {stats['grad_norm'][i]} at task {task + 1} "
-        f"of {len(self.sequence.tasks)}, step {done + i + 1}: must be finite; lower "
-        "config.optim.learning_rate or set config.optim.clip_norm"
-      )
+  def _not_finite(self, stats: dict[str, np.ndarray], task: int, step: int) -> NonFiniteError:
+    """Returns the error of the step after `step` others, of which `stats` are the numbers."""
+    found = f"loss is {stats['loss']} and gradient norm {stats['grad_norm']}"
+    if np.isfinite([*stats.values()]).all():
+      found = f"a trained parameter is not finite ({found})"
+    return NonFiniteError(
+      f"{found} at task {task + 1} of {len(self.sequence.tasks)}, step {step + 1}: must be finite; "
+      "lower config.optim.learning_rate or set config.optim.clip_norm"
+    )

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config
 from fmlora_jax.methods.rules import combine, label_leaves, partition
@@ -52,7 +52,8 @@ class Stepper:
   """The step of a method under one table of rules; pure functions, made once.
 
   Attributes:
-    step: (state, fixed, batch) -> (state, {"loss", "grad_norm"}).
+    step: (state, fixed, batch) -> (state, {"loss", "grad_norm"}). Where one of these or a parameter
+      would not be finite, the state stays as it was: its count tells.
   """
 
   def __init__(self, method: Method, config: Config, rules: Rules):
@@ -90,32 +91,44 @@ class Stepper:
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
     updates, _ = partition(updates, labels)
-    params = combine(optax.apply_updates(trained, updates), still)
-    return TrainState(params=params, opt_state=opt_state, step=state.step + 1), stats
+    trained = optax.apply_updates(trained, updates)
+    new = TrainState(params=combine(trained, still), opt_state=opt_state, step=state.step + 1)
+    finite = is_finite((stats, trained))
+    return jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state), stats
+
+
+def is_finite(tree) -> Bool[Array, ""]:
+  """Returns whether every number of a pytree is finite."""
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def make_chunk(stepper: Stepper, augment, mesh: jax.sharding.Mesh):
   """Returns the jitted (state, fixed, examples, rows [K, B], num) -> (state, stats of K numbers).
 
-  It does the first `num` of K steps; `num` is traced, so a task's last chunk compiles nothing new.
-  Every step draws its crops from the key of (task, step), and gathers what is frozen where it uses
-  it. State and stats are whole on each device.
+  It does the first `num` of K steps, or those before one that is not finite; `num` is traced, so a
+  task's last chunk compiles nothing new. Every step draws its crops from the key of (task, step),
+  and gathers what is frozen where it uses it. State and stats are whole on each device.
   """
   whole = mesh_lib.replicated(mesh)
 
   def chunk(state: TrainState, fixed: Fixed, examples: Examples, rows: Int[Array, "K B"], num):
     stats = {name: jnp.zeros(rows.shape[0]) for name in ("loss", "grad_norm")}
+    first = state.step
 
-    def body(i, carry):
-      state, stats = carry
+    def goes_on(carry):
+      i, state, _ = carry
+      return (i < num) & (state.step == first + i)
+
+    def body(carry):
+      i, state, stats = carry
       key = stream_key(fixed.root, "augment", task=fixed.task.index, step=state.step)
       batch = jax.lax.with_sharding_constraint(
         augment(examples, rows[i], key), mesh_lib.split(mesh)
       )
       gathered = jax.lax.with_sharding_constraint(fixed.frozen, whole)
       state, now = stepper.step(state, fixed.replace(frozen=gathered), batch)
-      return state, {name: stats[name].at[i].set(now[name]) for name in stats}
+      return i + 1, state, {name: stats[name].at[i].set(now[name]) for name in stats}
 
-    return jax.lax.fori_loop(0, num, body, (state, stats))
+    return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, stats))[1:]
 
   return jax.jit(chunk, donate_argnames="state", out_shardings=whole)

@@ -16,6 +16,7 @@ from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks.sequence import Source
 
 CLASS_NAMES = tuple("0123456789")
+NUM_CLASSES = len(CLASS_NAMES)
 
 
 def load() -> tuple[UInt8[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
@@ -63,4 +64,5 @@ def make(config: TasksConfig, source_size: int) -> Source:
     canvas=(source_size, source_size),
     decode=functools.partial(_decode, images, source_size),
     digest=digest("digits", images, labels),
+    group=np.arange(len(labels)),  # no two are equal
   )

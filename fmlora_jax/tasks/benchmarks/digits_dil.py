@@ -10,6 +10,7 @@ from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks.benchmarks import digits
 from fmlora_jax.tasks.sequence import Source
 
+NUM_CLASSES = digits.NUM_CLASSES
 DOMAIN_NAMES = ("plain", "inverted", "rotated", "noisy")
 NOISE = 32.0  # standard deviation in grey levels
 BLUR = 1 / 24  # standard deviation in image sides: a third of an original pixel

@@ -44,7 +44,7 @@ def make(config: TasksConfig, source_size: int) -> Source:
   """Returns the images of config.data_dir, each decoded once to see that it can be.
 
   The layout is told by depth and by the names of splits, those in `SPLITS`. Copies of one file are
-  never cut apart into train, val and test; where the folders do that, a warning says so.
+  never cut apart into train, val and test, unless the folders do that.
 
   Raises:
     ConfigError: if there is no such folder, its layout is none of `LAYOUTS`, a class is missing
@@ -69,8 +69,6 @@ def make(config: TasksConfig, source_size: int) -> Source:
   sizes = np.asarray([size for size, _ in checked.values()], np.int32)
   first: dict[str, int] = {}  # record of each content
   group = np.asarray([first.setdefault(sha, i) for i, (_, sha) in enumerate(checked.values())])
-  if split is not None:
-    _warn_of_copies(root, split, group)
   canvas = tuple(sizes.max(axis=0).tolist())
   return Source(
     name="image_folder",
@@ -83,6 +81,7 @@ def make(config: TasksConfig, source_size: int) -> Source:
     domains=ids("domain") if "domain" in layout else None,
     domain_names=tuple(names.get("domain", ())),
     group=group,
+    shown=functools.partial(_shown, files),
   )
 
 
@@ -96,19 +95,6 @@ def _described(layout: tuple[str, ...], files: Sequence[Parts]) -> str:
     else:
       described += f", {role}s " + ", ".join(f"{name} ({counts[name]})" for name in sorted(counts))
   return described
-
-
-def _warn_of_copies(root: pathlib.Path, split: np.ndarray, group: np.ndarray) -> None:
-  """Says how many images of the splits that are not for training are copies of training images."""
-  copies = np.isin(group, group[split == TRAIN])
-  counts = [int(np.sum(copies & (split == code))) for code in (VAL, TEST)]
-  if any(counts):
-    _log.warning(
-      "%s: %d validation and %d test images are copies of training images: remove them on one "
-      "side, or the accuracies are too good",
-      root,
-      *counts,
-    )
 
 
 def _refusal(root: pathlib.Path, what: str) -> ConfigError:
@@ -276,6 +262,10 @@ def _digest(checked: dict[Parts, tuple[tuple[int, int], str]]) -> str:
   """Returns a sha256 over paths, so class names too, and contents."""
   lines = (f"{'/'.join(parts)}\0{content}\n" for parts, (_, content) in checked.items())
   return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+
+
+def _shown(files: Sequence[Parts], record: int) -> str:
+  return "/".join(files[record])
 
 
 def _decode(

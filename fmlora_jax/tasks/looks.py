@@ -1,0 +1,178 @@
+"""The first look at each record of a prepared split, and what is kept of it ever after."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import logging
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt16, UInt64
+
+from fmlora_jax.config import ConfigError
+from fmlora_jax.tasks import images
+
+CHUNK = 1024  # records read at a time
+LINE_EVERY_S = 10.0  # between lines that say how far it is
+MAX_LISTED = 10  # records in one message
+DTYPES = {"labels": "<u2", "sizes": "<u2", "contents": "<u8"}  # of the arrays of Looks
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+  """The files of one prepared split.
+
+  Attributes:
+    split: such as "domainnet/real train".
+    paths: in reading order.
+    lengths: records of each, as TFDS wrote them down.
+  """
+
+  split: str
+  paths: tuple[pathlib.Path, ...]
+  lengths: tuple[int, ...]
+
+  def shown(self, position: int) -> str:
+    """Returns "record 17 of cifar100 train (cifar100-train.array_record-00000-of-00001)"."""
+    ends = np.cumsum(self.lengths)
+    file = min(int(np.searchsorted(ends, position, side="right")), len(self.paths) - 1)
+    return f"record {position} of {self.split} ({self.paths[file].name})"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Looks:
+  """What is known of all records of a split.
+
+  Attributes:
+    labels: of each record, as TFDS numbers its classes.
+    sizes: (width, height) in pixels of each image.
+    contents: the first 8 bytes of the sha256 of each image's file.
+  """
+
+  labels: UInt16[np.ndarray, " n"]
+  sizes: UInt16[np.ndarray, "n 2"]
+  contents: UInt64[np.ndarray, " n"]
+
+  def digests(self) -> dict[str, str]:
+    """Returns the sha256 hex of each array."""
+    return {name: hashlib.sha256(array).hexdigest() for name, array in self._arrays()}
+
+  def packed(self) -> dict[str, str]:
+    """Returns each array as text."""
+    return {name: base64.b64encode(zlib.compress(array)).decode() for name, array in self._arrays()}
+
+  def _arrays(self) -> Iterator[tuple[str, bytes]]:
+    for name, dtype in DTYPES.items():
+      yield name, np.ascontiguousarray(getattr(self, name), dtype).tobytes()
+
+
+def unpack(text: Mapping[str, str]) -> Looks:
+  """Inverse of `Looks.packed`."""
+  arrays = {
+    name: np.frombuffer(zlib.decompress(base64.b64decode(text[name])), dtype)
+    for name, dtype in DTYPES.items()
+  }
+  return Looks(**arrays | {"sizes": arrays["sizes"].reshape(-1, 2)})
+
+
+def content_hash(content: bytes) -> int:
+  """Returns the first 8 bytes of the sha256."""
+  return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def read(get: Callable, place: Any) -> Any:
+  """Returns what is read from files; BrokenImage says what was wrong with them."""
+  try:
+    return get(place)
+  except Exception as error:  # array_record raises what its C++ says
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise images.BrokenImage(f"its file can't be read ({reason})") from error
+
+
+def bytes_of(record: Mapping[str, Any], image: str) -> bytes:
+  """Returns the image's file; TFDS makes None of what a cut-off array_record lacks."""
+  content = record[image]
+  if not isinstance(content, bytes):
+    raise images.BrokenImage("the record is empty: its file is cut off or damaged")
+  return content
+
+
+def look_at(
+  files: Files, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
+) -> Looks:
+  """Returns what there is to know of each record, from the bytes and the head of its image's file.
+
+  Args:
+    keys: of the image and of the label in a record.
+
+  Raises:
+    ConfigError: naming the first records that are no image, too large or without a label.
+  """
+  num, line_due = len(data), time.monotonic() + LINE_EVERY_S
+  _log.info("looking at the %d records of %s, once", num, files.split)
+  labels, sizes = np.zeros(num, np.uint16), np.zeros((num, 2), np.uint16)
+  contents, faults = np.zeros(num, np.uint64), []
+  with images.pillow_unlimited():
+    for rows in blocks(num):
+      for row, record in zip(rows, _records(data, rows), strict=True):
+        try:
+          if isinstance(record, images.BrokenImage):
+            raise record
+          image, label = bytes_of(record, keys[0]), record[keys[1]]
+          sizes[row] = images.size_of(io.BytesIO(image), max_pixels)
+          labels[row], contents[row] = _at_least_0(label), content_hash(image)
+        except images.BrokenImage as error:
+          faults.append(f"{files.shown(row)}: {error}")
+      if time.monotonic() >= line_due:
+        line_due += LINE_EVERY_S
+        _log.info("  %d of %d records", rows.stop, num)
+  if faults:
+    more = f"; and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+    raise ConfigError(
+      f"{len(faults)} of {num} records of {files.split} can't be used; prepare it again: "
+      f"{'; '.join(faults[:MAX_LISTED])}{more}"
+    )
+  return Looks(labels=labels, sizes=sizes, contents=contents)
+
+
+def blocks(num: int) -> Iterator[range]:
+  """Yields 0..num-1 in parts to read at a time."""
+  for lo in range(0, num, CHUNK):
+    yield range(lo, min(lo + CHUNK, num))
+
+
+def _records(data, rows: range) -> list[Mapping[str, Any] | images.BrokenImage]:
+  """Returns the records, one by one where they can't be read together, to tell which can't."""
+  try:
+    return read(data.__getitems__, rows)
+  except images.BrokenImage:
+    return [_record(data, row) for row in rows]
+
+
+def _record(data, row: int) -> Mapping[str, Any] | images.BrokenImage:
+  try:
+    return read(data.__getitem__, row)
+  except images.BrokenImage as error:
+    return error
+
+
+def first_change(files: Files, before: Looks | None, now: Looks) -> str:
+  """Returns "first record 17 of ...", or how many there are; None is too old to tell."""
+  if before is None or len(before.labels) != len(now.labels):
+    return f"{len(now.labels)} records now"
+  changed = (before.labels != now.labels) | (before.contents != now.contents)
+  changed |= np.any(before.sizes != now.sizes, axis=1)
+  return f"first {files.shown(int(np.argmax(changed)))}"
+
+
+def _at_least_0(label: int | None) -> int:
+  if label is None or label < 0:
+    raise images.BrokenImage(f"its label is {label}, so it has none")
+  return label

@@ -1,0 +1,96 @@
+"""Configs that can't be are refused at once, before any file or device is touched (row 18)."""
+
+import time
+
+import pytest
+
+from fmlora_jax import config, parts, tasks
+from fmlora_jax.models import pretrained
+from fmlora_jax.train import mesh
+
+B16 = {"weights": {"tag": "augreg2_in21k_ft_in1k"}}
+HUGE = 10**30
+BAD = [  # (values, the key that the message begins with, what is allowed)
+  ({"optim": {"learning_rat": 1.0}}, "config.optim.learning_rat", "did you mean 'learning_rate'"),
+  ({"nonsense": 1}, "config.nonsense", "fields are seed"),
+  ({"tasks": {"benchmrk": "digits"}}, "config.tasks.benchmrk", "did you mean 'benchmark'"),
+  ({"method": {"name": "lora", "rnk": 4}}, "config.method.rnk", "did you mean 'rank'"),
+  ({"method": {"name": "../lora"}}, "config.method.name", "must be one of adapter"),
+  ({"method": {"name": "lora", "rank": True}}, "config.method.rank", "must be of type int"),
+  ({"epochs": True}, "config.epochs", "must be of type int"),
+  ({"epochs": 1.5}, "config.epochs", "must be of type int"),
+  ({"epochs": "3"}, "config.epochs", "must be of type int"),
+  ({"batch_size": None}, "config.batch_size", "must be of type int"),
+  ({"optim": {"learning_rate": "fast"}}, "config.optim.learning_rate", "must be of type float"),
+  ({"optim": {"learning_rate": True}}, "config.optim.learning_rate", "must be of type float"),
+  ({"optim": {"learning_rate": float("nan")}}, "config.optim.learning_rate", "must be finite"),
+  ({"optim": {"learning_rate": -1.0}}, "config.optim.learning_rate", "must be > 0"),
+  ({"optim": {"weight_decay": float("inf")}}, "config.optim.weight_decay", "must be finite"),
+  ({"optim": {"name": "adamax"}}, "config.optim.name", "must be one of adamw, adam, sgd"),
+  ({"compute_dtype": "float64"}, "config.compute_dtype", "must be one of float32, bfloat16"),
+  ({"head": {"kind": True}}, "config.head.kind", "must be one of linear"),
+  ({"optim": 3}, "config.optim", "must be a group of fields"),
+  ({"seed": -1}, "config.seed", "must be in [0, 2**32)"),
+  ({"seeds": (1, 1)}, "config.seeds", "must be distinct"),
+  ({"tasks": {"order_seed": -1}}, "config.tasks.order_seed", ">= 0 and <= 4294967295"),
+  ({"epochs": 0}, "config.epochs", ">= 1 and <= 1000000"),
+  ({"epochs": HUGE}, "config.epochs", "must be at most 2**32"),
+  ({"batch_size": 10**12}, "config.batch_size", "must be at most 2**32"),
+  ({"batch_size": 10**9}, "config.batch_size", ">= 1 and <= 1048576"),
+  ({"eval_batch_size": 10**9}, "config.eval_batch_size", ">= 1 and <= 1048576"),
+  ({"bases": {"max_rank": 10**9}}, "config.bases.max_rank", ">= 1 and <= 16384"),
+  ({"input": {"image_size": 10**6}}, "config.input.image_size", ">= 1 and <= 16384"),
+  ({"input": {"steps_per_dispatch": HUGE}}, "config.input.steps_per_dispatch", "at most 2**32"),
+  ({"checkpoint": {"every_steps": HUGE}}, "config.checkpoint.every_steps", "at most 2**32"),
+  ({"prompt": {"num_tokens": 10**6}}, "config.prompt.num_tokens", ">= 0 and <= 16384"),
+  ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp", ">= 1"),
+  (
+    B16 | {"method": {"name": "l2p", "pool_size": 2**31}},
+    "config.method.pool_size",
+    "would take",
+  ),
+  (B16 | {"bases": {"max_rank": 1000}}, "config.bases.max_rank", "must be at most 768"),
+  (B16 | {"method": {"name": "lora", "rank": 1000}}, "config.method.rank", "must be at most 768"),
+  (
+    B16 | {"method": {"name": "coda_prompt", "layers": (11, 12)}},
+    "config.method.layers",
+    "ascending numbers of blocks in 0..11",
+  ),
+  ({"drs": {"candidate_ranks": (8, 4)}}, "config.drs.candidate_ranks", "must be ascending"),
+  (B16 | {"drs": {"candidate_ranks": (4, 64)}}, "config.drs.candidate_ranks", "at most config.ba"),
+  (B16 | {"input": {"image_size": 225}}, "config.input.image_size", "multiple of the patch size"),
+  (B16 | {"weights": {"tag": "vit"}}, "config.weights.tag", "must be one of"),
+  (B16 | {"weights": {"tag": "../x"}}, "config.weights.tag", "must be one of"),
+  ({"weights": {"tag": "dino", "depth": 13}}, "config.weights.depth", "must be in 1..12"),
+  ({"weights": {"path": "a\0b"}}, "config.weights.path", "printable characters"),
+  ({"input": {"augmentation": "none!"}}, "config.input.augmentation", "must be one of"),
+  ({"tasks": {"num_tasks": 3}}, "config.tasks.num_tasks", "so be one of 1, 2, 5, 10"),
+  ({"tasks": {"num_tasks": 0}}, "config.tasks.num_tasks", ">= 1"),
+  ({"tasks": {"benchmark": "digit"}}, "config.tasks.benchmark", "did you mean 'digits'"),
+  ({"tasks": {"benchmark": "tfds:../../x"}}, "config.tasks.benchmark", "letters, digits"),
+  ({"tasks": {"benchmark": "x" * 300}}, "config.tasks.benchmark", "letters, digits"),
+  ({"tasks": {"benchmark": "tfds:\u202ex"}}, "config.tasks.benchmark", "letters, digits"),
+  ({"tasks": {"benchmark": "cifar100", "split": "../a"}}, "config.tasks.split", "one of official"),
+  ({"tasks": {"benchmark": "domainnet", "domains": ("..",)}}, "config.tasks.domains", "one of cl"),
+  ({"tasks": {"data_dir": "a\nb"}}, "config.tasks.data_dir", "printable characters"),
+  ({"tasks": {"stream": "a\0b"}}, "config.tasks.stream", "printable characters"),
+]
+
+
+def test_bad_configs_are_refused_at_once_with_key_and_range(monkeypatch):
+  def touched(*arguments, **options):
+    raise AssertionError("data, weights or devices were touched")
+
+  for owner, name in ((tasks, "make"), (pretrained, "load"), (mesh, "make")):
+    monkeypatch.setattr(owner, name, touched)
+  refused, began = 0, time.monotonic()
+  for values, key, allowed in BAD:
+    with pytest.raises(config.ConfigError) as error:
+      parts.Workshop().parts(config.build(config.Config, values))
+    message = str(error.value)
+    assert message.startswith(key) and allowed in message, message
+    assert "\n" not in message
+    refused += 1
+  took = time.monotonic() - began
+  print(f"row 18: {refused}/{len(BAD)} bad configs refused in {took:.2f} s")
+  assert len(BAD) >= 40 and took < 2

@@ -1,0 +1,164 @@
+"""What is frozen stays so to the last bit, and a bug that moves it ends the run (row 13)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmlora_jax import checkpoint, checks, config, run
+from fmlora_jax.methods.rules import label_leaves
+from fmlora_jax.models import heads, pretrained
+from fmlora_jax.train import loop
+from fmlora_jax.train.step import Stepper, TrainState
+from fmlora_jax.types import FrozenError, Variables
+
+SMALL = {
+  "epochs": 1,
+  "batch_size": 128,
+  "eval_batch_size": 128,
+  "compute_dtype": "float32",
+  "tasks": {"num_tasks": 5},
+  "weights": {"tag": "random"},
+  "optim": {"weight_decay": 0.1},
+  "bases": {"max_rank": 2},
+  "drs": {"strategy": "fixed", "rank": 2},
+  "prompt": {"num_tokens": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_vit(make_lab, monkeypatch):
+  made = make_lab(method={"name": "linear_probe"})
+  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
+  monkeypatch.setattr(pretrained, "load", lambda *_: (made.weights, made.backbone.sizes, info))
+
+
+def small(**changes):
+  return config.build(config.Config, SMALL | {"method": {"name": "fm_lora"}} | changes)
+
+
+def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_path, monkeypatch):
+  seen, save = [], checkpoint.Store.save
+
+  def saved(self, step, snapshot, **options):
+    bases = {k: np.asarray(v) for k, v in snapshot.arrays.items() if "bases" in k}
+    seen.append(bases)
+    return save(self, step, snapshot, **options)
+
+  digests, check = [], checks.Frozen.check
+
+  def checked(self, index, params):
+    check(self, index, params)
+    digests.append(self._of_weights())
+
+  monkeypatch.setattr(checkpoint.Store, "save", saved)
+  monkeypatch.setattr(checks.Frozen, "check", checked)
+  run.run(small(), tmp_path / "run")
+  first, *later = seen
+  assert len(first) == 4 and len(later) == 4  # A and B of query and value
+  changed = sum(
+    later_task[name].tobytes() != leaf.tobytes()
+    for later_task in later
+    for name, leaf in first.items()
+  )
+  changed_weights = sum(each != digests[0] for each in digests)
+  print(f"row 13: {changed} of {len(first)} bases and {changed_weights} weights changed in 5 tasks")
+  assert changed == changed_weights == 0 and len(digests) == 5
+
+
+def naive_step(optimizer_of):
+  """Returns a `Stepper.step` that differentiates and updates every leaf, frozen ones too."""
+
+  def step(self, state, fixed, batch):
+    labels = label_leaves(state.params, self.rules)
+    trains = jax.tree.map(lambda label: label != "frozen", labels)
+    optimizer = optimizer_of(trains)
+
+    def loss_fn(params):
+      variables = Variables(frozen=fixed.frozen, mem=fixed.mem, **params)
+      output = self.method.apply(variables, batch.images, fixed.task, fixed.root, batch.valid)
+      losses = heads.local_losses(output.logits, batch.labels, fixed.task)
+      return heads.weighted_mean(losses, batch.valid)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    stats = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    opt_state = optimizer.init(state.params)
+    updates, _ = optimizer.update(grads, opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params=params, opt_state=state.opt_state, step=state.step + 1), stats
+
+  return step
+
+
+def zeroed(trains):
+  """AdamW of gradients that are zero where a leaf is frozen: its decay still moves the leaf."""
+
+  def zero(updates, state, params=None):
+    del params
+    kept = jax.tree.map(lambda g, train: g if train else jnp.zeros_like(g), updates, trains)
+    return kept, state
+
+  init = optax.GradientTransformation(lambda params: optax.EmptyState(), zero)
+  return optax.chain(init, optax.adamw(0.01, weight_decay=0.1))
+
+
+def inject(patch, bug):
+  """Puts one bug into the code; each is one that such code has had."""
+  if bug == "optax.masked leaves the gradient of frozen leaves as their update":
+    patch.setattr(Stepper, "step", naive_step(lambda t: optax.masked(optax.adamw(0.01), t)))
+  elif bug == "weight decay moves leaves whose gradient is zero":
+    patch.setattr(Stepper, "step", naive_step(zeroed))
+  elif bug == "nothing stops the gradient of frozen leaves":
+    patch.setattr(Stepper, "step", naive_step(lambda _: optax.sgd(0.01)))
+  elif bug == "the rules of task 1 serve all tasks":
+    made = loop.Trainer._programs
+    patch.setattr(loop.Trainer, "_programs", lambda self, index: made(self, 0))
+  elif bug == "a hook between tasks writes the weights":
+    learned = run.Experiment._shared_out
+
+    def written(self, pair):
+      weights = self.trainer.weights
+      norm = weights["norm"] | {"bias": weights["norm"]["bias"].at[3].add(1e-7)}
+      self.trainer.weights = weights | {"norm": norm}
+      return learned(self, pair)
+
+    patch.setattr(run.Experiment, "_shared_out", written)
+  elif bug == "one bit of a frozen basis flips":
+    train = run.Experiment._train
+
+    def flipped(self, state, view):
+      state = train(self, state, view)
+      bases = state.params["shared"]["bases"]["query"]
+      bits = jax.lax.bitcast_convert_type(bases["a"], jnp.uint32).at[0, 0, 0].apply(lambda x: x ^ 1)
+      bases["a"] = jax.lax.bitcast_convert_type(bits, jnp.float32)
+      return state
+
+    patch.setattr(run.Experiment, "_train", flipped)
+
+
+BUGS = {  # the leaf that is named, and the task in which it is caught
+  "optax.masked leaves the gradient of frozen leaves as their update": ("shared/bases/", 2),
+  "weight decay moves leaves whose gradient is zero": ("shared/bases/", 2),
+  "nothing stops the gradient of frozen leaves": ("shared/bases/", 2),
+  "the rules of task 1 serve all tasks": ("shared/bases/", 2),
+  "a hook between tasks writes the weights": ("weights/norm/bias", 1),
+  "one bit of a frozen basis flips": ("shared/bases/query/a", 2),
+}
+
+
+def test_every_bug_that_moves_what_is_frozen_is_caught_at_the_next_checkpoint(
+  tmp_path, monkeypatch
+):
+  caught = 0
+  for i, (bug, (leaf, task)) in enumerate(BUGS.items()):
+    with monkeypatch.context() as patch:
+      inject(patch, bug)
+      with pytest.raises(FrozenError) as error:
+        run.run(small(), tmp_path / str(i))
+    message = str(error.value)
+    assert message.startswith(leaf) and f"has changed in task {task}" in message, (bug, message)
+    saved = [p for p in (tmp_path / str(i) / "checkpoints").glob("*") if p.name.isdigit()]
+    assert len(saved) == task - 1, bug  # the ends of the tasks before
+    caught += 1
+  print(f"row 13: {caught}/{len(BUGS)} injected bugs caught at the next checkpoint")
