@@ -7,8 +7,16 @@ import os
 # before jax is imported; sub-processes inherit it
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # where huggingface_hub is installed, no test downloads
-# programs are tiny: without the optimiser they compile in half the time
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# programs are tiny: without optimisers they compile in half the time, and in half of that without
+# the emitters of fusions that go through MLIR
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
+)
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +25,13 @@ import pytest
 
 from fmlora_jax import checkpoint, config, config_files, methods
 from fmlora_jax.models import vit
-from fmlora_jax.tasks import resident
+from fmlora_jax.tasks import augment, resident
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Batch, Sizes, TaskView, Variables
+from fmlora_jax.types import Adapters, Batch, Sizes, TaskView, Variables
 
 SIZES = Sizes(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
 RANGES = ((0, 2), (2, 5), (5, 7))  # unequal: the rows of a head are padded
@@ -49,7 +57,7 @@ def pytest_configure(config):
     folder = str(config.cache.mkdir(f"xla-{worker}"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of sub-processes
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def pytest_addoption(parser):
@@ -150,7 +158,7 @@ class Lab:
     self.config = config.build(config.Config, config_files.merged(SETTINGS, changes))
     self.sequence = made_up_sequence(scenario, ranges)
     self.spec = self.sequence.spec
-    self.backbone = vit.make(SIZES, jnp.dtype(self.config.compute_dtype))
+    self.backbone = _backbone(self.config.compute_dtype)
     self.weights = random_weights()
     self.method = methods.make(self.config, self.backbone, self.spec)
     self.trainer = Trainer(
@@ -195,10 +203,14 @@ class Lab:
     """Returns the first images of a split of a task as the ViT sees them at test time."""
     records = getattr(self.sequence.tasks[task], part)[:count]
     examples = resident.load(self.sequence, records, count)
-    return self.trainer.center(self.trainer.put(examples), jnp.arange(count))
+    return _center(self.trainer.put(examples), np.arange(count), **self.trainer.center.keywords)
 
   def images(self, count: int = 8, part: str = "train", task: int = 0) -> jax.Array:
     return self.batch(count, part, task).images
+
+  def features(self, images, adapters: Adapters | None = None) -> np.ndarray:
+    """Returns the class tokens [B, D] of the untouched ViT, which may be handed adapters."""
+    return np.asarray(jax.jit(self.backbone.apply)(self.weights, images, adapters))
 
   def training_logits(self, variables: Variables, stage: Stage, images, rows=None) -> jax.Array:
     """Returns the K logits of the unfolded model, as a training step computes them.
@@ -213,6 +225,16 @@ class Lab:
   def predictions(self, variables: Variables, images) -> jax.Array:
     """Returns the logits [B, C] of the folded model."""
     return _predict(self.method)(self.method.fold(self.weights, variables), images)
+
+
+_center = jax.jit(
+  augment.test_batch, static_argnames=("size", "augmentation", "normalisation", "dtype", "take")
+)
+
+
+@functools.lru_cache(maxsize=8)
+def _backbone(dtype: str):
+  return vit.make(SIZES, jnp.dtype(dtype))
 
 
 @functools.lru_cache(maxsize=64)

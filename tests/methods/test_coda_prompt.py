@@ -1,5 +1,7 @@
 """CODA-Prompt: how prompts are mixed, where components start, and what stays as it is."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -40,11 +42,11 @@ def mixed(components, query, tasks):
 
 
 def expected_logits(made, variables, images, tasks, head):
-  query = np.asarray(made.backbone.apply(made.weights, images), np.float64)
+  query = made.features(images).astype(np.float64)
   prompts = mixed(variables, query, tasks).reshape(len(query), 2, 2, 2, 2, 8)
   layers = (Prefix(key=p[:, 0], value=p[:, 1]) for p in np.moveaxis(np.float32(prompts), 1, 0))
-  features = made.backbone.apply(made.weights, images, Adapters(prefix=tuple(layers)))
-  return np.asarray(features) @ np.asarray(head["kernel"]).T + head["bias"]
+  features = made.features(images, Adapters(prefix=tuple(layers)))
+  return features @ np.asarray(head["kernel"]).T + head["bias"]
 
 
 @pytest.mark.parametrize("task", [0, 1, 2])
@@ -103,7 +105,7 @@ def penalty(made, variables, stage, cur):
   frozen = made.method.freeze(made.weights, variables)
   now = variables.replace(frozen=frozen, cur=cur)
   arguments = now, made.images(4), stage.view.arrays, stage.view.key("method")
-  return made.method.apply(*arguments).penalty
+  return jax.jit(made.method.apply)(*arguments).penalty
 
 
 def test_the_penalty_is_the_distance_of_used_slots_from_orthonormal_ones(learned):
@@ -118,7 +120,9 @@ def test_the_penalty_is_the_distance_of_used_slots_from_orthonormal_ones(learned
   np.testing.assert_allclose(got, 0.1 * expected, rtol=1e-4)
   begun = learned.stages[0].begun
   np.testing.assert_allclose(penalty(learned, begun, learned.stages[0], begun.cur), 0, atol=1e-6)
-  gradient = jax.grad(lambda cur: penalty(learned, stage.trained, stage, cur))(stage.trained.cur)
+  gradient = jax.jit(jax.grad(functools.partial(penalty, learned, stage.trained, stage)))(
+    stage.trained.cur
+  )
   assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient["components"]))
 
 

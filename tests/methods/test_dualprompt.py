@@ -30,15 +30,11 @@ def with_slots(variables, **changes):
   return variables.replace(mem=variables.mem | changes)
 
 
-def queries(made, images):
-  return np.asarray(made.backbone.apply(made.weights, images))
-
-
 @pytest.fixture(scope="module")
 def spread(learned):
   """The learned variables with large experts, and keys that make samples choose different ones."""
   images = learned.images(8)
-  keys = queries(learned, images)[[0, 3, 5]]
+  keys = learned.features(images)[[0, 3, 5]]
   expert = 100 * learned.variables.mem["expert"]
   expert = expert * jnp.asarray([1.0, -1.0, 2.0])[:, None, None, None, None]
   return with_slots(learned.variables, key=jnp.asarray(2 * keys), expert=expert), images
@@ -53,13 +49,12 @@ def prefix(tokens):
 def logits_of(made, variables, images, expert, head):
   """Of the ViT with the general prompt and one expert [S, 2, P, D]."""
   adapters = Adapters(prefix=(prefix(variables.shared["general"][0]), prefix(expert[0])))
-  features = made.backbone.apply(made.weights, images, adapters)
-  return np.asarray(features) @ np.asarray(head["kernel"]).T + head["bias"]
+  return made.features(images, adapters) @ np.asarray(head["kernel"]).T + head["bias"]
 
 
 def test_each_sample_sees_the_general_prompt_and_the_expert_of_the_nearest_key(learned, spread):
   variables, images = spread
-  query, keys = queries(learned, images), np.asarray(variables.mem["key"])
+  query, keys = learned.features(images), np.asarray(variables.mem["key"])
   norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(keys, axis=1)
   chosen = (query @ keys.T / norms).argmax(1)
   assert set(chosen) == {0, 1, 2}
@@ -98,7 +93,7 @@ def test_keys_of_tasks_to_come_are_never_chosen(learned, spread):
   variables, images = spread
   after_two = with_slots(variables, learned=jnp.arange(3) < 2)
   expected = learned.predictions(after_two, images)
-  bait = with_slots(after_two, key=variables.mem["key"].at[2].set(queries(learned, images)[1]))
+  bait = with_slots(after_two, key=variables.mem["key"].at[2].set(learned.features(images)[1]))
   np.testing.assert_array_equal(learned.predictions(bait, images), expected)
   taken = learned.predictions(with_slots(bait, learned=jnp.ones(3, bool)), images)
   assert np.abs(taken - expected).max() > 1e-3
@@ -136,7 +131,7 @@ def test_an_expert_goes_on_from_the_last_one_and_its_key_starts_as_drawn(learned
 
 def test_the_penalty_pulls_the_key_of_the_task_to_each_query_and_moves_nothing_else(learned):
   images, stage = learned.images(8), learned.stages[1]
-  query = queries(learned, images)
+  query = learned.features(images)
   key = jax.random.normal(jax.random.key(0), (16,))
   variables = stage.trained.replace(cur=stage.trained.cur | {"key": key})
   frozen = learned.method.freeze(learned.weights, variables)
@@ -146,7 +141,8 @@ def test_the_penalty_pulls_the_key_of_the_task_to_each_query_and_moves_nothing_e
     return learned.method.apply(now, images, stage.view.arrays, stage.view.key("method")).penalty
 
   cosines = query @ key / np.linalg.norm(query, axis=1) / np.linalg.norm(key)
-  got, (shared, cur) = jax.value_and_grad(penalty, argnums=(0, 1))(variables.shared, variables.cur)
+  gradient = jax.jit(jax.value_and_grad(penalty, argnums=(0, 1)))
+  got, (shared, cur) = gradient(variables.shared, variables.cur)
   np.testing.assert_allclose(got, -0.5 * cosines.mean(), atol=1e-6)
   assert np.asarray(cur.pop("key")).all()
   assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((shared, cur)))
@@ -160,7 +156,7 @@ def test_a_vote_gives_all_samples_one_expert_and_says_so(make_lab, learned, spre
   variables, images = spread
   keys = np.asarray(variables.mem["key"], np.float64)
   units = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-  chosen = (queries(learned, images) @ units.T).argmax(1)
+  chosen = (learned.features(images) @ units.T).argmax(1)
   winner = np.bincount(chosen, minlength=3).argmax()
   voted = made.predictions(variables, images)
   forced = with_slots(variables, learned=jnp.arange(3) == winner)

@@ -127,11 +127,11 @@ def test_the_folded_model_is_the_sum_of_the_deltas_of_all_tasks(learned):
     a, b = (jnp.concatenate([bases[name][part]] * 3, axis=-1) for part in "ab")
     deltas[name] = LowRank(a=a, b=b, core=core)
   adapted = Adapters(deltas=deltas, prompt=variables.shared.get("prompt"))
-  features = learned.backbone.apply(learned.weights, images, adapted)
+  features = learned.features(images, adapted)
   unfolded = features @ variables.mem["head"]["kernel"].T + variables.mem["head"]["bias"]
   folded = learned.predictions(variables, images)
   np.testing.assert_allclose(folded, unfolded, rtol=0, atol=1e-4)
-  plain = learned.backbone.apply(learned.weights, images, adapted.replace(deltas={}))
+  plain = learned.features(images, adapted.replace(deltas={}))
   assert np.abs(plain - features).max() > 0.01
 
 

@@ -40,11 +40,7 @@ def features_by_hand(made, images, slot):
   slot = np.asarray(slot)
   split = slot.reshape(*slot.shape[:-1], 2, 8)  # heads
   prefix = tuple(Prefix(key=keys[None], value=values[None]) for keys, values in split)
-  return np.asarray(jax.jit(made.backbone.apply)(made.weights, images, Adapters(prefix=prefix)))
-
-
-def plain_features(made, images):
-  return np.asarray(jax.jit(made.backbone.apply)(made.weights, images))
+  return made.features(images, Adapters(prefix=prefix))
 
 
 def mixture(own, slots, count, share):
@@ -85,7 +81,7 @@ def test_statistics_are_of_prefixed_features_at_the_end_of_their_task(learned):
   for task, stage in enumerate(learned.stages):
     batch = learned.batch(len(learned.sequence.tasks[task].train), task=task)
     prefixed = features_by_hand(learned, batch.images, stage.ended.mem["prompt"][task])
-    plain = plain_features(learned, batch.images)
+    plain = learned.features(batch.images)
     for name, features in (("statistics", prefixed), ("identity_statistics", plain)):
       kept = learned.variables.mem[name]  # later tasks leave them as they are
       for label in range(*learned.spec.class_ranges[task]):
@@ -147,7 +143,7 @@ def test_two_passes_name_the_task_and_then_the_class(learned):
   for stage in learned.stages:
     task, mem = stage.view.index, stage.ended.mem
     images = jnp.concatenate([learned.images(4, part="val", task=t) for t in range(3)])
-    plain = plain_features(learned, images)
+    plain = learned.features(images)
     scores = identity_by_hand(stage.ended.shared["identity"], plain)
     ends = np.array([hi for _, hi in learned.spec.class_ranges])
     named = [int(np.argmax(np.argmax(row[: ends[task]]) < ends)) for row in scores]

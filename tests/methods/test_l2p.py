@@ -40,19 +40,19 @@ def with_pool(variables, pool):
 
 
 def penalty_of(made, variables, stage, images):
-  frozen = made.method.freeze(made.weights, variables)
-  arguments = variables.replace(frozen=frozen), images, stage.view.arrays, stage.view.key("method")
-  return made.method.apply(*arguments).penalty
+  variables = variables.replace(frozen=made.method.freeze(made.weights, variables))
+  arguments = variables, images, stage.view.arrays, stage.view.key("method")
+  return jax.jit(made.method.apply)(*arguments).penalty
 
 
 def test_a_sample_is_classified_by_the_mean_output_of_its_nearest_prompts(learned):
   images = learned.images(8)
   pool = spread(learned.variables.shared["pool"])
   variables = with_pool(learned.variables, pool)
-  _, chosen = nearest(learned.backbone.apply(learned.weights, images), pool["key"])
+  _, chosen = nearest(learned.features(images), pool["key"])
   assert len({tuple(row) for row in chosen}) > 1
   tokens = np.asarray(pool["prompt"])[chosen].reshape(8, 4, -1)
-  outputs = learned.backbone.tokens(learned.weights, images, Adapters(prompt=tokens))
+  outputs = jax.jit(learned.backbone.tokens)(learned.weights, images, Adapters(prompt=tokens))
   head = variables.mem["head"]
   expected = np.asarray(outputs)[:, 1:5].mean(1) @ np.asarray(head["kernel"]).T + head["bias"]
   got = learned.predictions(variables, images)
@@ -64,7 +64,7 @@ def test_a_sample_is_classified_by_the_mean_output_of_its_nearest_prompts(learne
 def test_the_penalty_is_the_mean_over_samples_of_the_sum_of_their_cosines(learned):
   images, stage = learned.images(8), learned.stages[1]
   pool = spread(stage.trained.shared["pool"])
-  cosines, chosen = nearest(learned.backbone.apply(learned.weights, images), pool["key"])
+  cosines, chosen = nearest(learned.features(images), pool["key"])
   expected = -0.5 * np.take_along_axis(cosines, chosen, axis=1).sum(1).mean()
   got = penalty_of(learned, with_pool(stage.trained, pool), stage, images)
   np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -73,22 +73,23 @@ def test_the_penalty_is_the_mean_over_samples_of_the_sum_of_their_cosines(learne
 def test_the_penalty_trains_the_chosen_keys_alone_and_the_loss_the_chosen_prompts(learned):
   images, stage = learned.images(8)[:1], learned.stages[1]
   pool = spread(stage.trained.shared["pool"])
-  _, chosen = nearest(learned.backbone.apply(learned.weights, images), pool["key"])
+  _, chosen = nearest(learned.features(images), pool["key"])
   others = np.setdiff1d(np.arange(6), chosen)
+  frozen = learned.method.freeze(learned.weights, stage.trained)
 
-  def total(pool, part):
-    variables = with_pool(stage.trained, pool)
-    frozen = learned.method.freeze(learned.weights, variables)
-    output = learned.method.apply(
-      variables.replace(frozen=frozen), images, stage.view.arrays, stage.view.key("method")
-    )
-    return getattr(output, part).sum()
+  @jax.jit
+  def gradients(pool):
+    def parts(pool):
+      variables = with_pool(stage.trained, pool).replace(frozen=frozen)
+      output = learned.method.apply(variables, images, stage.view.arrays, stage.view.key("method"))
+      return output.penalty, output.logits.sum()
 
-  pull = jax.grad(total)(pool, "penalty")
+    return jax.jacrev(parts)(pool)
+
+  pull, fit = gradients(pool)
   assert not np.asarray(pull["prompt"]).any()
   assert np.asarray(pull["key"])[chosen[0]].any(axis=1).all()
   assert not np.asarray(pull["key"])[others].any()
-  fit = jax.grad(total)(pool, "logits")
   assert not np.asarray(fit["key"]).any()
   assert np.asarray(fit["prompt"])[chosen[0]].any(axis=(1, 2)).all()
   assert not np.asarray(fit["prompt"])[others].any()
@@ -124,7 +125,7 @@ def test_a_vote_makes_a_prediction_depend_on_its_batch_and_says_so(make_lab, lea
   images = made.images(8)
   pool = spread(made.variables.shared["pool"])
   variables = with_pool(learned.variables, pool)
-  _, chosen = nearest(made.backbone.apply(made.weights, images), pool["key"])
+  _, chosen = nearest(made.features(images), pool["key"])
   winners = np.argsort(-np.bincount(chosen.ravel(), minlength=6), kind="stable")[:2]
   outvoted = [i for i, row in enumerate(chosen) if set(row) != set(winners)]
   assert outvoted
@@ -133,7 +134,7 @@ def test_a_vote_makes_a_prediction_depend_on_its_batch_and_says_so(make_lab, lea
   # a sample alone is its own majority
   alone = made.predictions(variables, images[outvoted[0]][None])
   np.testing.assert_allclose(alone[0], own[outvoted[0]], atol=1e-5)
-  cosines, _ = nearest(made.backbone.apply(made.weights, images), pool["key"])
+  cosines, _ = nearest(made.features(images), pool["key"])
   stage = learned.stages[1]
   got = penalty_of(made, with_pool(stage.trained, pool), stage, images)
   np.testing.assert_allclose(got, -0.5 * cosines[:, winners].sum(1).mean(), atol=1e-6)

@@ -105,7 +105,7 @@ def test_it_learns_the_tasks_compiles_once_and_leaves_other_outputs_to_the_align
   right = []
   for task in range(3):
     images = made.images(12, part="val", task=task)
-    features = made.backbone.apply(trunk, images)
+    features = made.features(images)
     named = task_identity.tasks_of(identity, features, rows, jnp.ones(3, bool))
     right.append(np.mean(np.asarray(named) == task))
   assert np.mean(right) > 0.6
@@ -117,7 +117,7 @@ def test_its_statistics_are_of_the_untouched_vit_and_of_the_task_alone(make_lab)
   statistics = class_statistics.empty(7, 1, 16)
   _, kept, _ = learner.learn(identity, statistics, made.weights, made.trainer.view(1))
   batch = made.batch(len(made.sequence.tasks[1].train), task=1)
-  features = np.asarray(made.backbone.apply(made.weights, batch.images))
+  features = made.features(batch.images)
   for label in range(7):
     own = features[np.asarray(batch.labels) == label]
     assert bool(kept["exists"][label, 0]) == (2 <= label < 5) == bool(len(own))
