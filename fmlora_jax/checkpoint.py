@@ -8,6 +8,7 @@ So a record of our own lies in each step: whose it is, a digest of each array, a
 step counts only if all of that is right.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -116,7 +117,7 @@ class Store:
     kept = [*self._kept, step] if keep else self._kept
     own = {"step": step, "kept": kept, "identity": self._identity}
     record = snapshot.record | own | {"digests": digest.of_tree(arrays)}
-    with disk.writing(self._path(step), num_bytes(arrays)):
+    with disk.writing(self._path(step), num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
       ocp.save(self._path(step), arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
@@ -159,9 +160,9 @@ class Store:
       DamagedError: on all processes, if it is not to one of them.
     """
     path, reason, snapshot = self._path(step), "", None
-    logging.disable()  # orbax logs at length what is one line here
     try:
-      snapshot = self._verified(step)
+      with _quiet():
+        snapshot = self._verified(step)
     except DamagedError as error:
       reason = str(error)
     except MemoryError:
@@ -171,8 +172,6 @@ class Store:
       if "RESOURCE_EXHAUSTED" in message:
         raise
       reason = f"it can't be read ({type(error).__name__}: {message[:300]})"
-    finally:
-      logging.disable(logging.NOTSET)
     if reason := next(filter(None, hosts.gather(reason)), ""):
       raise DamagedError(f"checkpoint {path} can't be used: {reason}")
     return snapshot
@@ -223,6 +222,16 @@ class Store:
   def _drop(self, path: pathlib.Path) -> None:
     if hosts.is_first():
       shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps from being logged what orbax says at length and an error of ours says in one line."""
+  logging.disable()
+  try:
+    yield
+  finally:
+    logging.disable(logging.NOTSET)
 
 
 def num_bytes(arrays: Any) -> int:

@@ -91,7 +91,7 @@ def test_a_run_killed_at_any_named_point_ends_bit_identical(whole, tmp_path):
 @pytest.mark.tier(2)
 def test_a_run_resumes_at_every_step(tmp_path, monkeypatch):
   """In one process: what lay in the workdir after each save is taken up once more."""
-  settings = micro_runs.settings("fm_lora", checkpoint={"every_steps": 1}, epochs=3)
+  settings = micro_runs.settings("fm_lora", checkpoint={"every_steps": 1}, epochs=4)
   save, copies = checkpoint.Store.save, []
 
   def save_and_copy(self, step, *args, **kwargs):
