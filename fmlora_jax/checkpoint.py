@@ -122,7 +122,11 @@ class Store:
       ocp.save(self._path(step), arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
         disk.sync(self._path(step))
-    self._load(step)
+    try:
+      self._load(step)
+    except DamagedError as error:
+      mend = "the disk may fail; the same command goes on from the one before"
+      raise DamagedError(f"{error}; {mend}") from None
     self._drop_others(step, kept)
 
   def latest(self) -> Snapshot | None:
@@ -134,16 +138,20 @@ class Store:
       DamagedError: if the newest can't be used and `on_damage` is "refuse".
     """
     self._drop_unfinished()
-    for step in reversed(self._steps()):
+    steps = self._steps()
+    for step in reversed(steps):
       try:
         snapshot = self._load(step)
       except DamagedError as error:
         if self._on_damage == "refuse":
-          raise
+          mend = "config.checkpoint.on_damage=fall_back takes the newest that can"
+          raise DamagedError(f"{error}; {mend}") from None
         self._set_aside(step, str(error))
       else:
         self._drop_others(step, snapshot.record["kept"])
         return snapshot
+    if steps:
+      self._note("no checkpoint can be used: the run begins again")
     return None
 
   def _path(self, step: int) -> pathlib.Path:
@@ -203,7 +211,7 @@ class Store:
     hosts.gather("")  # all have found the same name
     if hosts.is_first():
       self._path(step).rename(target)
-    self._note(f"{reason}; set aside as {target.name}, the one before it is taken")
+    self._note(f"{reason}; set aside as {target.name}")
     hosts.gather("")
 
   def _drop_unfinished(self) -> None:
