@@ -8,6 +8,7 @@ So a record of our own lies in each step: whose it is, a digest of each array, a
 step counts only if all of that is right.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -116,12 +117,16 @@ class Store:
     kept = [*self._kept, step] if keep else self._kept
     own = {"step": step, "kept": kept, "identity": self._identity}
     record = snapshot.record | own | {"digests": digest.of_tree(arrays)}
-    with disk.writing(self._path(step), num_bytes(arrays)):
+    with disk.writing(self._path(step), num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
       ocp.save(self._path(step), arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
         disk.sync(self._path(step))
-    self._load(step)
+    try:
+      self._load(step)
+    except DamagedError as error:
+      mend = "the disk may fail; the same command goes on from the one before"
+      raise DamagedError(f"{error}; {mend}") from None
     self._drop_others(step, kept)
 
   def latest(self) -> Snapshot | None:
@@ -133,16 +138,20 @@ class Store:
       DamagedError: if the newest can't be used and `on_damage` is "refuse".
     """
     self._drop_unfinished()
-    for step in reversed(self._steps()):
+    steps = self._steps()
+    for step in reversed(steps):
       try:
         snapshot = self._load(step)
       except DamagedError as error:
         if self._on_damage == "refuse":
-          raise
+          mend = "config.checkpoint.on_damage=fall_back takes the newest that can"
+          raise DamagedError(f"{error}; {mend}") from None
         self._set_aside(step, str(error))
       else:
         self._drop_others(step, snapshot.record["kept"])
         return snapshot
+    if steps:
+      self._note("no checkpoint can be used: the run begins again")
     return None
 
   def _path(self, step: int) -> pathlib.Path:
@@ -159,9 +168,9 @@ class Store:
       DamagedError: on all processes, if it is not to one of them.
     """
     path, reason, snapshot = self._path(step), "", None
-    logging.disable()  # orbax logs at length what is one line here
     try:
-      snapshot = self._verified(step)
+      with _quiet():
+        snapshot = self._verified(step)
     except DamagedError as error:
       reason = str(error)
     except MemoryError:
@@ -171,8 +180,6 @@ class Store:
       if "RESOURCE_EXHAUSTED" in message:
         raise
       reason = f"it can't be read ({type(error).__name__}: {message[:300]})"
-    finally:
-      logging.disable(logging.NOTSET)
     if reason := next(filter(None, hosts.gather(reason)), ""):
       raise DamagedError(f"checkpoint {path} can't be used: {reason}")
     return snapshot
@@ -204,7 +211,7 @@ class Store:
     hosts.gather("")  # all have found the same name
     if hosts.is_first():
       self._path(step).rename(target)
-    self._note(f"{reason}; set aside as {target.name}, the one before it is taken")
+    self._note(f"{reason}; set aside as {target.name}")
     hosts.gather("")
 
   def _drop_unfinished(self) -> None:
@@ -223,6 +230,16 @@ class Store:
   def _drop(self, path: pathlib.Path) -> None:
     if hosts.is_first():
       shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps from being logged what orbax says at length and an error of ours says in one line."""
+  logging.disable()
+  try:
+    yield
+  finally:
+    logging.disable(logging.NOTSET)
 
 
 def num_bytes(arrays: Any) -> int:

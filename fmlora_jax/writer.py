@@ -107,14 +107,12 @@ class RunLog:
       return
     self._events = self._events or self._open_events()
     place = {"task": int(task), "step": int(step)}
-    lines = []
-    for name, value in values.items():
-      line = place | {"name": name, "value": plain(float(value), name)}
-      lines.append(json.dumps(line) + "\n")
-      self._events.add_scalar(name, float(value), int(step))
-    path, text = self._workdir / METRICS, "".join(lines)
+    lines = [place | {"name": k, "value": plain(float(v), k)} for k, v in values.items()]
+    path, text = self._workdir / METRICS, "".join(json.dumps(line) + "\n" for line in lines)
     with disk.writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
       file.write(text)
+    for name, value in values.items():
+      self._events.add_scalar(name, float(value), int(step))
 
   def note(self, text: str) -> None:
     """Shows one line as it is; long ones are left to the terminal to wrap."""
@@ -182,7 +180,8 @@ class RunLog:
     """Stops the bar, closes the events; safe to call twice."""
     self._stop_bar()
     if self._events:
-      self._events.close()
+      with contextlib.suppress(OSError):  # a view only: it must not hide why the run ends
+        self._events.close()
       self._events = None
 
   def _open_events(self, first_step: int | None = None) -> SummaryWriter:

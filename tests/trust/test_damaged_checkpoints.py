@@ -191,7 +191,8 @@ def test_the_newest_good_one_is_taken_or_none_and_nothing_is_lost(saved, tmp_pat
     (workdir / "checkpoints" / str(step) / "state" / "manifest.ocdbt").unlink()
     (workdir / "checkpoints" / f"{step}.unusable").mkdir()
   assert store(workdir, note=notes.append).latest() is None
-  assert len(notes) == 2 and "set aside as 8.unusable-" in notes[0]
+  assert len(notes) == 3 and "set aside as 8.unusable-" in notes[0]
+  assert notes[2] == "no checkpoint can be used: the run begins again"
   left = {path.name for path in (workdir / "checkpoints").iterdir()}
   assert left == {"4.unusable", "4.unusable-", "8.unusable", "8.unusable-"}
 

@@ -1,35 +1,54 @@
 """Rows 1, 2 and 6 of the bar: a run that is killed anywhere ends as if nothing had been."""
 
+import dataclasses
 import json
 import random
 import shutil
+import signal
 import time
 
 import micro_runs
 import pytest
 
-from fmlora_jax import checkpoint
+from fmlora_jax import checkpoint, config
 from fmlora_jax.parts import Workshop
 from fmlora_jax.run import run
 
 
-def finish(child) -> None:
-  child.join(300)
-  assert child.exitcode == 0
+@dataclasses.dataclass
+class Whole:
+  """A run that nothing stopped, and what goes on with others of the same settings.
+
+  Attributes:
+    seconds: that it took in a process of its own, all programs compiled.
+  """
+
+  settings: config.Config
+  outcome: dict
+  seconds: float
+  workshop: Workshop
+
+  def equals(self, workdir) -> bool:
+    """Goes on with a run until its end; returns whether it is this one to the bit."""
+    with micro_runs.small_parts():
+      return micro_runs.resumed(self.settings, workdir, self.workshop) == self.outcome
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """method -> (settings, outcome, seconds) of a run in a process, which nothing stopped."""
+  """method -> Whole."""
   made = {}
 
   def of(method):
     if method not in made:
       settings, folder = micro_runs.settings(method), tmp_path_factory.mktemp(method)
-      finish(micro_runs.in_child(settings, folder / "first"))  # compiles for all that follow
-      began = time.monotonic()
-      finish(micro_runs.in_child(settings, folder / "run"))
-      made[method] = settings, micro_runs.outcome(folder / "run"), time.monotonic() - began
+      for name in ("compiles", "run"):
+        began = time.monotonic()
+        child = micro_runs.in_child(settings, folder / name)
+        child.join(300)
+        assert child.exitcode == 0
+      seconds = time.monotonic() - began
+      made[method] = Whole(settings, micro_runs.outcome(folder / "run"), seconds, Workshop())
     return made[method]
 
   return of
@@ -44,12 +63,12 @@ def redone(workdir) -> int:
   return max(logged, default=0) - max(steps, default=0)
 
 
-def kill_at_random(settings, workdir, seconds, rng) -> int:
-  """Kills a run once at a random moment; returns the steps that it lost, -1 if it was done."""
-  child = micro_runs.in_child(settings, workdir)
-  child.join(rng.uniform(0, 1.1 * seconds))
+def kill_at_random(whole, workdir, rng) -> int | None:
+  """Kills a run at a random moment; returns the steps that it lost, None where it had ended."""
+  child = micro_runs.in_child(whole.settings, workdir)
+  child.join(rng.uniform(0, whole.seconds))
   if child.exitcode == 0:
-    return -1
+    return None
   child.kill()
   child.join()
   return redone(workdir) if workdir.exists() else 0
@@ -57,41 +76,34 @@ def kill_at_random(settings, workdir, seconds, rng) -> int:
 
 @pytest.mark.tier(2)
 def test_a_run_killed_at_random_ends_bit_identical(whole, tmp_path):
-  settings, expected, seconds = whole("fm_lora")
-  rng, kills, lost, equal, runs = random.Random(0), 0, [], 0, 0
-  while kills < 20:
-    runs, workdir = runs + 1, tmp_path / str(runs)
+  uninterrupted, rng, lost, equal, runs = whole("lora"), random.Random(0), [], 0, 0
+  while len(lost) < 20:
+    runs += 1
     for _ in range(2):
-      steps = kill_at_random(settings, workdir, seconds, rng)
-      if steps >= 0:
-        kills, lost = kills + 1, [*lost, steps]
-    finish(micro_runs.in_child(settings, workdir))
-    equal += micro_runs.outcome(workdir) == expected
-  print(f"row 1: {kills} kills in {runs} runs, {equal}/{runs} bit-identical, most steps redone "
-        f"{max(lost)} of at most {micro_runs.EVERY}")  # fmt: skip
+      steps = kill_at_random(uninterrupted, tmp_path / str(runs), rng)
+      lost += [] if steps is None else [steps]
+    equal += uninterrupted.equals(tmp_path / str(runs))
+  print(f"row 1: {len(lost)} kills in {runs} runs, {equal}/{runs} bit-identical, at most "
+        f"{max(lost)} steps redone, {micro_runs.EVERY} lie between saves")  # fmt: skip
   assert equal == runs and max(lost) <= micro_runs.EVERY
 
 
 @pytest.mark.tier(2)
 def test_a_run_killed_at_any_named_point_ends_bit_identical(whole, tmp_path):
-  settings, expected, _ = whole("fm_lora")
-  equal = []
+  uninterrupted, equal = whole("inflora"), []
   for i, point in enumerate(micro_runs.POINTS):
-    workdir = tmp_path / str(i)
-    child = micro_runs.in_child(settings, workdir, point)
+    child = micro_runs.in_child(uninterrupted.settings, tmp_path / str(i), point)
     child.join(300)
-    assert child.exitcode == -9, f"{point}: not reached"
-    finish(micro_runs.in_child(settings, workdir))
-    if micro_runs.outcome(workdir) == expected:
-      equal.append(point)
-  print(f"row 2: {len(equal)}/{len(micro_runs.POINTS)} points bit-identical")
+    assert child.exitcode == -signal.SIGKILL, f"{point}: not reached"
+    equal += [point] if uninterrupted.equals(tmp_path / str(i)) else []
+    print(f"row 2: {len(equal)}/{i + 1} points bit-identical, the last {point}")
   assert equal == list(micro_runs.POINTS)
 
 
 @pytest.mark.tier(2)
 def test_a_run_resumes_at_every_step(tmp_path, monkeypatch):
   """In one process: what lay in the workdir after each save is taken up once more."""
-  settings = micro_runs.settings("fm_lora", checkpoint={"every_steps": 1}, epochs=3)
+  settings = micro_runs.settings("fm_lora", checkpoint={"every_steps": 1}, epochs=4)
   save, copies = checkpoint.Store.save, []
 
   def save_and_copy(self, step, *args, **kwargs):
@@ -112,13 +124,10 @@ def test_a_run_resumes_at_every_step(tmp_path, monkeypatch):
 @pytest.mark.tier(3)
 @pytest.mark.parametrize("method", ["fm_lora", "inflora", "hide_prompt", "sd_lora"])
 def test_methods_with_work_between_tasks_survive_kills(whole, tmp_path, method):
-  settings, expected, seconds = whole(method)
-  rng, equal, kills = random.Random(method), 0, 0
+  uninterrupted, rng, equal = whole(method), random.Random(method), 0
   for i in range(10):
-    while kill_at_random(settings, tmp_path / str(i), seconds, rng) < 0:
+    while kill_at_random(uninterrupted, tmp_path / str(i), rng) is None:
       shutil.rmtree(tmp_path / str(i))  # it had ended before the kill
-    kills += 1
-    finish(micro_runs.in_child(settings, tmp_path / str(i)))
-    equal += micro_runs.outcome(tmp_path / str(i)) == expected
-  print(f"{method}: {kills} random kills, {equal}/10 results equal")
+    equal += uninterrupted.equals(tmp_path / str(i))
+    print(f"{method}: {equal}/{i + 1} results equal after a random kill")
   assert equal == 10

@@ -1,0 +1,69 @@
+"""Row 19 of the bar: a setting that is changed on resume is refused or taken as its class says."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fmlora_jax import checkpoint, config, methods
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
+
+
+def leaves(settings):
+  return dict(checkpoint._leaves(dataclasses.asdict(settings)))
+
+
+def flipped(value):
+  """Returns another value that a run might have had there."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, (int, float)):
+    return value + 1
+  if isinstance(value, (tuple, list)):
+    return [*value, *value, 1]
+  return "another" if value is None else f"{value} another"
+
+
+@pytest.mark.tier(2)
+@pytest.mark.parametrize("method", methods.names())
+def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
+  """The method's own too."""
+  settings = Config(method=config.method_config(method)(name=method))
+  identity = {"config": json.loads(json.dumps(dataclasses.asdict(settings)))}
+  identity |= {"weights_sha256": "ab", "manifest_sha256": "cd", "stream_sha256": "ef"}
+  checkpoint.claim(tmp_path / "run", identity)
+  as_said = total = 0
+  for field, value in checkpoint._leaves(identity):
+    other = json.loads(json.dumps(identity))
+    *groups, name = field.split(".")
+    place = other
+    for group in groups:
+      place = place[group]
+    other_method = "finetune" if value != "finetune" else "lora"
+    place[name] = other_method if field == "config.method.name" else flipped(value)
+    expected = f"({field}: {value!r} there, {place[name]!r} now)"
+    try:
+      checkpoint.claim(tmp_path / "run", other)
+      taken, said = True, ""
+    except ConfigError as error:
+      taken, said = False, str(error)
+    free = field.removeprefix("config.") in FREE_FIELDS
+    as_said += taken if free else expected in said
+    total += 1
+  print(f"row 19: {method}: {as_said}/{total} settings as their class says")
+  assert as_said == total
+
+
+def test_every_free_field_is_a_field():
+  assert set(FREE_FIELDS) <= set(leaves(Config()))
+
+
+def test_a_field_that_came_later_has_its_default_or_is_refused(tmp_path):
+  now = {"config": json.loads(json.dumps(dataclasses.asdict(Config())))}
+  before = json.loads(json.dumps(now))
+  del before["config"]["optim"]["clip_norm"], before["config"]["drs"]["price"]
+  checkpoint.claim(tmp_path / "run", before)
+  checkpoint.claim(tmp_path / "run", now)
+  now["config"]["drs"]["price"] = 0.5
+  with pytest.raises(ConfigError, match=r"\(config\.drs\.price: None there, 0\.5 now\)"):
+    checkpoint.claim(tmp_path / "run", now)
