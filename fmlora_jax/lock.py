@@ -13,11 +13,12 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import TextIO
 
 from fmlora_jax import hosts
 from fmlora_jax.config import ConfigError
 
-FILE = ".lock"  # never deleted: who waits for it would lock a file that nobody else sees
+FILE = ".lock"
 UNKNOWN = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 _log = logging.getLogger(__name__)
@@ -37,32 +38,52 @@ def held_by_first(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
-  """Holds the lock of a folder, which is made if need be.
+  """Holds the lock of a folder, which is made if need be; leaves nothing where nothing was written.
 
   On a file system that has no locks one line warns, and nothing is held.
 
   Raises:
     ConfigError: if another process holds it, with its host, number and start.
   """
+  is_new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / FILE, "a+", encoding="utf-8") as file:
+  with _locked(folder) as file:
+    file.truncate(0)
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
+    file.flush()
+    try:
+      yield
+    finally:
+      if [path.name for path in folder.iterdir()] == [FILE]:
+        (folder / FILE).unlink()
+        if is_new:
+          folder.rmdir()
+
+
+def _locked(folder: pathlib.Path) -> TextIO:
+  """Returns the open file whose lock this process has."""
+  path = folder / FILE
+  while True:
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  the caller closes it
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
+      holder = _described(file.read())
+      file.close()
       raise ConfigError(
-        f"workdir {folder} is in use{_described(file.read())}: must be one run's at a time; wait, "
-        "stop that one, or choose another with --workdir"
+        f"workdir {folder} is in use{holder}: must be one run's at a time; wait, stop that one, or "
+        "choose another with --workdir"
       ) from None
     except OSError as error:
       if error.errno not in UNKNOWN:
         raise
       _log.warning("workdir %s can't be locked (%s): start no second run in it", folder, error)
-    file.truncate(0)
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
-    file.flush()
-    yield
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        return file
+    file.close()  # another run deleted it between the two calls above
 
 
 def _described(holder: str) -> str:

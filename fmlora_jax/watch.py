@@ -92,8 +92,7 @@ class Watch:
       case {"hold": signum}:
         self._send(0, {"count": self._hold(signum)})
       case {"count": count}:
-        self._counts[index] = count
-        self._settle()
+        self._settle(index, count)
       case {"last": last}:
         self._go_on(last)
 
@@ -112,13 +111,15 @@ class Watch:
       self._hold(signum)
     self._tell({"hold": signum})
 
-  def _settle(self) -> None:
+  def _settle(self, index: int, count: int) -> None:
     """In the first process: when all have counted, lets them go on to the first common call."""
-    if len(self._counts) == len(self._connections):
-      with self._calls:
-        last = max(self._count, *self._counts.values()) + 1
-      self._tell({"last": last})
-      self._go_on(last)
+    with self._calls:
+      self._counts[index] = count
+      if len(self._counts) < len(self._connections):
+        return
+      last = max(self._count, *self._counts.values()) + 1
+    self._tell({"last": last})
+    self._go_on(last)
 
   def _hold(self, signum: int) -> int:
     with self._calls:

@@ -29,6 +29,7 @@ with lock.held(pathlib.Path(sys.argv[1])):
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
   folder = tmp_path / "a" / "b"
   with lock.held(folder):
+    (folder / "result").touch()
     with pytest.raises(ConfigError) as refused, lock.held(folder):
       pass
     holder = json.loads((folder / lock.FILE).read_text())
@@ -52,6 +53,29 @@ def test_the_kernel_frees_it_when_its_holder_is_killed(tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with lock.held(tmp_path):
+      pass
+
+
+def test_where_nothing_was_written_nothing_is_left(tmp_path):
+  for folder in (tmp_path / "new", tmp_path):
+    with pytest.raises(KeyError), lock.held(folder):
+      raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_its_holder_deletes_meanwhile_is_made_again(tmp_path, monkeypatch):
+  flock, left = fcntl.flock, [1]
+
+  def delete_first(file, operation):
+    if left:
+      (tmp_path / lock.FILE).unlink()
+      left.pop()
+    flock(file, operation)
+
+  monkeypatch.setattr(fcntl, "flock", delete_first)
+  with lock.held(tmp_path):
+    assert (tmp_path / lock.FILE).exists()
+    with pytest.raises(ConfigError), lock.held(tmp_path):
       pass
 
 
