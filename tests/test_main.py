@@ -364,7 +364,7 @@ def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):
     "2 classes"
   )
   assert second.endswith(
-    "0 validation and 6 test images are copies of training images, 0 test images of validation "
+    "0 validation and 4 test images are copies of training images, 2 test images of validation "
     "images, such as Test/ant/0.png is Train/ant/0.png: remove them on one side, or the accuracies "
     "are too good"
   ), second
