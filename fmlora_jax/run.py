@@ -17,9 +17,9 @@ from fmlora_jax import (
   disk,
   hosts,
   lock,
-  metrics,
   provenance,
   report,
+  results,
   stop,
   writer,
 )
@@ -28,6 +28,7 @@ from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.parts import Workshop
+from fmlora_jax.results import Progress
 from fmlora_jax.tasks import replay, resident, stream
 from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
@@ -37,37 +38,6 @@ from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Variables
 
 NUM_ALONE = 4  # test images that are also classified in a batch of their own, at the end
-
-
-@dataclasses.dataclass
-class Progress:
-  """What a run knows besides arrays; JSON in every checkpoint.
-
-  Attributes:
-    task: the current one, from 0.
-    training: whether the checkpoint lies within the task, not at its end.
-    facts: what the method said of each task so far.
-    correct: rows of counts of right answers, [after task][test set].
-    ahead: dil only: right answers on each task's test set just before it is learned.
-    baseline: dil only: the same with the untrained head.
-    seconds: wall time of all sessions up to this checkpoint, as `clock.Clock` tells it: what a
-      session did after its last one is lost, and so is its time.
-    trained: trained parameters of the last task.
-    devices: what it was computed on, in words; of several sessions one after the other where it
-      changed.
-    val_read: whether the method read validation images.
-  """
-
-  task: int = 0
-  training: bool = False
-  facts: list[dict] = dataclasses.field(default_factory=list)
-  correct: list[list[int]] = dataclasses.field(default_factory=list)
-  ahead: list[int | None] = dataclasses.field(default_factory=list)
-  baseline: list[int | None] = dataclasses.field(default_factory=list)
-  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-  trained: int = 0
-  devices: list[str] = dataclasses.field(default_factory=list)
-  val_read: bool = False
 
 
 def run(
@@ -141,7 +111,9 @@ def _run(
       )
       experiment = Experiment(config, trainer, store, log, clock)
       experiment.learn()
-      result = experiment.result(info, parts.normalisation, identity["config"])
+      alone = experiment.batch_of_one()
+      reached = experiment.progress, experiment.variables, experiment.n_test
+      result = results.of(parts, *reached, alone=alone)
       if is_first:
         from fmlora_jax import plots  # matplotlib takes a second to import
 
@@ -296,8 +268,11 @@ class Experiment:
     counts = self._count(learned, self._tests, self.n_test[:num_tests])
     return counts[:num_tests].tolist()
 
-  def _batch_of_one(self) -> dict[str, int]:
-    """Returns right answers on a few test images: all in one batch, and each in one of its own."""
+  def batch_of_one(self) -> dict[str, int]:
+    """Returns right answers on a few test images: all in one batch, and each in one of its own.
+
+    At the end of the run; warns where they differ.
+    """
     last, sets = len(self.sequence.tasks) - 1, np.repeat(np.arange(len(self.n_test)), self.n_test)
     picked = np.unique(np.linspace(0, len(sets) - 1, NUM_ALONE).astype(int))
 
@@ -306,8 +281,12 @@ class Experiment:
       sizes = np.bincount(sets[places], minlength=len(self.n_test))
       return int(self._count(last, tests, sizes).sum())
 
-    alone = sum(right(place) for place in picked[:, None])
-    return {"images": len(picked), "right_together": right(picked), "right_alone": alone}
+    with self._clock.kind("eval"):
+      together, alone = right(picked), sum(right(place) for place in picked[:, None])
+    found = {"images": len(picked), "right_together": together, "right_alone": alone}
+    if together != alone:
+      self.log.note(f"warning    predictions depend on the batch they are in: {found}")
+    return found
 
   def _count(self, learned: int, tests: stream.Stream, sizes: np.ndarray) -> np.ndarray:
     """Returns right answers on images of which the first sizes[0] are of test set 0, and so on."""
@@ -422,85 +401,10 @@ class Experiment:
     self.progress.trained = sum(leaf.size for leaf in jax.tree.leaves(trained))
 
   def _log_task(self, index):
-    matrix = self._matrix()
+    matrix = self.progress.matrix(self.n_test)
     facts = self.progress.facts[index]
     shown = {name: value for name, value in facts.items() if isinstance(value, (int, float))}
     self.log.task_ended(matrix, self.n_test, shown)
     values = {f"test/task_{i + 1}": matrix[index, i] for i in range(index + 1)}
     values |= {f"method/{name}": value for name, value in shown.items()}
     self.log.scalars(index, self._steps_before(index + 1) - 1, values)
-
-  def _matrix(self):
-    return metrics.accuracy_matrix(self._counts(), self.n_test, len(self.progress.correct))
-
-  def _counts(self):
-    total = len(self.sequence.tasks)
-    counts = np.zeros((total, total), int)
-    for i, row in enumerate(self.progress.correct):
-      counts[i, : len(row)] = row
-    return counts
-
-  def result(self, info, normalisation, config_dict) -> dict[str, Any]:
-    """Returns what result.json holds; design.md section 5."""
-    progress, sequence, config = self.progress, self.sequence, self.config
-    ahead, baseline = (
-      [None if c is None else c / n for c, n in zip(counts, self.n_test, strict=True)]
-      if counts
-      else None
-      for counts in (progress.ahead, progress.baseline)
-    )
-    facts = progress.facts
-    ranks = [fact.get("rank") for fact in facts]
-    hardness = [fact.get("complexity") for fact in facts]
-    stored = self.method.stored(facts)
-    head = self.variables.mem["head"]
-    means = sum(head[name].size for name in ("mean", "count") if name in head)
-    head = sum(leaf.size for leaf in jax.tree.leaves(head))
-    saved = {name: getattr(self.variables, name) for name in ("shared", "cur", "mem")}
-    statistics = 4 * (means + stored.get("statistics", 0))
-    with self._clock.kind("eval"):
-      alone = self._batch_of_one()
-    if alone["right_together"] != alone["right_alone"]:
-      self.log.note(f"warning    predictions depend on the batch they are in: {alone}")
-    return {
-      "method": config.method.name,
-      "benchmark": config.tasks.benchmark,
-      "scenario": sequence.scenario,
-      "split_id": sequence.split_id,
-      "manifest_sha256": sequence.manifest_sha256,
-      "seed": config.seed,
-      "class_order": sequence.class_order,
-      "task_names": [task.name for task in sequence.tasks],
-      **metrics.summarise(self._counts(), self.n_test, before=ahead, baseline=baseline),
-      "ranks": ranks if any(ranks) else None,
-      "complexity": hardness if any(h is not None for h in hardness) else None,
-      "interference": facts[-1].get("interference"),
-      "params": {
-        "trained": progress.trained,
-        "stored_per_task": stored["per_task"],
-        "stored_total": stored["shared"] + sum(stored["per_task"]) + head,
-        "backbone": sum(leaf.size for leaf in jax.tree.leaves(self.trainer.weights)),
-      },
-      "rehearsal_bytes": statistics,
-      "protocol": provenance.protocol(
-        self.trainer, kept=statistics, val_read=progress.val_read, alone=alone
-      ),
-      "passes": dataclasses.asdict(self.method.passes),
-      "caveats": list(self.method.caveats),
-      "weights": {"tag": info.tag, "sha256": info.sha256},
-      "normalisation": normalisation,
-      "augmentation": config.input.augmentation,
-      "input": {
-        "mode": "stream" if self.trainer.streams else "resident",
-        "workers": config.input.workers,
-      },
-      "epochs": config.epochs,
-      "batch_size": config.batch_size,
-      "wall_seconds": self._clock.seconds(),  # so far
-      "params_sha256": provenance.params_sha256(saved),
-      "devices": progress.devices,
-      "versions": provenance.versions(),
-      "git_commit": provenance.git_commit(),
-      "config": config_dict,
-      "finished": True,
-    }
