@@ -82,6 +82,7 @@ print(found.pop())
 """
 
 
+@pytest.mark.tier(2)
 def test_a_digest_is_the_same_on_eight_devices():
   (environment,) = processes.environment(1, XLA_FLAGS=processes.with_devices(8))
   for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):

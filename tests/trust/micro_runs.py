@@ -66,7 +66,7 @@ POINTS: dict[str, tuple[object, str, str, int]] = {
   "at the switch of tasks": (Experiment, "_learn_task", "before", 2),
   "before the plots": (plots, "write_plots", "before", 1),
   "before result.json": (writer, "write_result", "before", 1),
-  "in result.json": (writer.os, "replace", "before", 6),
+  "in result.json": (writer, "replace", "half", 3),
 }  # fmt: skip
 
 
@@ -133,13 +133,15 @@ def _killing(point: str | None) -> Iterator[None]:
     yield
 
 
-def _half_done(name: str, owner, first, *rest) -> None:
+def _half_done(name: str, owner, *rest) -> None:
   """Leaves what a kill in the middle of a function leaves."""
   if name == "_drop":
-    next(path for path in sorted(first.rglob("*")) if path.is_file()).unlink()
-  else:
+    next(path for path in sorted(rest[0].rglob("*")) if path.is_file()).unlink()
+  elif name == "scalars":
     with open(owner._workdir / writer.METRICS, "a") as file:
       file.write('{"task": ')
+  else:  # replace(path, text)
+    owner.with_name(f".{owner.name}.{os.getpid()}").write_text(rest[0][:9])
   _die()
 
 
@@ -150,7 +152,7 @@ def _die() -> None:
 def outcome(workdir: pathlib.Path) -> dict:
   """Returns all that two runs must have in common, to the bit."""
   result = json.loads((workdir / "result.json").read_text())
-  del result["wall_seconds"]
+  del result["wall_seconds"], result["git_commit"]  # someone may commit meanwhile
   digests = {
     path.name: json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["digests"]
     for path in sorted((workdir / "checkpoints").iterdir())
