@@ -132,6 +132,18 @@ def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) ->
   return (workdir / writer.RESULT).exists()
 
 
+def _agree_on(snapshot: checkpoint.Snapshot | None) -> None:
+  """Refuses checkpoints that are not the same in all processes."""
+  if not hosts.several():
+    return
+  found = {}
+  if snapshot:
+    found = {name: snapshot.record["progress"][name] for name in ("task", "training", "correct")}
+    found |= {"step": int(snapshot.arrays.get("step", 0))}
+    found |= {"sha256": provenance.params_sha256(snapshot.arrays)}
+  hosts.agree({"checkpoint": found}, mend="--workdir must be a folder that all share")
+
+
 class Experiment:
   """A run under way: variables, progress, and the way from one task to the next."""
 
@@ -315,8 +327,8 @@ class Experiment:
     """Takes up the newest checkpoint; returns the state of the task it lies in, if it does."""
     with self._clock.kind("checkpoint"):
       snapshot = self.store.latest()
+    _agree_on(snapshot)
     found = snapshot.record["progress"] if snapshot else {}
-    hosts.agree({"checkpoint": found}, mend="--workdir must be a folder that all share")
     for name, value in found.items():
       setattr(self.progress, name, value)
     self._add_devices()

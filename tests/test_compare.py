@@ -236,10 +236,8 @@ def test_a_comparison_goes_on_where_it_was_and_says_what_it_left_out(tmp_path):
   first = call(*SMALL, chosen, cwd=tmp_path)
   assert first.returncode == 1
   assert first.stderr == "error: 2 of 4 runs are left out\n"
-  assert first.stdout.startswith(
-    "compare    4 runs in runs/compare-digits-tasks=2: 0 finished, 0 b"
-  )
   folder = tmp_path / "runs" / "compare-digits-tasks=2"
+  assert first.stdout.startswith(f"compare    4 runs in {folder}: 0 finished, 0 begun\n")
   (groups,) = runs.group(runs.load([folder])[0]).values()
   assert [run["seed"] for run in groups["linear_probe"]] == [1, 2]
   table = (folder / "compare.md").read_text()

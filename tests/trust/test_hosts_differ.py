@@ -72,7 +72,7 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
   assert not saved(workdir)
 
   workdir, other = tmp_path / "run", tmp_path / "other"
-  for moment in ("task switch", "training"):
+  for moment in ("save", "training"):
     with stop.caught(), stopping.sent_at(moment), pytest.raises(SystemExit):
       command_line.guarded(lambda argv: run(stopping.settings(**CHEAP), workdir), [])
   capsys.readouterr()
@@ -81,7 +81,7 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
   shutil.rmtree(other / "checkpoints" / newest)
   before = saved(workdir), saved(other)
   assert [len(steps) for steps in before] == [2, 1]
-  differs = "processes differ (checkpoint.task: 1 in process 0, 0 in 1"
+  differs = "checkpoint.step: 2 in process 0, 0 in 1; checkpoint.task: 1 in process 0, 0 in 1"
   took.append(refused([workdir, other], [CHEAP, CHEAP], differs))
   assert (saved(workdir), saved(other)) == before
   print(f"row 22: 3/3 refused, the slowest in {max(took):.1f} s, no step written")
