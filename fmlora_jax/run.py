@@ -127,6 +127,11 @@ def _run(
 
 def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) -> bool:
   """Makes the workdir this run's; returns whether the run has finished there."""
+  if links := sorted(path.name for path in workdir.glob("*") if path.is_symlink()):
+    raise ConfigError(
+      f"workdir {workdir} holds the link {links[0]!r}: must hold files and folders of its own, or "
+      "a run would write elsewhere; choose another with --workdir"
+    )
   checkpoint.claim(workdir, identity)
   writer.replace(workdir / replay.FILE, stream_json)
   return (workdir / writer.RESULT).exists()
