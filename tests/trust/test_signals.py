@@ -118,7 +118,8 @@ def test_a_group_of_processes_gets_a_signal_once_or_twice(tmp_path, times):
         os.killpg(running.pid, signal.SIGKILL)
   assert running.returncode == 143
   how = "by" if times == 1 else "at once by a second"
-  assert errors.splitlines()[-1] == f"stopped {how} SIGTERM; the same command resumes"
+  # after the second Python's resource tracker may have its say about the processes that decode
+  assert f"stopped {how} SIGTERM; the same command resumes" in errors.splitlines()
   if times == 1:
     logged, saved = stopping.steps(tmp_path / "run")
     assert logged == saved > 0 and errors.count("\n") == 1
