@@ -141,11 +141,7 @@ def _agree_on(snapshot: checkpoint.Snapshot | None) -> None:
   """Refuses checkpoints that are not the same in all processes."""
   if not hosts.several():
     return
-  found = {}
-  if snapshot:
-    found = {name: snapshot.record["progress"][name] for name in ("task", "training", "correct")}
-    found |= {"step": int(snapshot.arrays.get("step", 0))}
-    found |= {"sha256": provenance.params_sha256(snapshot.arrays)}
+  found = snapshot and {name: snapshot.record[name] for name in ("step", "progress", "digests")}
   hosts.agree({"checkpoint": found}, mend="--workdir must be a folder that all share")
 
 

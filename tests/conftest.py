@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_max_isa=AVX",  # else these contract to FMA what other chunks of steps do not
   ]
 )
 

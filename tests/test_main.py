@@ -243,11 +243,11 @@ def config_of(changes: dict) -> config.Config:
   return config.build(config.Config, tree_of(changes).to_dict())
 
 
-def tree_of(changes: dict):
-  spec = importlib.util.spec_from_file_location("digits_config", ROOT / "configs" / "digits.py")
+def tree_of(changes: dict, file: str = "digits.py", variant: str = ""):
+  spec = importlib.util.spec_from_file_location("config_file", ROOT / "configs" / file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  tree = module.get_config()
+  tree = module.get_config(variant)
   tree.update(changes)
   return tree
 
@@ -256,8 +256,8 @@ def tree_of(changes: dict):
 def program(monkeypatch, tmp_path):
   """Returns main in this process, in an empty folder, as a function of settings and flags."""
 
-  def call(changes, dry_run=False):
-    values = {"CONFIG": tree_of(changes), "WORKDIR": None}
+  def call(changes, workdir=None, dry_run=False, **file):
+    values = {"CONFIG": tree_of(changes, **file), "WORKDIR": workdir and str(workdir)}
     for name, value in values.items():
       monkeypatch.setattr(command_line, name, types.SimpleNamespace(value=value))
     monkeypatch.setattr(
@@ -284,7 +284,7 @@ def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(program, tmp_p
   assert sorted(path.name for path in folder.iterdir()) == [".lock", "3", "4", "seeds.json"]
 
 
-def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):
+def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, program, tmp_path, capsys):
   whole, expected = uninterrupted
   workdir = tmp_path / "run"
   arguments = command(*settings(SMALL), f"--workdir={workdir}")
@@ -310,15 +310,16 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, tmp_path):
     assert result[field] == expected[field]
   assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
 
-  again = call(arguments)
-  assert again.returncode == 0
-  assert "finished before" in again.stdout and f"{result['acc']:.2f}" in again.stdout
+  program(SMALL, workdir=workdir)
+  shown = capsys.readouterr().out
+  assert "finished before" in shown and f"{result['acc']:.2f}" in shown
   assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
 
-  other = call([*arguments, "--config.optim.learning_rate=0.5"])
-  assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
   rate = expected["config"]["optim"]["learning_rate"]
-  assert f"config.optim.learning_rate: {rate} there, 0.5 now" in other.stderr
+  with pytest.raises(
+    config.ConfigError, match=f"config.optim.learning_rate: {rate} there, 0.5 now"
+  ):
+    program(SMALL | {"optim": {"learning_rate": 0.5}}, workdir=workdir)
 
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
@@ -345,7 +346,9 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert f"\ntime       {writer.duration(seconds['total'])}: import " in done.stdout
 
 
-def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):
+def test_a_folder_of_images_is_described_before_it_is_checked(
+  program, tmp_path, monkeypatch, capsys
+):
   for split in ("Train", "Test"):
     for i, label in enumerate(("ant", "bee")):
       (tmp_path / "data" / split / label).mkdir(parents=True)
@@ -370,17 +373,18 @@ def test_a_folder_of_images_is_described_before_it_is_checked(tmp_path):
   ), second
   assert third.startswith("devices")
   assert (tmp_path / "run" / "result.json").exists()  # ~ is the home
-  (tmp_path / "data").rename(tmp_path / "moved")
-  again = call([x.replace("/data", "/moved") for x in arguments], HOME=str(tmp_path))
-  assert "finished before" in again.stdout, again.stderr
+  moved = (tmp_path / "data").rename(tmp_path / "moved")
+  small["tasks"]["data_dir"] = str(moved)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  program(small, workdir="~/run", file="image_folder.py", variant="method=linear_probe")
+  assert "finished before" in capsys.readouterr().out
 
 
-def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_path):
+def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_path, capsys):
   """The numbers are those of one device, whatever decoded, trained and stored what."""
   whole, expected = uninterrupted
   workdir = tmp_path / "run"
-  arguments = command(*settings(SMALL), f"--workdir={workdir}")
-  streamed = [*arguments, "--config.input.mode=stream"]
+  streamed = command(*settings(SMALL), f"--workdir={workdir}", "--config.input.mode=stream")
   first, second = processes.start(streamed, processes.environment(2))
   metrics, began = workdir / "metrics.jsonl", time.monotonic()
   while second.poll() is None and time.monotonic() - began < 240:
@@ -396,13 +400,10 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
   assert not [line for line in quiet.splitlines() if "Gloo" not in line]
   assert not (workdir / "result.json").exists()
 
-  done = call(arguments)
-  assert done.returncode == 0, done.stderr
-  assert "devices    1 x cpu (cpu)\n" in done.stdout
-  two = "2 x cpu (cpu), 2 processes"
-  assert f"devices    were {two}: from here on the last bits may differ\n" in done.stdout
-  assert "resumed in task 1, step" in done.stdout
-  result = json.loads((workdir / "result.json").read_text())
+  result = run(config_of(SMALL), workdir)
+  shown, two = capsys.readouterr().out, "2 x cpu (cpu), 2 processes"
+  assert "devices    1 x cpu (cpu)\n" in shown and "resumed in task 1, step" in shown
+  assert f"devices    were {two}: from here on the last bits may differ\n" in shown
   assert result["devices"] == [two, "1 x cpu (cpu)"]
   assert expected["devices"] == ["1 x cpu (cpu)"]
   assert result["accuracy"] == expected["accuracy"]

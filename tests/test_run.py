@@ -29,6 +29,9 @@ SMALL = {
   "prompt": {"num_tokens": 2},
   "checkpoint": {"every_steps": 4},
 }
+# of runs that are stopped and resumed here: a config is traced once; test_main.py resumes one in a
+# process of its own
+WORKSHOP = parts.Workshop()
 SAME = ("params_sha256", "accuracy", "acc", "aaa", "ranks", "interference", "params", "class_order")
 
 
@@ -65,7 +68,7 @@ def finished(request, tmp_path_factory):
   """(config, workdir, result) of a run that nothing stopped: two tasks of ten steps."""
   settings = small(request.param)
   workdir = tmp_path_factory.mktemp(request.param) / "run"
-  return settings, workdir, run(settings, workdir)
+  return settings, workdir, run(settings, workdir, workshop=WORKSHOP)
 
 
 class Killed(BaseException):
@@ -88,7 +91,7 @@ def stop(settings, workdir, owner, name, calls):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(owner, name, then_die)
     with pytest.raises(Killed):
-      run(settings, workdir)
+      run(settings, workdir, workshop=WORKSHOP)
   return took[-1]
 
 
@@ -108,7 +111,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   before = stop(settings, workdir, checkpoint.Store, "save", saves)
   assert not (workdir / "result.json").exists()
   began = time.monotonic()
-  result = run(settings, workdir)
+  result = run(settings, workdir, workshop=WORKSHOP)
   took = before + time.monotonic() - began
   assert_same_run(finished, workdir, result)
   seconds = result["wall_seconds"]
@@ -136,9 +139,9 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(plots if call == "write_plots" else writer, call, kill)
-    run(settings, workdir)
+    run(settings, workdir, workshop=WORKSHOP)
   assert not (workdir / "result.json").exists()
-  assert_same_run(finished, workdir, run(settings, workdir))
+  assert_same_run(finished, workdir, run(settings, workdir, workshop=WORKSHOP))
   assert (workdir / "plots" / "accuracy_matrix.png").exists()
 
 
@@ -253,7 +256,7 @@ def test_a_streamed_run_resumes_within_a_task_whatever_it_was_before(finished, t
   settings, workdir = finished[0], tmp_path / "run"
   before = settings if first == "resident" else streamed(settings)
   stop(before, workdir, checkpoint.Store, "save", 1)
-  assert_same_run(finished, workdir, run(streamed(settings), workdir))
+  assert_same_run(finished, workdir, run(streamed(settings), workdir, workshop=WORKSHOP))
 
 
 def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypatch, capsys):
@@ -284,7 +287,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_
   assert max(steps) == 6
   with open(workdir / "metrics.jsonl", "a") as file:
     file.write('{"task": 0, "st')  # a line that was being written
-  assert_same_run(finished, workdir, run(settings, workdir))
+  assert_same_run(finished, workdir, run(settings, workdir, workshop=WORKSHOP))
   keys = [(line["task"], line["step"], line["name"]) for line in map(json.loads, lines(workdir))]
   assert len(set(keys)) == len(keys)
 
@@ -299,7 +302,7 @@ def test_a_run_may_be_stopped_twice_and_resumed_with_other_free_settings(finishe
     checkpoint=dataclasses.replace(settings.checkpoint, every_steps=3),
   )
   stop(free, workdir, checkpoint.Store, "save", 2)
-  assert_same_run(finished, workdir, run(free, workdir))
+  assert_same_run(finished, workdir, run(free, workdir, workshop=WORKSHOP))
 
 
 def test_a_resumed_run_does_not_learn_a_finished_task_again(finished, tmp_path, monkeypatch):
@@ -313,7 +316,7 @@ def test_a_resumed_run_does_not_learn_a_finished_task_again(finished, tmp_path, 
     return train(self, state, variables, view)
 
   monkeypatch.setattr(Trainer, "train", recorded)
-  run(settings, workdir)
+  run(settings, workdir, workshop=WORKSHOP)
   assert seen == [(1, 0)]
 
 

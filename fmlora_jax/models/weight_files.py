@@ -4,6 +4,7 @@ Nothing is ever unpickled, and whatever is wrong with a file is one line.
 """
 
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -101,6 +102,8 @@ def _read_npz(path, shown):
       if size > _MOST_BYTES:
         raise ConfigError(f"{shown} unpacks to {size:.1e} bytes: must be at most {_MOST_BYTES:.0e}")
       _check_names(shown, file.files)
+      for member in members:
+        _check_room(shown, file.zip, member)
       return {name: _floats(shown, name, file[name]) for name in file.files}
   except (ConfigError, OSError):
     raise
@@ -109,6 +112,17 @@ def _read_npz(path, shown):
     if "allow_pickle" not in str(error):
       reason = f"damaged or cut off ({' '.join(str(error).split())}): get it again"
     raise _refusal(shown, reason) from None
+
+
+def _check_room(shown, archive, member):
+  """Refuses an array that says it is larger than its bytes: NumPy would take memory for it."""
+  with archive.open(member) as file:
+    if np.lib.format.read_magic(file) == (1, 0):
+      shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+      shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+  if math.prod(shape) * dtype.itemsize > member.file_size:
+    raise _refusal(shown, f"damaged or cut off ({member.filename} lacks bytes): get it again")
 
 
 def _floats(shown, name, array):

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -17,19 +16,6 @@ def learn(made, task=0):
   chunks = list(made.trainer.train(made.trainer.init(variables, task), variables, view))
   stats = {name: np.concatenate([c[1][name] for c in chunks]) for name in ("loss", "grad_norm")}
   return chunks[-1][0], stats, [len(c[1]["loss"]) for c in chunks]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_by_a_run():
-  """XLA without the flags of conftest.py, under which a chunk of one step rounds otherwise."""
-  options = {
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ SAME = ("params_sha256", "accuracy", "ranks", "interference", "complexity", "dev
 # sessions that resume each other meet them
 MOMENTS = {
   "compilation": [(Trainer, "fixed"), (clock.Clock, "_compiled")],
-  "training": [(Trainer, "_check")],
+  "training": [(writer.RunLog, "progress")],
   "end_task": [(run.Experiment, "_shared_out")],
   "evaluation": [(evaluate, "count_correct")],
   "save": [(checkpoint.Store, "save")],
