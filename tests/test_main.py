@@ -284,6 +284,7 @@ def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(program, tmp_p
   assert sorted(path.name for path in folder.iterdir()) == [".lock", "3", "4", "seeds.json"]
 
 
+@pytest.mark.tier(2)  # test_run.py stops runs in one process
 def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, program, tmp_path, capsys):
   whole, expected = uninterrupted
   workdir = tmp_path / "run"

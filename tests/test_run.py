@@ -71,6 +71,10 @@ def finished(request, tmp_path_factory):
   return settings, workdir, run(settings, workdir, workshop=WORKSHOP)
 
 
+# for what holds whatever is learned; trust/test_kills.py kills runs of other methods
+of_one_method = pytest.mark.parametrize("finished", ["lora"], indirect=True)
+
+
 class Killed(BaseException):
   """Not an error that anything may catch."""
 
@@ -119,6 +123,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.2)  # of both sessions
 
 
+@of_one_method
 def test_a_run_replays_the_stream_of_another(finished, tmp_path):
   _, workdir, expected = finished
   settings = small("linear_probe", seed=7, tasks={"stream": str(workdir / "stream.json")})
@@ -128,6 +133,7 @@ def test_a_run_replays_the_stream_of_another(finished, tmp_path):
     assert result[name] == expected[name], name
 
 
+@of_one_method
 @pytest.mark.parametrize("call", ["write_plots", "write_result"])
 def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
   finished, tmp_path, monkeypatch, call
@@ -184,7 +190,7 @@ class Decoder:
     return all(row in self.threads for part in parts for row in part.tolist())
 
 
-@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+@of_one_method
 def test_what_is_needed_next_is_decoded_while_a_task_is_trained(finished, tmp_path, monkeypatch):
   decoder, train, waited = Decoder(monkeypatch), Trainer.train, []
 
@@ -207,7 +213,7 @@ def test_what_is_needed_next_is_decoded_while_a_task_is_trained(finished, tmp_pa
   assert {decoder.threads[row] for row in ahead} == {"decode ahead_0"}
 
 
-@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+@of_one_method
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_an_image_that_can_not_be_decoded_ahead_stops_the_run_at_its_task(
   finished, tmp_path, monkeypatch, part
@@ -233,7 +239,7 @@ def streamed(settings, **changes):
   )
 
 
-@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+@of_one_method
 def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monkeypatch, capsys):
   loaded, load = set(), resident.load
 
@@ -250,7 +256,7 @@ def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monke
   assert "\ninput      stream, threads\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+@of_one_method
 @pytest.mark.parametrize("first", ["resident", "stream"])
 def test_a_streamed_run_resumes_within_a_task_whatever_it_was_before(finished, tmp_path, first):
   settings, workdir = finished[0], tmp_path / "run"
@@ -279,6 +285,7 @@ def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypa
   assert "\ninput      stream, threads\n" in capsys.readouterr().out
 
 
+@of_one_method
 def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_path):
   """Stopped after step 7 of task 1, which is logged; the checkpoint is of step 4."""
   settings, workdir = finished[0], tmp_path / "run"
@@ -292,6 +299,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_
   assert len(set(keys)) == len(keys)
 
 
+@of_one_method
 def test_a_run_may_be_stopped_twice_and_resumed_with_other_free_settings(finished, tmp_path):
   settings, workdir = finished[0], tmp_path / "run"
   stop(settings, workdir, checkpoint.Store, "save", 2)
@@ -305,6 +313,7 @@ def test_a_run_may_be_stopped_twice_and_resumed_with_other_free_settings(finishe
   assert_same_run(finished, workdir, run(free, workdir, workshop=WORKSHOP))
 
 
+@of_one_method
 def test_a_resumed_run_does_not_learn_a_finished_task_again(finished, tmp_path, monkeypatch):
   settings, workdir = finished[0], tmp_path / "run"
   stop(settings, workdir, checkpoint.Store, "save", 3)

@@ -237,7 +237,7 @@ def digits_trainer():
   )
 
 
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", [1, pytest.param(3, marks=pytest.mark.tier(2))])
 def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(
   digits_trainer, seed
 ):
