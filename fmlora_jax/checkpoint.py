@@ -25,7 +25,7 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from fmlora_jax import digest, disk, hosts, lock, writer
-from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, differences, method_config
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, differences, leaves, method_config
 
 IDENTITY = "config.json"  # what a workdir belongs to
 TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax ends the name of what it has not finished
@@ -303,7 +303,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   which leaves the numbers as they were.
   """
   now = json.loads(json.dumps(now))
-  there, defaults = dict(_leaves(before)), dict(_leaves(_defaults(now)))
+  there, defaults = dict(leaves(before)), dict(leaves(_defaults(now)))
   return [
     f"{field}: {old!r} there, {new!r} now"
     for field, old, new in differences(before, now)
@@ -317,12 +317,3 @@ def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
   name = identity.get("config", {}).get("method", {}).get("name", Config().method.name)
   config = dataclasses.asdict(Config(method=method_config(name)()))
   return {"config": json.loads(json.dumps(config))}
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """Yields (path, value) of every leaf of nested dicts, paths as those of `differences`."""
-  if isinstance(tree, dict):
-    for name, value in tree.items():
-      yield from _leaves(value, f"{path}.{name}" if path else name)
-  else:
-    yield path, tree

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmlora_jax import digest
 from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.step import is_finite
 from fmlora_jax.types import FrozenError, NonFiniteError, Params
 
 
@@ -76,6 +76,4 @@ def require_finite(arrays: Mapping[str, Array], when: str) -> None:
     )
 
 
-@jax.jit
-def _is_finite(leaf: Array) -> Array:
-  return jnp.all(jnp.isfinite(leaf))
+_is_finite = jax.jit(is_finite)

@@ -512,3 +512,12 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, An
       yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
   elif before != now:
     yield path, before, now
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (path, value) of every leaf of nested dicts, paths as those of `differences`."""
+  if isinstance(tree, dict):
+    for name, value in tree.items():
+      yield from leaves(value, f"{path}.{name}" if path else name)
+  else:
+    yield path, tree

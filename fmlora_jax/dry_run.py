@@ -22,7 +22,7 @@ from rich.text import Text
 from fmlora_jax import costs, parts
 from fmlora_jax.config import Config
 from fmlora_jax.costs import Cost
-from fmlora_jax.methods.rules import label_leaves, partition
+from fmlora_jax.methods.rules import num_trained
 from fmlora_jax.parts import Workshop
 from fmlora_jax.tasks import TaskSequence, resident
 from fmlora_jax.train.loop import Trainer
@@ -189,8 +189,7 @@ def _few_images(sequence: TaskSequence) -> TaskSequence:
 
 def _num_trained(trainer: Trainer, variables: Variables, index: int) -> int:
   params = {"shared": variables.shared, "cur": variables.cur}
-  trained, _ = partition(params, label_leaves(params, trainer.method.rules(index)))
-  return sum(leaf.size for leaf in jax.tree.leaves(trained))
+  return num_trained(params, trainer.method.rules(index))
 
 
 def largest_batch(

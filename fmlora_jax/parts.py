@@ -62,7 +62,7 @@ class Workshop:
     Raises:
       ConfigError: if a setting or a file can't be used.
     """
-    preflight.check(config)
+    preflight.check(config, host_memory())
     mesh = mesh_lib.make(config.mesh.fsdp)
     with kind("weights"):
       weights, sizes, info = self._load(config, mesh)

@@ -1,7 +1,6 @@
 """What a config is refused for before any file is read and any device is touched."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,14 @@ from fmlora_jax import methods, tasks
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.models import pretrained, vit
 from fmlora_jax.tasks import augment
-from fmlora_jax.types import Method, SequenceSpec, Sizes
+from fmlora_jax.types import Backbone, Method, SequenceSpec, Sizes
 
 
-def check(config: Config) -> None:
+def check(config: Config, memory: int) -> None:
   """Refuses what needs no look at data or weights to be refused.
+
+  Args:
+    memory: bytes that this machine has.
 
   Raises:
     ConfigError: if names are unknown, classes can't be cut into so many tasks, settings of the
@@ -24,10 +26,10 @@ def check(config: Config) -> None:
   augment.check(config.input.augmentation, config.input.normalisation or "half")
   sizes = pretrained.check(config.weights, config.input.image_size)
   if sizes is not None:
-    _check_method(config, sizes)
+    _check_method(config, sizes, memory)
 
 
-def _check_method(config: Config, sizes: Sizes) -> None:
+def _check_method(config: Config, sizes: Sizes, memory: int) -> None:
   num_tasks = config.tasks.num_tasks
   num_classes = tasks.num_classes(config.tasks.benchmark) or num_tasks
   each = num_classes // num_tasks
@@ -40,10 +42,10 @@ def _check_method(config: Config, sizes: Sizes) -> None:
     class_ranges=tuple(ranges),
   )
   backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
-  _check_memory(config, methods.make(config, backbone, spec), backbone)
+  _check_memory(config, methods.make(config, backbone, spec), backbone, memory)
 
 
-def _check_memory(config: Config, method: Method, backbone) -> None:
+def _check_memory(config: Config, method: Method, backbone: Backbone, memory: int) -> None:
   """Refuses settings of a method that alone make more numbers than this machine can hold."""
 
   def init():
@@ -52,12 +54,11 @@ def _check_memory(config: Config, method: Method, backbone) -> None:
 
   leaves = jax.tree.leaves(jax.eval_shape(init))
   needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  if needed > there:
+  if needed > memory:
     own = dataclasses.asdict(config.method)
     whole = {name: value for name, value in own.items() if type(value) is int}
     name = max(whole, key=whole.get)
     raise ConfigError(
       f"config.method.{name} is {whole[name]}: must be less, what {config.method.name} learns "
-      f"would take {needed / 2**30:.3g} GiB and this machine has {there / 2**30:.3g}"
+      f"would take {needed / 2**30:.3g} GiB and this machine has {memory / 2**30:.3g}"
     )

@@ -26,7 +26,7 @@ from fmlora_jax import (
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.evaluate import Evaluator, batches_of
-from fmlora_jax.methods.rules import label_leaves, partition
+from fmlora_jax.methods.rules import num_trained
 from fmlora_jax.parts import Workshop
 from fmlora_jax.results import Progress
 from fmlora_jax.tasks import replay, resident, stream
@@ -278,7 +278,8 @@ class Experiment:
 
   def _correct(self, learned: int, num_tests: int) -> list[int]:
     """Returns right answers on the first test sets, of a model that learned tasks 0..learned."""
-    counts = self._count(learned, self._tests, self.n_test[:num_tests])
+    model = self._fold(self.trainer.weights, self.variables)
+    counts = self._count(model, learned, self._tests, self.n_test[:num_tests])
     return counts[:num_tests].tolist()
 
   def batch_of_one(self) -> dict[str, int]:
@@ -292,17 +293,23 @@ class Experiment:
     def right(places):
       tests = dataclasses.replace(self._tests, indices=self._tests.indices[places])
       sizes = np.bincount(sets[places], minlength=len(self.n_test))
-      return int(self._count(last, tests, sizes).sum())
+      return int(self._count(model, last, tests, sizes).sum())
 
     with self._clock.kind("eval"):
+      model = self._fold(self.trainer.weights, self.variables)
       together, alone = right(picked), sum(right(place) for place in picked[:, None])
     found = {"images": len(picked), "right_together": together, "right_alone": alone}
     if together != alone:
       self.log.note(f"warning    predictions depend on the batch they are in: {found}")
     return found
 
-  def _count(self, learned: int, tests: stream.Stream, sizes: np.ndarray) -> np.ndarray:
-    """Returns right answers on images of which the first sizes[0] are of test set 0, and so on."""
+  def _count(self, model, learned: int, tests: stream.Stream, sizes: np.ndarray) -> np.ndarray:
+    """Returns right answers of the model that learned tasks 0..learned.
+
+    Args:
+      model: folded.
+      sizes: of the images the first sizes[0] are of test set 0, and so on.
+    """
     spec = self.sequence.spec
     classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
     masks = np.stack(
@@ -311,7 +318,6 @@ class Experiment:
         for lo, hi in spec.class_ranges
       ]
     )
-    model = self._fold(self.trainer.weights, self.variables)
     batches = batches_of(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
     return self.evaluator.correct(model, batches, self.trainer.put(masks))
 
@@ -410,8 +416,7 @@ class Experiment:
 
   def _count_trained(self, index):
     params = {"shared": self.variables.shared, "cur": self.variables.cur}
-    trained, _ = partition(params, label_leaves(params, self.method.rules(index)))
-    self.progress.trained = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    self.progress.trained = num_trained(params, self.method.rules(index))
 
   def _log_task(self, index):
     matrix = self.progress.matrix(self.n_test)

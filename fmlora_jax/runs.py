@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fmlora_jax.config import FREE_FIELDS
+from fmlora_jax.config import FREE_FIELDS, leaves
 from fmlora_jax.writer import METRICS, RESULT, read_result
 
 Result = Mapping[str, Any]
@@ -112,16 +112,9 @@ def _fingerprint(run: Result) -> str:
 
 def _settings(run: Result) -> dict[str, Any]:
   """Returns the config as {"group.field": value}, without the seed and what changes no number."""
-
-  def flatten(tree, path):
-    for name, value in tree.items():
-      if isinstance(value, Mapping):
-        yield from flatten(value, f"{path}{name}.")
-      else:
-        yield f"{path}{name}", value
-
-  flat = dict(flatten(run["config"], ""))
-  return {name: value for name, value in flat.items() if name not in ("seed", *FREE_FIELDS)}
+  return {
+    name: value for name, value in leaves(run["config"]) if name not in ("seed", *FREE_FIELDS)
+  }
 
 
 def _labels(groups: Sequence[Group]) -> list[str]:

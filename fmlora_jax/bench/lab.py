@@ -13,7 +13,7 @@ import optax
 from fmlora_jax import config_files, methods, settings
 from fmlora_jax.config import Config
 from fmlora_jax.methods import frame
-from fmlora_jax.methods.rules import label_leaves, partition
+from fmlora_jax.methods.rules import num_trained
 from fmlora_jax.models import products, vit
 from fmlora_jax.settings import Choice
 from fmlora_jax.tasks import augment
@@ -221,8 +221,7 @@ class Lab:
 
   def num_trained(self, state: TrainState, task: int) -> int:
     """Returns how many parameters a step at a task changes."""
-    trained, _ = partition(state.params, label_leaves(state.params, self.method.rules(task)))
-    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+    return num_trained(state.params, self.method.rules(task))
 
   def large_product(self) -> Program:
     """Returns the matrix product that shows the machine's rate: 4 widths by 4 widths, all tokens.

@@ -37,6 +37,12 @@ def partition(tree: Params, labels: Params) -> tuple[Params, Params]:
   return trained, frozen
 
 
+def num_trained(tree: Params, rules: Rules) -> int:
+  """Returns how many numbers of a pytree, of arrays or of their shapes, train."""
+  trained, _ = partition(tree, label_leaves(tree, rules))
+  return sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
 def combine(trained: Params, frozen: Params) -> Params:
   """Inverse of `partition`."""
   return jax.tree.map(
