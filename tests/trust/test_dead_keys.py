@@ -85,6 +85,7 @@ OF_PROGRAMS = (  # of how a run goes on, not of its numbers: they are read outsi
   "eval_batch_size",
   "seeds",
   "checkpoint.every_steps",
+  "checkpoint.on_damage",
   "input.image_size",
   "input.mode",
   "input.normalisation",
@@ -113,6 +114,7 @@ def leaves(cls: type, path: str = "") -> dict[str, Any]:
   return found
 
 
+@pytest.mark.tier(1)
 def test_every_key_is_in_one_table():
   named = {*LEARNED, *OF_PROGRAMS}
   named |= {f"tasks.{key}" for key in OF_TASKS} | {f"weights.{key}" for key in OF_WEIGHTS}
