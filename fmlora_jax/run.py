@@ -35,7 +35,7 @@ from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.train.streams import stream_key
-from fmlora_jax.types import Variables
+from fmlora_jax.types import NonFiniteError, Variables
 
 NUM_ALONE = 4  # test images that are also classified in a batch of their own, at the end
 
@@ -188,6 +188,9 @@ class Experiment:
           self._learn_task(index, state)
         except stop.Stopped:
           self._save_within_task()
+          raise
+        except NonFiniteError as error:
+          self.log.not_finite(error.found)
           raise
         state = None
         self._save(self._steps_before(index + 1), keep=True)

@@ -23,7 +23,15 @@ Params = dict[str, Any]  # nested dict of arrays
 
 
 class NonFiniteError(ValueError):
-  """Training gave NaN or infinity; the run stops and keeps its last checkpoint."""
+  """Training gave NaN or infinity; the run stops and keeps its last checkpoint.
+
+  Attributes:
+    found: what is known of the step, for a file: JSON values by name; empty outside of a step.
+  """
+
+  def __init__(self, message: str, found: Mapping[str, Any] | None = None):
+    super().__init__(message)
+    self.found = found or {}
 
 
 class FrozenError(RuntimeError):

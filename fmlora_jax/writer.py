@@ -26,6 +26,7 @@ from fmlora_jax import disk, metrics
 
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+NOT_FINITE = "non_finite.json"
 FIELDS = (  # noqa: SIM905  of every result; a literal would take a line for each
   "method benchmark scenario split_id manifest_sha256 seed class_order task_names n_test accuracy "
   "acc aaa acc_task_mean aaa_task_mean forgetting forgetting_clipped bwt fwt learning_accuracy "
@@ -113,6 +114,13 @@ class RunLog:
       file.write(text)
     for name, value in values.items():
       self._events.add_scalar(name, float(value), int(step))
+
+  def not_finite(self, found: Mapping[str, Any]) -> None:
+    """Writes what a `NonFiniteError` found to non_finite.json."""
+    if found and self._writes:
+      path = self._workdir / NOT_FINITE
+      replace(path, json.dumps(found, indent=1) + "\n")
+      self.note(f"the step's numbers and images are in {path}")
 
   def note(self, text: str) -> None:
     """Shows one line as it is; long ones are left to the terminal to wrap."""

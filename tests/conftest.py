@@ -1,8 +1,11 @@
 """What tests share: a ViT of two narrow blocks, made-up tasks, and methods that learned them."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 # before jax is imported; sub-processes inherit it
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,7 +28,7 @@ import numpy as np
 import pytest
 
 from fmlora_jax import checkpoint, config, config_files, methods
-from fmlora_jax.models import vit
+from fmlora_jax.models import pretrained, vit
 from fmlora_jax.tasks import augment, resident
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
 from fmlora_jax.train import mesh
@@ -153,14 +156,19 @@ class Stage:
 
 
 class Lab:
-  """A method on the tiny ViT and the made-up tasks; `stages` are what it learned so far."""
+  """A method on the tiny ViT, of `weights.depth` blocks if that is set, and the made-up tasks.
+
+  Attributes:
+    stages: what it learned so far.
+  """
 
   def __init__(self, scenario: str = "cil", ranges: tuple = RANGES, **changes):
     self.config = config.build(config.Config, config_files.merged(SETTINGS, changes))
     self.sequence = made_up_sequence(scenario, ranges)
     self.spec = self.sequence.spec
-    self.backbone = _backbone(self.config.compute_dtype)
-    self.weights = random_weights()
+    sizes = dataclasses.replace(SIZES, depth=self.config.weights.depth or SIZES.depth)
+    self.backbone = _backbone(sizes, self.config.compute_dtype)
+    self.weights = random_weights(sizes)
     self.method = methods.make(self.config, self.backbone, self.spec)
     self.trainer = Trainer(
       self.config,
@@ -234,8 +242,8 @@ _center = jax.jit(
 
 
 @functools.lru_cache(maxsize=8)
-def _backbone(dtype: str):
-  return vit.make(SIZES, jnp.dtype(dtype))
+def _backbone(sizes: Sizes, dtype: str):
+  return vit.make(sizes, jnp.dtype(dtype))
 
 
 @functools.lru_cache(maxsize=64)
@@ -248,9 +256,25 @@ def _predict(method):
   return jax.jit(method.predict)
 
 
-@functools.lru_cache(maxsize=1)
-def random_weights():
-  return jax.jit(vit.make(SIZES).init)(jax.random.key(0))
+@contextlib.contextmanager
+def tiny_vit_loaded() -> Iterator[None]:
+  """Runs within load the ViT of the labs, whatever their config names."""
+  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
+  loaded = random_weights(), SIZES, info
+  with mock.patch.object(pretrained, "load", lambda weights, image_size=None: loaded):
+    yield
+
+
+@pytest.fixture(scope="module")
+def tiny_vit():
+  """See `tiny_vit_loaded`."""
+  with tiny_vit_loaded():
+    yield
+
+
+@functools.lru_cache(maxsize=2)
+def random_weights(sizes: Sizes = SIZES):
+  return jax.jit(vit.make(sizes).init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

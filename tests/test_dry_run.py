@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from fmlora_jax import config, config_files, costs, dry_run, parts, tasks
-from fmlora_jax.models import pretrained
 from fmlora_jax.run import run
 from fmlora_jax.train import loop
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
 
 SMALL = {
   "epochs": 1,
@@ -23,17 +24,6 @@ SMALL = {
   "drs": {"candidate_ranks": (1, 2)},
   "prompt": {"num_tokens": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_vit(make_lab):
-  """Runs load the ViT of the labs, whatever their config names."""
-  made = make_lab(method={"name": "linear_probe"})
-  loaded = made.weights, made.backbone.sizes
-  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pretrained, "load", lambda weights, image_size: (*loaded, info))
-    yield
 
 
 def small(method="fm_lora", **changes) -> config.Config:

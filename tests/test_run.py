@@ -11,10 +11,11 @@ import pytest
 
 from fmlora_jax import checkpoint, clock, config, lock, parts, plots, tasks, writer
 from fmlora_jax.evaluate import Evaluator
-from fmlora_jax.models import pretrained
 from fmlora_jax.run import run
 from fmlora_jax.tasks import resident
 from fmlora_jax.train.loop import NonFiniteError, Trainer
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
 
 SMALL = {
   "epochs": 1,
@@ -33,21 +34,6 @@ SMALL = {
 # process of its own
 WORKSHOP = parts.Workshop()
 SAME = ("params_sha256", "accuracy", "acc", "aaa", "ranks", "interference", "params", "class_order")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_vit(make_lab):
-  """Runs load the ViT of the labs, whatever their config names."""
-  made = make_lab(method={"name": "linear_probe"})
-  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
-
-  def load(weights, image_size):
-    del weights, image_size
-    return made.weights, made.backbone.sizes, info
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pretrained, "load", load)
-    yield
 
 
 def small(method="fm_lora", *, method_settings=None, **changes) -> config.Config:
@@ -435,6 +421,10 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(tmp_path):
   with pytest.raises(NonFiniteError, match=r"task 1 of 2, step 2: must be finite"):
     run(settings, tmp_path / "run")
   assert not (tmp_path / "run" / "result.json").exists()
+  found = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+  assert (found["task"], found["step"], len(set(found["images"]))) == (1, 2, 64)
+  losses, norms = found["last_steps"]["loss"], found["last_steps"]["grad_norm"]
+  assert len(losses) == len(norms) == 2 and float(losses[0]) < 10 and norms[1] == "nan"
 
 
 def test_domains_come_one_by_one_and_transfer_forward_is_measured(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fmlora_jax import checkpoint, config, config_files, parts, report, runs, seeds, tasks
-from fmlora_jax.models import pretrained
 from fmlora_jax.run import run
 from fmlora_jax.train import loop
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
 
 SMALL = {
   "epochs": 1,
@@ -24,17 +25,6 @@ SMALL = {
   "prompt": {"num_tokens": 2},
 }
 SAME = ("params_sha256", "accuracy", "ranks", "interference", "class_order", "config", "params")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_vit(make_lab):
-  """Runs load the ViT of the labs, whatever their config names."""
-  made = make_lab(method={"name": "linear_probe"})
-  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
-  with pytest.MonkeyPatch.context() as patch:
-    loaded = made.weights, made.backbone.sizes, info
-    patch.setattr(pretrained, "load", lambda weights, image_size: loaded)
-    yield
 
 
 def small(*chosen, method="fm_lora", **changes) -> config.Config:

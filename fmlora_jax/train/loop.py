@@ -250,18 +250,26 @@ class Trainer:
         state, stats = chunk(state, fixed, examples, rows, count)
         stats = {name: np.asarray(values)[:num] for name, values in stats.items()}
         if (good := int(state.step) - done) < num:
-          now = {name: values[good] for name, values in stats.items()}
-          raise self._not_finite(now, view.index, done + good)
+          stats = {name: values[: good + 1] for name, values in stats.items()}
+          raise self._not_finite(stats, view.index, done + good)
         done += num
         yield state, stats, time.monotonic() - began
         began = time.monotonic()
 
   def _not_finite(self, stats: dict[str, np.ndarray], task: int, step: int) -> NonFiniteError:
-    """Returns the error of the step after `step` others, of which `stats` are the numbers."""
-    found = f"loss is {stats['loss']} and gradient norm {stats['grad_norm']}"
-    if np.isfinite([*stats.values()]).all():
-      found = f"a trained parameter is not finite ({found})"
+    """Returns the error of the step after `step` others; the last of `stats` are its numbers."""
+    last = {name: values[-1] for name, values in stats.items()}
+    what = f"loss is {last['loss']} and gradient norm {last['grad_norm']}"
+    if np.isfinite([*last.values()]).all():
+      what = f"a trained parameter is not finite ({what})"
+    images = self.sequence.tasks[task].train
+    sizes = {"num": len(images), "batch_size": self.config.batch_size, "size": 1}
+    place = {"seed": self.config.seed, "task": task, "bounds": (step, step + 1)}
+    ((rows,),) = order.Chunks(**sizes, **place)
+    found = {name: [f"{value:.6g}" for value in values] for name, values in stats.items()}
     return NonFiniteError(
-      f"{found} at task {task + 1} of {len(self.sequence.tasks)}, step {step + 1}: must be finite; "
-      "lower config.optim.learning_rate or set config.optim.clip_norm"
+      f"{what} at task {task + 1} of {len(self.sequence.tasks)}, step {step + 1}: must be finite; "
+      "lower config.optim.learning_rate or set config.optim.clip_norm",
+      {"task": task + 1, "step": step + 1, "last_steps": found}
+      | {"images": [self.sequence.source.shown(row) for row in images[rows[rows >= 0]]]},
     )

@@ -90,6 +90,9 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(make_lab):
     learn(made, task=1)
   assert "at task 2 of 3, step 2: must be finite" in str(error.value)
   assert "config.optim.learning_rate" in str(error.value)
+  _, rows = next(made.trainer.view(1).train_chunks(0))
+  shown = [f"record {row}" for row in made.sequence.tasks[1].train[rows[1][rows[1] >= 0]]]
+  assert error.value.found["images"] == shown
 
 
 def test_the_same_seed_gives_the_same_batches_to_every_method(make_lab):

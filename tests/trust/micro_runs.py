@@ -19,7 +19,6 @@ from orbax.checkpoint._src.path import atomicity
 
 from fmlora_jax import checkpoint, config, config_files, plots, tasks, writer
 from fmlora_jax.evaluate import Evaluator
-from fmlora_jax.models import pretrained
 from fmlora_jax.parts import Workshop
 from fmlora_jax.run import Experiment, run
 
@@ -80,13 +79,9 @@ def settings(method: str = "fm_lora", **changes) -> config.Config:
 @contextlib.contextmanager
 def small_parts() -> Iterator[None]:
   """Runs within have made-up tasks and the tiny ViT, whatever their config names."""
-  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
-  loaded = conftest.random_weights(), conftest.SIZES, info
   sequence = conftest.made_up_sequence()
-  with (
-    mock.patch.object(pretrained, "load", lambda weights, image_size: loaded),
-    mock.patch.object(tasks, "make", lambda *args, **kwargs: sequence),
-  ):
+  tasks_made = mock.patch.object(tasks, "make", lambda *args, **kwargs: sequence)
+  with conftest.tiny_vit_loaded(), tasks_made:
     yield
 
 

@@ -8,10 +8,12 @@ import pytest
 
 from fmlora_jax import checkpoint, checks, config, run
 from fmlora_jax.methods.rules import label_leaves
-from fmlora_jax.models import heads, pretrained
+from fmlora_jax.models import heads
 from fmlora_jax.train import loop
 from fmlora_jax.train.step import Stepper, TrainState
 from fmlora_jax.types import FrozenError, Variables
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
 
 SMALL = {
   "epochs": 1,
@@ -25,13 +27,6 @@ SMALL = {
   "drs": {"strategy": "fixed", "rank": 2},
   "prompt": {"num_tokens": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def tiny_vit(make_lab, monkeypatch):
-  made = make_lab(method={"name": "linear_probe"})
-  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
-  monkeypatch.setattr(pretrained, "load", lambda *_: (made.weights, made.backbone.sizes, info))
 
 
 def small(**changes):

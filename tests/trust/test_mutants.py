@@ -1,0 +1,124 @@
+"""Row 25 of the bar: of small bugs put into what trust rests on, the tests see nine of ten.
+
+cosmic-ray makes the mutants; each stands alone in a copy of the tree, where the tests of its area
+are passed until one fails.
+"""
+
+import ast
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+AREAS = {  # modules -> tests, those first that see most
+  "masks": (
+    ["models/heads.py", "evaluate.py"],
+    ["tests/models/test_heads.py", "tests/test_evaluate.py", "tests/methods/test_frame.py"],
+  ),
+  "metrics": (["metrics.py"], ["tests/test_metrics.py"]),
+  "optimiser": (
+    ["methods/rules.py", "train/optim.py", "checks.py"],
+    ["tests/methods/test_rules.py", "tests/train/test_optim.py", "tests/trust/test_frozen.py"],
+  ),
+  "resume": (
+    ["checkpoint.py"],
+    [
+      "tests/test_checkpoint.py",
+      "tests/trust/test_damaged_checkpoints.py",
+      "tests/trust/test_config_on_resume.py",
+    ],
+  ),
+  "digest": (["digest.py"], ["tests/test_digest.py"]),
+}
+# of the replacements of an operator one, and of comparisons those that move the bound or turn it
+OPERATORS = re.compile(
+  r"core/(NumberReplacer|AddNot|ExceptionReplacer|ZeroIterationForLoop|ReplaceBreakWithContinue"
+  r"|Replace(TrueWithFalse|FalseWithTrue|AndWithOr|OrWithAnd)"
+  r"|ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul"
+  r"|BitAnd_BitOr|BitOr_BitAnd|BitXor_BitOr|LShift_RShift|RShift_LShift)"
+  r"|ReplaceUnaryOperator_(USub_UAdd|Delete_Not|Delete_Invert)"
+  r"|ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_GtE|LtE_Gt"
+  r"|Gt_LtE|GtE_Lt|Is_IsNot|IsNot_Is|In_NotIn|NotIn_In))"
+)
+TIMEOUT_S = 300  # a mutant that takes longer than this is seen
+
+
+def mutants(module: str) -> list:
+  """Returns the mutants of a module, none of an annotation: without effect, or no import at all."""
+  from cosmic_ray.commands import init
+  from cosmic_ray.work_db import use_db
+
+  path = pathlib.Path("fmlora_jax", module)
+  with contextlib.chdir(ROOT), use_db(":memory:") as work:
+    init([path], work, {})
+    found = [item.mutations[0] for item in work.work_items]
+  hints = list(annotations(ast.parse((ROOT / path).read_text())))
+  return [
+    mutant
+    for mutant in found
+    if OPERATORS.fullmatch(mutant.operator_name)
+    and not any(first <= mutant.start_pos < last for first, last in hints)
+  ]
+
+
+def annotations(tree: ast.AST):
+  """Yields (start, end) of every annotation, as (line, column)."""
+  for node in ast.walk(tree):
+    for name in ("annotation", "returns"):
+      if hint := getattr(node, name, None):
+        yield (hint.lineno, hint.col_offset), (hint.end_lineno, hint.end_col_offset)
+
+
+def settle(folder: str) -> None:
+  """Gives this process a copy of the tree of its own."""
+  place = pathlib.Path(folder) / str(os.getpid())
+  for name in ("fmlora_jax", "configs", "tests", "launch"):
+    shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+  shutil.copy(ROOT / "pyproject.toml", place)
+  os.chdir(place)
+  os.environ["PYTHONPATH"] = str(place)
+
+
+def verdict(mutant, tests: list[str]):
+  """Returns what cosmic-ray says of a mutant, None for no mutant at all."""
+  from cosmic_ray.mutating import mutate_and_test
+
+  command = shlex.join([sys.executable, "-m", "pytest", "-x", "-q", *tests])
+  return mutate_and_test([mutant] if mutant else [], command, TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+  context = multiprocessing.get_context("spawn")
+  folder = str(tmp_path_factory.mktemp("trees"))
+  with concurrent.futures.ProcessPoolExecutor(
+    os.cpu_count(), context, initializer=settle, initargs=(folder,)
+  ) as pool:
+    yield pool
+
+
+@pytest.mark.tier(3)
+@pytest.mark.parametrize("area", AREAS)
+def test_nine_of_ten_mutants_are_seen(workers, area):
+  pytest.importorskip("cosmic_ray", reason="pip install cosmic-ray")
+  modules, tests = AREAS[area]
+  untouched = workers.submit(verdict, None, tests).result()
+  assert not untouched.is_killed, untouched.output
+  made = [mutant for module in modules for mutant in mutants(module)]
+  survivors = []
+  for mutant, result in zip(made, workers.map(verdict, made, [tests] * len(made)), strict=True):
+    assert result.test_outcome, result.output
+    if not result.is_killed:
+      survivors.append(result.diff)
+      print(f"row 25: {mutant.module_path} survives {mutant.operator_name}\n{result.diff}")
+  seen = len(made) - len(survivors)
+  print(f"row 25: {area}: {seen} of {len(made)} mutants seen, {100 * seen / len(made):.1f} %")
+  assert made and seen >= 0.9 * len(made)
