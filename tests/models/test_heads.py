@@ -37,6 +37,7 @@ def test_the_cosine_head_predicts_without_its_learned_scale():
   head, mem = fresh("cosine")
   kernel, x = np.asarray(mem["kernel"]), np.asarray(draw(5, WIDTH))
   cosines = (x @ kernel.T) / np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(kernel, axis=1))
+  np.testing.assert_allclose(head.logits(mem, x), 10 * cosines, atol=1e-4)  # as it is drawn
   scaled = mem | {"log_scale": jnp.full(6, jnp.log(3.0))}
   np.testing.assert_allclose(head.predict(scaled, x), cosines, atol=1e-5)
   np.testing.assert_allclose(head.logits(scaled, x), 3 * cosines, atol=1e-4)
@@ -131,6 +132,8 @@ def test_local_losses_are_the_cross_entropy_over_the_classes_of_the_task():
     np.log(np.exp(logits).sum(1)) - np.asarray(logits)[np.arange(4), np.asarray(labels)],
     rtol=1e-5,
   )
+  last = task_arrays(CIL, 2)  # one class, the 5th: no other can be meant
+  np.testing.assert_array_equal(heads.local_losses(logits, jnp.full(4, 5), last), np.zeros(4))
 
 
 def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
@@ -151,7 +154,27 @@ def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
 
 def test_a_mean_over_no_valid_row_is_zero():
   assert heads.weighted_mean(jnp.ones(3), jnp.zeros(3, bool)) == 0
+  assert heads.weighted_mean(jnp.full(3, 7.0), jnp.arange(3) == 1) == 7
   np.testing.assert_allclose(heads.weighted_mean(jnp.arange(3.0), jnp.array([0, 1, 1]) > 0), 1.5)
+
+
+def test_a_class_of_one_image_has_it_as_its_mean_and_one_without_has_none():
+  x = draw(WIDTH)
+  sums, counts = jnp.zeros((6, WIDTH)).at[2].set(x), jnp.zeros(6).at[2].set(1)
+  mem = heads.add_means(fresh("class_mean")[1], sums, counts)
+  np.testing.assert_array_equal(mem["mean"], sums)
+  task = task_arrays(CIL, 1)  # classes 2 to 4
+  rows = heads.imprint({"kernel": jnp.ones((3, WIDTH)), "bias": jnp.ones(3)}, sums, counts, task)
+  scale = 10 / WIDTH
+  np.testing.assert_allclose(rows["kernel"][0], scale * x, rtol=1e-6)
+  np.testing.assert_allclose(rows["bias"][0], -0.5 * scale * np.sum(np.square(x)), rtol=1e-5)
+  assert not np.asarray(rows["kernel"][1:]).any() and not np.asarray(rows["bias"][1:]).any()
+
+
+def test_rows_beyond_a_task_are_no_copy_of_the_next_class():
+  sums, task = draw(6, WIDTH), task_arrays(CIL, 0)  # two of three rows
+  rows = heads.imprint({"kernel": jnp.ones((3, WIDTH))}, sums, jnp.ones(6), task)
+  assert np.asarray(rows["kernel"][:2]).all() and not np.asarray(rows["kernel"][2]).any()
 
 
 def test_only_the_class_mean_head_asks_for_means():
