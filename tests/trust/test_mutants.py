@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 AREAS = {  # modules -> tests, those first that see most
   "masks": (
     ["models/heads.py", "evaluate.py"],
-    ["tests/models/test_heads.py", "tests/test_evaluate.py"],
+    ["tests/models/test_heads.py", "tests/trust/test_counts.py", "tests/test_evaluate.py"],
   ),
   "metrics": (["metrics.py"], ["tests/test_metrics.py"]),
   "optimiser": (
