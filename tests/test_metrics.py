@@ -56,6 +56,7 @@ def test_one_task_has_no_forgetting_and_no_transfer():
 
 def test_forward_transfer_is_the_mean_gain_before_training_and_none_where_unmeasured():
   assert metrics.fwt([None, 0.3, 0.5], [None, 0.1, 0.2]) == pytest.approx(25)
+  assert metrics.fwt([None, 0.3], [None, 0.1]) == pytest.approx(20)
   assert metrics.fwt([None, 0.3, None], [None, 0.1, 0.2]) is None
   assert metrics.fwt([None, 0.3, float("nan")], [None, 0.1, 0.2]) is None
   assert metrics.fwt(None, [None, 0.1]) is None
@@ -68,6 +69,7 @@ def test_an_unfinished_run_is_measured_over_the_tasks_it_has_learned():
   assert np.isnan(accuracy[2]).all()
   np.testing.assert_allclose(metrics.pooled(accuracy, N_TEST), [80, 90, np.nan])
   np.testing.assert_allclose(metrics.task_mean(accuracy), [80, 90, np.nan])
+  assert np.isnan(metrics.accuracy_matrix(CORRECT, N_TEST, learned=0)).all()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,9 @@ def test_an_unfinished_run_is_measured_over_the_tasks_it_has_learned():
     (CORRECT, np.array([10, 0, 30]), None, "every task needs a test image"),
     (CORRECT, np.array([10, 20, 26]), None, r"must be in \[0, n_test\]"),
     (-CORRECT, N_TEST, None, r"must be in \[0, n_test\]"),
+    (np.minimum(CORRECT, 0) - np.eye(3, dtype=int), N_TEST, None, r"must be in \[0, n_test\]"),
     (CORRECT, N_TEST, 4, r"learned is 4: must be in \[0, 3\]"),
+    (CORRECT, N_TEST, -1, r"learned is -1: must be in \[0, 3\]"),
   ],
 )
 def test_impossible_counts_are_refused(correct, n_test, learned, message):
