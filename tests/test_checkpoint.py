@@ -44,6 +44,11 @@ def test_leaves_have_paths_and_groups_come_back_from_them():
     jax.tree.map(np.testing.assert_array_equal, back, TREE[group])
 
 
+def test_bytes_are_those_of_all_elements():
+  tree = {"a": jnp.zeros((2, 3)), "b": [jnp.zeros(5, jnp.bfloat16), jnp.uint8(1)]}
+  assert checkpoint.num_bytes(tree) == 24 + 10 + 1
+
+
 def test_a_saved_tree_comes_back_bit_for_bit_with_its_record(tmp_path):
   record = {"progress": {"task": 2, "facts": [{"rank": 4, "complexity": None}], "share": 0.1}}
   flat = checkpoint.flatten(TREE)

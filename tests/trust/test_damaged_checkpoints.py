@@ -115,12 +115,26 @@ def test_no_file_is_cut_emptied_or_lost_unseen(saved, tmp_path):
   assert not silent and len(refused) > len(every) / 4
 
 
-def test_arrays_that_were_exchanged_are_named(saved, tmp_path):
-  workdir = shutil.copytree(saved, tmp_path / "run")
+def exchange(workdir):
   shutil.rmtree(workdir / "checkpoints" / "8" / "state")
   shutil.copytree(workdir / "checkpoints" / "4" / "state", workdir / "checkpoints" / "8" / "state")
+
+
+def test_arrays_that_were_exchanged_are_named(saved, tmp_path):
+  workdir = shutil.copytree(saved, tmp_path / "run")
+  exchange(workdir)
   _, reason = read(workdir)
   assert "cur/head, mem/half, opt_state/count and 1 others in it: not what was saved" in reason
+
+
+def test_three_arrays_are_all_named(tmp_path):
+  opened = store(tmp_path)
+  for step in (4, 8):
+    arrays = {name: jnp.full(2, step) for name in "abc"}
+    opened.save(step, Snapshot(arrays=arrays, record={}), keep=True)
+  exchange(tmp_path)
+  _, reason = read(tmp_path)
+  assert "can't be used: a, b, c in it: not what was saved" in reason
 
 
 def change_record(path, change):

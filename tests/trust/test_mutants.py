@@ -26,7 +26,7 @@ AREAS = {  # modules -> tests, those first that see most
   "metrics": (["metrics.py"], ["tests/test_metrics.py"]),
   "optimiser": (
     ["methods/rules.py", "train/optim.py", "checks.py"],
-    ["tests/methods/test_rules.py", "tests/train/test_optim.py", "tests/trust/test_frozen.py"],
+    ["tests/methods/test_rules.py", "tests/train/test_optim.py", "tests/test_checks.py"],
   ),
   "resume": (
     ["checkpoint.py"],
