@@ -63,3 +63,12 @@ def test_a_field_that_came_later_has_its_default_or_is_refused(tmp_path):
   now["config"]["drs"]["price"] = 0.5
   with pytest.raises(ConfigError, match=r"\(config\.drs\.price: None there, 0\.5 now\)"):
     checkpoint.claim(tmp_path / "run", now)
+
+
+def test_a_setting_that_is_changed_to_its_default_is_refused(tmp_path):
+  now = {"config": json.loads(json.dumps(dataclasses.asdict(Config())))}
+  before = json.loads(json.dumps(now))
+  before["config"]["epochs"] += 1
+  checkpoint.claim(tmp_path / "run", before)
+  with pytest.raises(ConfigError, match=r"\(config\.epochs: 31 there, 30 now\)"):
+    checkpoint.claim(tmp_path / "run", now)
