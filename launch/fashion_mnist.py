@@ -26,6 +26,8 @@ NAMES = (
 
 def read(path: pathlib.Path, header: int) -> np.ndarray:
   """Returns the bytes of a gzipped IDX file after its header of so many, uint8."""
+  if not path.is_file():
+    sys.exit(f"error: {path}: no such file; `apt-get install dataset-fashion-mnist` brings it")
   return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 

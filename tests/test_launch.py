@@ -184,6 +184,9 @@ def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
       path = tmp_path / f"{name}-{kind}-ubyte.gz"
       path.write_bytes(gzip.compress(bytes(header) + values.tobytes()))
   script = [sys.executable, ROOT / "launch" / "fashion_mnist.py"]
+  command = [*script, tmp_path / "none", tmp_path / "out"]
+  missing = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert missing.returncode == 1 and "none/train-images-idx3-ubyte.gz: no such" in missing.stderr
   subprocess.run([*script, tmp_path, tmp_path / "out", "2", "1"], check=True)
   found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*/*"))
   assert len(found) == 30 and {"train/bag/00008.png", "train/bag/00018.png"} < set(found)

@@ -57,10 +57,8 @@ class Config(config_lib.MethodConfig):
   alignment: AlignmentConfig = dataclasses.field(default_factory=AlignmentConfig)
 
   def __post_init__(self):
-    require, layers = config_lib.require, self.layers
+    require = config_lib.require
     require(self.prompt_length >= 1, "prompt_length", self.prompt_length, ">= 1")
-    ascending = bool(layers) and layers[0] >= 0 and tuple(sorted(set(layers))) == layers
-    require(ascending, "layers", layers, "ascending layers, the first is 0")
     require(0 <= self.past_share < 1, "past_share", self.past_share, "in [0, 1)")
     require(self.repulsion >= 0, "repulsion", self.repulsion, ">= 0")
     require(self.temperature > 0, "temperature", self.temperature, "> 0")
@@ -71,10 +69,15 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   """Returns HiDe-Prompt as a Method.
 
   Raises:
-    ConfigError: if the ViT has fewer layers, or the head has nothing that could be aligned.
+    ConfigError: if the ViT lacks a layer, or the head has nothing that could be aligned.
   """
   settings, sizes = config.method, backbone.sizes
-  _check(config, backbone)
+  frame.check_layers(settings.layers, "method.layers", backbone)
+  if config.head.kind == "class_mean":
+    raise ConfigError(
+      "config.head.kind is 'class_mean': must be linear or cosine, which hide_prompt can train on "
+      "features drawn at a task's end"
+    )
   dtype = jnp.dtype(config.compute_dtype)
   rows = class_statistics.Rows(spec)
   slot_shape = (len(settings.layers), 2, settings.prompt_length, sizes.width)
@@ -217,19 +220,6 @@ def repulsion(
   products = jnp.where(exists, vectors @ vectors.T / temperature, -1e9)
   losses = jax.nn.logsumexp(products, axis=-1) - jnp.diagonal(products)
   return heads.weighted_mean(losses, exists)
-
-
-def _check(config: config_lib.Config, backbone: Backbone) -> None:
-  last, depth = config.method.layers[-1], backbone.sizes.depth
-  if last >= depth:
-    raise ConfigError(
-      f"config.method.layers is {config.method.layers}: must be below {depth}, the ViT's layers"
-    )
-  if config.head.kind == "class_mean":
-    raise ConfigError(
-      "config.head.kind is 'class_mean': must be linear or cosine, which hide_prompt can train on "
-      "features drawn at a task's end"
-    )
 
 
 # rates are per 256 images and scaled by the 24 of one of its 8 GPUs, HD/trainers/
