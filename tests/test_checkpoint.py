@@ -64,11 +64,16 @@ def test_a_saved_tree_comes_back_bit_for_bit_with_its_record(tmp_path):
     assert np.asarray(got.arrays[name]).tobytes() == np.asarray(leaf).tobytes()
 
 
+def test_the_order_of_a_record_is_no_part_of_it():
+  assert checkpoint._sha256({"a": 1, "b": [2]}) == checkpoint._sha256({"b": [2], "a": 1})
+  assert checkpoint._sha256({"a": 1, "b": [2]}) != checkpoint._sha256({"a": 1, "b": [3]})
+
+
 def test_the_newest_checkpoint_is_taken_by_number(tmp_path):
-  opened = store(tmp_path)
+  opened = store(tmp_path / "deep" / "run")
   for step in (9, 10, 100):
     opened.save(step, snapshot(step), keep=True)
-  opened = store(tmp_path)
+  opened = store(tmp_path / "deep" / "run")
   assert float(opened.latest().arrays["shared/x"][0]) == 100
 
 
@@ -142,6 +147,9 @@ def test_a_new_folder_is_claimed_and_claimed_again(tmp_path):
   assert json.loads((workdir / "config.json").read_text()) == IDENTITY
   checkpoint.claim(workdir, IDENTITY)
   assert [path.name for path in workdir.iterdir()] == ["config.json"]
+  written = (workdir / "config.json").read_text()
+  checkpoint.claim(tmp_path / "other", dict(reversed(IDENTITY.items())))
+  assert (tmp_path / "other" / "config.json").read_text() == written
   (tmp_path / "empty").mkdir()
   checkpoint.claim(tmp_path / "empty", IDENTITY)
 
@@ -212,6 +220,10 @@ def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):
   with pytest.raises(ConfigError, match=r"holds photo\.jpg but no config\.json: must be new"):
     checkpoint.claim(tmp_path, IDENTITY)
   assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("photo.jpg", "mine")]
+  for name in ("notes", "a", "z"):
+    (tmp_path / name).mkdir()
+  with pytest.raises(ConfigError, match=r"holds a, notes, photo\.jpg but no config\.json"):
+    checkpoint.check_folder(tmp_path)
 
 
 def test_a_damaged_config_is_refused_in_one_line(tmp_path):
