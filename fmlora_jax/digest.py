@@ -18,8 +18,8 @@ def of_tree(tree: Any) -> dict[str, str]:
   """Returns the digest of each leaf by its path, such as "float32[2,3] 0123456789abcdef".
 
   Args:
-    tree: arrays of at most 2^32 elements, on one or many devices, of one or many processes, all of
-      which must then call this.
+    tree: arrays of at most 2^32 elements of at most 32 bits, on one or many devices, of one or many
+      processes, all of which must then call this.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
@@ -44,7 +44,7 @@ def _text(leaf, lanes) -> str:
 def _sums(leaf: Array) -> UInt32[Array, " lanes"]:
   """Returns what each lane makes of all elements; integers add up to the same in any order."""
   leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-  word = jnp.dtype(f"uint{min(8 * leaf.dtype.itemsize, 32)}")
+  word = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
   bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
   place = jnp.zeros(bits.shape, jnp.uint32)
   for axis, size in enumerate(bits.shape):

@@ -8,6 +8,7 @@ import processes
 import pytest
 
 from fmlora_jax import digest
+from fmlora_jax.train import mesh
 
 RNG = np.random.default_rng(0)
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool")
@@ -50,6 +51,14 @@ def test_leaves_have_their_paths():
   assert set(found) == {"a/b", "c/0", "c/1"}
   assert found["c/1"].startswith("bfloat16[2,2] ")
   assert digest.of_tree({"a/b": jnp.ones(2)}) == {"a/b": found["a/b"]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4)], ids=str)
+def test_a_digest_says_what_its_array_looks_like(dtype, shape):
+  sharding = mesh.replicated(mesh.make())
+  found = digest.template(digest.of_tree(random_bits(dtype, shape))[""], sharding)
+  assert (found.shape, found.dtype, found.sharding) == (shape, jnp.dtype(dtype), sharding)
 
 
 def test_no_flipped_bit_goes_unseen():
