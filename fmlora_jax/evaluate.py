@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from fmlora_jax import stop
 from fmlora_jax.tasks import order
-from fmlora_jax.types import Examples, Method
+from fmlora_jax.types import Examples, Method, SequenceSpec
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "center"))
@@ -53,6 +53,18 @@ class Evaluator:
     """
     counts = [self._count(model, *batch, masks) for batch in batches]
     return np.sum([np.asarray(count) for count in counts], axis=0)
+
+
+def allowed(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]:
+  """Returns which classes may be predicted for images of each test set after task `learned`.
+
+  Those of all tasks so far; in til, where the task is given, those of the set's own. Source:
+  protocol of L2P and its successors, which never predict a class that was not seen.
+  """
+  classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
+  if spec.scenario == "til":
+    return np.stack([(classes >= lo) & (classes < hi) for lo, hi in spec.class_ranges])
+  return np.stack([classes < seen] * spec.num_tasks)
 
 
 def batches_of(

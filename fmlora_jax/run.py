@@ -25,7 +25,7 @@ from fmlora_jax import (
 )
 from fmlora_jax.clock import Clock
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
-from fmlora_jax.evaluate import Evaluator, batches_of
+from fmlora_jax.evaluate import Evaluator, allowed, batches_of
 from fmlora_jax.methods.rules import num_trained
 from fmlora_jax.parts import Workshop
 from fmlora_jax.results import Progress
@@ -313,14 +313,7 @@ class Experiment:
       model: folded.
       sizes: of the images the first sizes[0] are of test set 0, and so on.
     """
-    spec = self.sequence.spec
-    classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
-    masks = np.stack(
-      [
-        (classes >= lo) & (classes < hi) if spec.scenario == "til" else classes < seen
-        for lo, hi in spec.class_ranges
-      ]
-    )
+    masks = allowed(self.sequence.spec, learned)
     batches = batches_of(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
     return self.evaluator.correct(model, batches, self.trainer.put(masks))
 
