@@ -42,6 +42,7 @@ def test_the_cosine_head_predicts_without_its_learned_scale():
   np.testing.assert_allclose(head.predict(scaled, x), cosines, atol=1e-5)
   np.testing.assert_allclose(head.logits(scaled, x), 3 * cosines, atol=1e-4)
   np.testing.assert_allclose(head.predict(scaled, 100 * x), cosines, atol=1e-5)
+  assert not np.asarray(head.predict(mem, 0 * x)).any()
 
 
 def test_the_class_mean_head_predicts_the_nearest_mean():
@@ -173,8 +174,9 @@ def test_a_class_of_one_image_has_it_as_its_mean_and_one_without_has_none():
 
 def test_rows_beyond_a_task_are_no_copy_of_the_next_class():
   sums, task = draw(6, WIDTH), task_arrays(CIL, 0)  # two of three rows
-  rows = heads.imprint({"kernel": jnp.ones((3, WIDTH))}, sums, jnp.ones(6), task)
-  assert np.asarray(rows["kernel"][:2]).all() and not np.asarray(rows["kernel"][2]).any()
+  rows = heads.imprint({"kernel": jnp.ones((3, WIDTH))}, sums, jnp.full(6, 4), task)
+  np.testing.assert_allclose(rows["kernel"][:2], 10 / WIDTH * sums[:2] / 4, rtol=1e-6)
+  assert not np.asarray(rows["kernel"][2]).any()
 
 
 def test_only_the_class_mean_head_asks_for_means():
