@@ -108,7 +108,7 @@ def workers(tmp_path_factory):
 @pytest.mark.tier(3)
 @pytest.mark.parametrize("area", AREAS)
 def test_nine_of_ten_mutants_are_seen(workers, area):
-  pytest.importorskip("cosmic_ray", reason="pip install cosmic-ray")
+  pytest.importorskip("cosmic_ray", reason=".venv/bin/pip install -e .[mutants]")
   modules, tests = AREAS[area]
   untouched = workers.submit(verdict, None, tests).result()
   assert not untouched.is_killed, untouched.output
