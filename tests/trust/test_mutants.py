@@ -52,7 +52,7 @@ TIMEOUT_S = 300  # a mutant that takes longer than this is seen
 
 
 def mutants(module: str) -> list:
-  """Returns the mutants of a module, none of an annotation: without effect, or no import at all."""
+  """Returns the mutants of a module that do something, and not just to an annotation."""
   from cosmic_ray.commands import init
   from cosmic_ray.work_db import use_db
 
@@ -60,13 +60,27 @@ def mutants(module: str) -> list:
   with contextlib.chdir(ROOT), use_db(":memory:") as work:
     init([path], work, {})
     found = [item.mutations[0] for item in work.work_items]
-  hints = list(annotations(ast.parse((ROOT / path).read_text())))
+  source = (ROOT / path).read_text()
+  hints = list(annotations(ast.parse(source)))
   return [
     mutant
     for mutant in found
     if OPERATORS.fullmatch(mutant.operator_name)
     and not any(first <= mutant.start_pos < last for first, last in hints)
+    and not is_the_same(mutant, source.splitlines())
   ]
+
+
+def is_the_same(mutant, lines: list[str]) -> bool:
+  """Returns whether a mutant of a source is another text for the same.
+
+  So are the second axis of a matrix for the last one, another mark of keyword-only parameters, and
+  1e9 and 1 in float32.
+  """
+  line, column = mutant.start_pos
+  before, after = lines[line - 1][:column], lines[line - 1][column:]
+  is_axis = mutant.operator_name.endswith("USub_UAdd") and before.endswith(("axis=", "shape["))
+  return is_axis or after.startswith(("*,", "1e9"))
 
 
 def annotations(tree: ast.AST):
