@@ -29,6 +29,7 @@ from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, differences, lea
 
 IDENTITY = "config.json"  # what a workdir belongs to
 TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax ends the name of what it has not finished
+AGAIN, BEFORE = ".again", ".before"  # of a step that is saved once more: its new and its old folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,23 +111,29 @@ class Store:
     """Writes a checkpoint and reads it again; then drops all others but those that were kept.
 
     Raises:
-      ConfigError: if the disk is full, or what it gives back is not what was written; all other
-        checkpoints are then still there.
+      ConfigError: if the disk is full, or what it gives back is not what was written; all
+        checkpoints, one of the same step too, are then still there.
     """
+    path = target = self._path(step)
+    if path.exists():
+      target = path.with_name(f"{step}{AGAIN}")
     arrays = {name: jnp.asarray(leaf) for name, leaf in snapshot.arrays.items()}
     kept = [*self._kept, step] if keep else self._kept
     own = {"step": step, "kept": kept, "identity": self._identity}
     record = snapshot.record | own | {"digests": digest.of_tree(arrays)}
-    with disk.writing(self._path(step), num_bytes(arrays)), _quiet():
+    with disk.writing(target, num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
-      ocp.save(self._path(step), arrays, overwrite=True, custom_metadata=metadata)
+      ocp.save(target, arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
-        disk.sync(self._path(step))
+        disk.sync(target)
     try:
-      self._load(step)
+      self._load(step, target)
     except DamagedError as error:
       mend = "the disk may fail; the same command goes on from the one before"
       raise DamagedError(f"{error}; {mend}") from None
+    if target != path and hosts.is_first():
+      path.rename(path.with_name(f"{step}{BEFORE}"))
+      self._finish_exchange(step)
     self._drop_others(step, kept)
 
   def latest(self) -> Snapshot | None:
@@ -161,31 +168,30 @@ class Store:
     """Returns what lies there under the name of a step, ascending."""
     return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
-  def _load(self, step: int) -> Snapshot:
+  def _load(self, step: int, path: pathlib.Path | None = None) -> Snapshot:
     """Returns a checkpoint that is as it was saved, and this run's.
 
     Raises:
       DamagedError: on all processes, if it is not to one of them.
     """
-    path, reason, snapshot = self._path(step), "", None
+    path, reason, snapshot = path or self._path(step), "", None
     try:
       with _quiet():
-        snapshot = self._verified(step)
+        snapshot = self._verified(step, path)
     except DamagedError as error:
       reason = str(error)
-    except MemoryError:
+    except (MemoryError, PermissionError):  # no damage: they pass, or someone can mend them
       raise
     except Exception as error:  # damage makes orbax raise whatever its parts do
       message = " ".join(str(error).split())
-      if "RESOURCE_EXHAUSTED" in message:
+      if any(code in message for code in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")):
         raise
       reason = f"it can't be read ({type(error).__name__}: {message[:300]})"
     if reason := next(filter(None, hosts.gather(reason)), ""):
       raise DamagedError(f"checkpoint {path} can't be used: {reason}")
     return snapshot
 
-  def _verified(self, step: int) -> Snapshot:
-    path = self._path(step)
+  def _verified(self, step: int, path: pathlib.Path) -> Snapshot:
     metadata = ocp.metadata(path).custom_metadata or {}
     record = {name: value for name, value in metadata.items() if name != "sha256"}
     if "digests" not in record or "sha256" not in metadata:
@@ -214,8 +220,26 @@ class Store:
     self._note(f"{reason}; set aside as {target.name}")
     hosts.gather("")
 
+  def _finish_exchange(self, step: int) -> None:
+    """Gives a step its new folder, and drops the old one; for the first process."""
+    path = self._path(step)
+    path.with_name(f"{step}{AGAIN}").rename(path)
+    disk.sync_name(path)
+    self._drop(path.with_name(f"{step}{BEFORE}"))
+
   def _drop_unfinished(self) -> None:
+    """Drops what a kill left half done, and ends an exchange of folders that it cut short."""
     hosts.gather("")
+    if hosts.is_first():
+      for before in sorted(self.folder.glob(f"*{BEFORE}")):
+        step = int(before.name.removesuffix(BEFORE))
+        if self._path(step).exists():
+          self._drop(before)
+        else:
+          self._finish_exchange(step)
+    for again in sorted(self.folder.glob(f"*{AGAIN}")):
+      self._note(f"checkpoint {again.name} was not verified: dropped")
+      self._drop(again)
     for path in sorted(self.folder.glob(f"*{TEMPORARY}")):
       self._note(f"checkpoint {path.name.removesuffix(TEMPORARY)} was not finished: dropped")
       self._drop(path)

@@ -59,7 +59,13 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
 
 def bug(error: Exception) -> str:
-  """Returns the line for an error that only we can mend; its trace goes to a file.
+  """Returns the line for an error that only we can mend."""
+  message = " ".join(str(error).split())
+  return f"{type(error).__name__}: {message[:300]} (a bug of fmlora_jax: {traced(error)})"
+
+
+def traced(error: Exception) -> str:
+  """Writes an error's trace to a file, and returns where it is.
 
   The file is a new one: in --workdir where a run is there already, else among the temporary ones.
   """
@@ -69,11 +75,7 @@ def bug(error: Exception) -> str:
     "w", prefix="error-", suffix=".txt", dir=folder if of_run else None, delete=False
   ) as file:
     file.write("".join(traceback.format_exception(error)))
-  message = " ".join(str(error).split())
-  return (
-    f"{type(error).__name__}: {message[:300]} (a bug of fmlora_jax: its trace is in {file.name}, "
-    "--debug shows it here)"
-  )
+  return f"its trace is in {file.name}, --debug shows it here"
 
 
 def _batch_size() -> int | None:
@@ -162,7 +164,7 @@ def reason(error: Exception, batch_size: int | None) -> str | None:
       f"config.input.mode=stream ({detail})"
     )
   if isinstance(error, (ValueError, OSError)):
-    return f"{message} (--debug shows where)"
+    return f"{message} ({traced(error)})"
   return None
 
 

@@ -203,7 +203,11 @@ def stops(asked: int) -> int:
     asked: the signal that this process got, or 0. Alone it decides; several processes, all of which
       must call this equally often, stop at the same call once one of them was asked.
   """
-  return _watch.stops() if _watch else asked
+  if not _watch:
+    return asked
+  if asked:
+    _watch.ask(asked)  # it may have come before the watch was there; once is enough
+  return _watch.stops()
 
 
 def await_bad_news() -> None:

@@ -65,6 +65,11 @@ def _locked(folder: pathlib.Path) -> TextIO:
   """Returns the open file whose lock this process has."""
   path = folder / FILE
   while True:
+    if path.is_symlink():
+      raise ConfigError(
+        f"workdir {folder} holds the link {FILE!r}: must hold files and folders of its own, or a "
+        "run would write elsewhere; choose another with --workdir"
+      )
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  the caller closes it
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -57,8 +57,11 @@ def _check_memory(config: Config, method: Method, backbone: Backbone, memory: in
   if needed > memory:
     own = dataclasses.asdict(config.method)
     whole = {name: value for name, value in own.items() if type(value) is int}
-    name = max(whole, key=whole.get)
+    field, value = "tasks.num_tasks", config.tasks.num_tasks
+    if whole:
+      name = max(whole, key=whole.get)
+      field, value = f"method.{name}", whole[name]
     raise ConfigError(
-      f"config.method.{name} is {whole[name]}: must be less, what {config.method.name} learns "
-      f"would take {needed / 2**30:.3g} GiB and this machine has {memory / 2**30:.3g}"
+      f"config.{field} is {value}: must be less, what {config.method.name} learns would take "
+      f"{needed / 2**30:.3g} GiB and this machine has {memory / 2**30:.3g}"
     )

@@ -1,6 +1,7 @@
 """What a run says of where its numbers come from: devices, versions, source, learned bits."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import pathlib
@@ -45,7 +46,7 @@ def images(trainer: Trainer) -> str:
 
 
 def protocol(
-  trainer: Trainer, *, kept: int, val_read: bool, alone: dict[str, int]
+  trainer: Trainer, *, kept: int, val_read: bool, code: list[str], alone: dict[str, int]
 ) -> dict[str, Any]:
   """Returns what a reader must know of how the numbers came about; JSON-able.
 
@@ -54,6 +55,7 @@ def protocol(
   Args:
     kept: bytes of statistics of the data.
     val_read: whether the method read validation images.
+    code: of the sessions of the run.
     alone: right answers on some test images together and alone.
   """
   sequence, measured = trainer.sequence, trainer.config.tasks.evaluate_on
@@ -66,6 +68,7 @@ def protocol(
     "validation_images": sum(len(task.val) for task in sequence.tasks),
     "validation_read_by_method": val_read,
     "copies": None if copies is None else dataclasses.asdict(copies),
+    "code": code,
     "checks": {
       "finite": "loss, gradient and parameters at each step, all that is saved",
       "frozen": "weights and frozen parameters at each task's end and each checkpoint",
@@ -91,12 +94,22 @@ def versions() -> dict[str, str]:
   return found | {"python": platform.python_version()}
 
 
+def code() -> str:
+  """Returns the commit of the source and the versions of libraries, in words."""
+  return f"{git_commit() or 'no git checkout'}, " + ", ".join(map(" ".join, versions().items()))
+
+
+@functools.cache
 def git_commit() -> str | None:
-  """Returns the commit of the source tree; None where it is not a git checkout."""
-  root = pathlib.Path(__file__).parent
-  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+  """Returns the commit of the source as it was at the first call; None where git does not hold it.
+
+  A package that is installed below somebody else's checkout is not of that checkout.
+  """
+  git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+  described = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
   try:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+    done = subprocess.run(described, capture_output=True, text=True, check=True)
   except (OSError, subprocess.CalledProcessError):
     return None
   return done.stdout.strip()

@@ -28,6 +28,7 @@ class Progress:
     trained: trained parameters of the last task.
     devices: what it was computed on, in words; of several sessions one after the other where it
       changed.
+    code: the same of the commit and the versions of libraries.
     val_read: whether the method read validation images.
   """
 
@@ -40,6 +41,7 @@ class Progress:
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   trained: int = 0
   devices: list[str] = dataclasses.field(default_factory=list)
+  code: list[str] = dataclasses.field(default_factory=list)
   val_read: bool = False
 
   def counts(self, num_tasks: int) -> Int[np.ndarray, "T T"]:
@@ -102,7 +104,7 @@ def of(
     },
     "rehearsal_bytes": statistics,
     "protocol": provenance.protocol(
-      trainer, kept=statistics, val_read=progress.val_read, alone=alone
+      trainer, kept=statistics, val_read=progress.val_read, code=progress.code, alone=alone
     ),
     "passes": dataclasses.asdict(method.passes),
     "caveats": list(method.caveats),

@@ -84,6 +84,7 @@ def _run(
     "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
   hosts.agree(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
+  code = provenance.code()  # now: at the end someone may have committed
   is_first = hosts.is_first()
   finished = hosts.decided_by_first(lambda: _claim(workdir, identity, stream_json))
   if not (workdir / replay.FILE).exists():
@@ -109,7 +110,7 @@ def _run(
         on_damage=config.checkpoint.on_damage,
         note=log.note,
       )
-      experiment = Experiment(config, trainer, store, log, clock)
+      experiment = Experiment(config, trainer, store, log, clock, code)
       experiment.learn()
       alone = experiment.batch_of_one()
       reached = experiment.progress, experiment.variables, experiment.n_test
@@ -117,7 +118,10 @@ def _run(
       if is_first:
         from fmlora_jax import plots  # matplotlib takes a second to import
 
-        plots.write_plots(result, workdir)
+        try:
+          plots.write_plots(result, workdir)
+        except Exception as error:  # pictures of what result.json says: no reason to lose that
+          log.note(f"warning    no plots: {type(error).__name__}: {error}")
         result["wall_seconds"] = clock.seconds()
         writer.write_result(workdir, result)  # last: it says that the run is finished
     for line in report.costs(result):
@@ -155,6 +159,7 @@ class Experiment:
     store: checkpoint.Store,
     log: writer.RunLog,
     clock: Clock,
+    code: str,
   ):
     self.config, self.trainer, self.store, self.log = config, trainer, store, log
     self.method, self.sequence = trainer.method, trainer.sequence
@@ -162,7 +167,7 @@ class Experiment:
     measured = [getattr(task, config.tasks.evaluate_on) for task in self.sequence.tasks]
     self.n_test = np.asarray([len(indices) for indices in measured])
     self._tests = self._measured_images(np.concatenate(measured))
-    self._clock, self._ahead = clock, Ahead()
+    self._clock, self._ahead, self._code = clock, Ahead(), code
     self._fold = jax.jit(self.method.fold)
     self._frozen = checks.Frozen(trainer)
     self.progress = Progress()
@@ -217,6 +222,7 @@ class Experiment:
         self.log.phase("preparing")
         self.variables, facts = self._shared_out(self.method.begin_task(self.variables, view))
         self.progress.facts.append(facts)
+        self.progress.val_read |= self.trainer.val_read
         state = self.trainer.init(self.variables, index)
       self._count_trained(index)
       self._frozen.begin(index, state.params)
@@ -334,7 +340,8 @@ class Experiment:
     found = snapshot.record["progress"] if snapshot else {}
     for name, value in found.items():
       setattr(self.progress, name, value)
-    self._add_devices()
+    self._add_session("devices", provenance.devices(self.trainer.mesh))
+    self._add_session("code", self._code)
     if snapshot is None:
       self._fresh()
       return None
@@ -356,10 +363,11 @@ class Experiment:
     self.log.note(f"resumed in task {progress.task + 1}, step {int(state.step)}")
     return state
 
-  def _add_devices(self):
-    now, before = provenance.devices(self.trainer.mesh), self.progress.devices
+  def _add_session(self, name, now):
+    """Adds what this session computes on, or with, to the history; says where it has changed."""
+    before = getattr(self.progress, name)
     if before and before[-1] != now:
-      self.log.note(f"devices    were {before[-1]}: from here on the last bits may differ")
+      self.log.note(f"{name:10} changed from {before[-1]}: from here on the last bits may differ")
     if before[-1:] != [now]:
       before.append(now)
 

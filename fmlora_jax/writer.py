@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from fmlora_jax import disk, metrics
+from fmlora_jax.events import Events
 
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 NOT_FINITE = "non_finite.json"
+EVENTS = "events"
 FIELDS = (  # noqa: SIM905  of every result; a literal would take a line for each
   "method benchmark scenario split_id manifest_sha256 seed class_order task_names n_test accuracy "
   "acc aaa acc_task_mean aaa_task_mean forgetting forgetting_clipped bwt fwt learning_accuracy "
@@ -89,7 +90,7 @@ class RunLog:
     """Drops what was logged at or after (task, step); call it once, before the first `scalars`.
 
     A resumed run then logs nothing twice; a fresh run calls it with (0, 0). A last line that was
-    cut off by a crash goes too.
+    cut off by a crash goes too, and what was said of the end of `task`, which comes again.
     """
     if not self._writes:
       return
@@ -100,20 +101,20 @@ class RunLog:
       replace(path, "".join(kept))
     if self._events:
       self._events.close()
-    self._events = self._open_events(step)
+    self._events = Events(self._workdir / EVENTS, step)
 
   def scalars(self, task: int, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line per value to metrics.jsonl (null for NaN), and TensorBoard events."""
     if not self._writes:
       return
-    self._events = self._events or self._open_events()
+    self._events = self._events or Events(self._workdir / EVENTS)
     place = {"task": int(task), "step": int(step)}
     lines = [place | {"name": k, "value": plain(float(v), k)} for k, v in values.items()]
     path, text = self._workdir / METRICS, "".join(json.dumps(line) + "\n" for line in lines)
     with disk.writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
       file.write(text)
     for name, value in values.items():
-      self._events.add_scalar(name, float(value), int(step))
+      self._events.add(name, float(value), int(step))
 
   def not_finite(self, found: Mapping[str, Any]) -> None:
     """Writes what a `NonFiniteError` found to non_finite.json."""
@@ -188,15 +189,8 @@ class RunLog:
     """Stops the bar, closes the events; safe to call twice."""
     self._stop_bar()
     if self._events:
-      with contextlib.suppress(OSError):  # a view only: it must not hide why the run ends
-        self._events.close()
+      self._events.close()
       self._events = None
-
-  def _open_events(self, first_step: int | None = None) -> SummaryWriter:
-    """Opens a new file of events; TensorBoard hides older ones from `first_step` on."""
-    suffix = f".{time.time_ns()}"  # the name has whole seconds: a quick restart would overwrite
-    folder = str(self._workdir / "events")
-    return SummaryWriter(folder, purge_step=first_step, filename_suffix=suffix)
 
   def _stop_bar(self) -> None:
     if self._bar:
@@ -354,8 +348,12 @@ def _short(value: Any) -> str:
 
 
 def _is_before(line: str, task: int, step: int) -> bool:
+  """Returns whether a line is whole, and of an earlier task or a step of this one's training."""
   try:
     record = json.loads(line)
-    return line.endswith("\n") and (record["task"], record["step"]) < (task, step)
+    if not line.endswith("\n") or record["task"] > task:
+      return False
+    is_step = record["name"].startswith("train/") and record["step"] < step
+    return record["task"] < task or is_step
   except (ValueError, KeyError, TypeError):
     return False

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -111,6 +112,61 @@ def test_a_step_that_is_saved_again_is_overwritten(tmp_path):
   assert steps(tmp_path) == [3]
   opened = store(tmp_path)
   assert float(opened.latest().arrays["shared/x"][0]) == 2.0
+
+
+def left(workdir):
+  return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_step_stays_until_it_is_saved_once_more_and_verified(tmp_path, monkeypatch):
+  opened = store(tmp_path)
+  opened.save(3, snapshot(1.0), keep=False)
+
+  def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "no space")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp, "save", full)
+    with pytest.raises(ConfigError, match="disk"):
+      opened.save(3, snapshot(2.0), keep=True)
+  with monkeypatch.context() as patch:
+    patch.setattr(opened, "_verified", full)  # what was written can't be read
+    with pytest.raises(checkpoint.DamagedError, match=r"checkpoints/3\.again can't be used"):
+      opened.save(3, snapshot(2.0), keep=True)
+  notes = []
+  opened = store(tmp_path, note=notes.append)
+  assert float(opened.latest().arrays["shared/x"][0]) == 1.0
+  assert left(tmp_path) == ["3"] and notes == ["checkpoint 3.again was not verified: dropped"]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_kill_while_a_step_is_exchanged_does_no_harm(tmp_path, monkeypatch, renamed):
+  opened = store(tmp_path)
+  opened.save(3, snapshot(1.0), keep=False)
+  with monkeypatch.context() as patch:
+    if renamed:
+      patch.setattr(opened, "_drop", lambda path: None)
+    else:
+      patch.setattr(opened, "_finish_exchange", lambda step: None)
+      patch.setattr(opened, "_drop_others", lambda *args: None)
+    opened.save(3, snapshot(2.0), keep=True)
+  assert left(tmp_path) == ["3" if renamed else "3.again", "3.before"]
+  opened = store(tmp_path)
+  assert float(opened.latest().arrays["shared/x"][0]) == 2.0
+  assert left(tmp_path) == ["3"]
+
+
+def test_what_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
+  opened = store(tmp_path)
+  opened.save(3, snapshot(1.0), keep=False)
+
+  def denied(*args):
+    raise PermissionError(errno.EACCES, "denied")
+
+  monkeypatch.setattr(opened, "_verified", denied)
+  with pytest.raises(PermissionError):
+    opened.latest()
+  assert left(tmp_path) == ["3"]
 
 
 def test_an_optimiser_state_is_filled_in_by_path():

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from unittest import mock
 
 import jax
 import processes
@@ -166,3 +167,11 @@ def test_a_program_of_one_process_asks_nobody():
   assert hosts.is_first() and hosts.gather("x") == ["x"]
   assert hosts.decided_by_first(lambda: 3) == 3
   hosts.finish()
+
+
+def test_a_signal_from_before_the_watch_was_there_is_told_later(monkeypatch):
+  watched = mock.Mock(**{"stops.return_value": 0})
+  monkeypatch.setattr(hosts, "_watch", watched)
+  assert hosts.stops(0) == 0 and not watched.ask.called
+  hosts.stops(15)
+  watched.ask.assert_called_once_with(15)

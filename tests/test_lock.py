@@ -99,3 +99,12 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, caplog):
     f"workdir {tmp_path} can't be locked ([Errno 95] Operation not supported): start no second run "
     "in it"
   )
+
+
+def test_a_link_is_not_followed(tmp_path):
+  (tmp_path / "mine").write_text("important")
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / lock.FILE).symlink_to(tmp_path / "mine")
+  with pytest.raises(ConfigError, match=r"holds the link '\.lock': must hold files .* of its own"):
+    lock.held(tmp_path / "run").__enter__()
+  assert (tmp_path / "mine").read_text() == "important"

@@ -137,6 +137,35 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
   assert (workdir / "plots" / "accuracy_matrix.png").exists()
 
 
+@of_one_method
+def test_a_picture_that_can_not_be_drawn_costs_no_result(finished, tmp_path, monkeypatch, capsys):
+  def fail(*_):
+    raise RuntimeError("no font")
+
+  monkeypatch.setattr(plots, "write_plots", fail)
+  result = run(finished[0], tmp_path / "run", workshop=WORKSHOP)
+  assert "warning    no plots: RuntimeError: no font" in capsys.readouterr().out
+  assert_same_run(finished, tmp_path / "run", result)
+
+
+def test_what_a_selection_read_is_known_after_a_resume(tmp_path):
+  """The session that reads validation images is killed within the task."""
+  settings = small(drs={"strategy": "gumbel", "candidate_ranks": (1, 2), "selector_steps": 2})
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    save = checkpoint.Store.save
+
+    def save_and_die(self, step, *args, keep, **kwargs):
+      save(self, step, *args, keep=keep, **kwargs)
+      if step > 10 and not keep:
+        raise Killed
+
+    patch.setattr(checkpoint.Store, "save", save_and_die)
+    run(settings, tmp_path / "run")
+  result = run(settings, tmp_path / "run")
+  assert result["protocol"]["validation_read_by_method"]
+  assert len(result["protocol"]["code"]) == 1  # nobody changed it meanwhile
+
+
 def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
   monkeypatch.setattr(parts, "host_memory", lambda: 2000)
   message = r"images of digits, .* the host has 0\.00 GiB for them; set it to auto or stream"

@@ -1,5 +1,6 @@
 """What a run writes and shows: on a terminal, in a log file, after a crash."""
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import types
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from fmlora_jax import metrics, writer
@@ -74,6 +76,23 @@ def test_scalars_become_json_lines_and_events(tmp_path):
   assert values[:2] == [(7, 0.5), (7, 1.0)]
 
 
+def test_events_that_the_disk_refuses_stop_and_the_run_goes_on(tmp_path, monkeypatch):
+  refused = []
+
+  def refuse(self, event):
+    refused.append(event)
+    raise OSError(errno.ENOSPC, "no space")
+
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 0)
+    log.scalars(0, 0, {"loss": 0.0})
+    monkeypatch.setattr(EventsWriter, "write_event", refuse)
+    for step in range(1, 40):
+      log.scalars(0, step, {"loss": step})
+  assert len(refused) == 1 and len(lines_of(tmp_path)) == 40
+  assert [v.simple_value for e in events_of(tmp_path) for v in e.summary.value] == [0.0]
+
+
 def test_a_resumed_run_logs_nothing_twice(tmp_path):
   with writer.open_run(tmp_path, console=plain_console()) as log:
     log.truncate(0, 0)
@@ -92,6 +111,17 @@ def test_a_resumed_run_logs_nothing_twice(tmp_path):
   ]
   starts = [e.step for e in events_of(tmp_path) if e.HasField("session_log")]
   assert starts == [0, 2]  # TensorBoard hides older events from these steps on
+
+
+def test_what_was_said_of_a_tasks_end_is_said_once_if_it_comes_again(tmp_path):
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    for name in ("train/loss", "test/task_1", "method/rank"):
+      log.scalars(0, 1, {name: 1})
+    log.truncate(0, 2)  # resumed after the last step of task 0, before its end
+    assert [line["name"] for line in lines_of(tmp_path)] == ["train/loss"]
+    log.scalars(0, 1, {"test/task_1": 1})
+    log.truncate(1, 2)  # resumed after task 0
+    assert [line["name"] for line in lines_of(tmp_path)] == ["train/loss", "test/task_1"]
 
 
 def test_a_fresh_run_drops_the_log_of_another(tmp_path):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmlora_jax import stop
-from fmlora_jax.config import Config
+from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.tasks import TaskSequence, augment, order, resident, stream
 from fmlora_jax.tasks.ahead import Ahead
 from fmlora_jax.train import mesh as mesh_lib
@@ -78,12 +78,22 @@ class Trainer:
     self._take(config, sequence)
 
   def _take(self, config: Config, sequence: TaskSequence) -> None:
-    """Sets what a run of another seed has of its own."""
+    """Sets what a run of another seed has of its own.
+
+    Raises:
+      ConfigError: if a task has more steps than can be counted.
+    """
     self.config, self.sequence = config, sequence
     self.val_read = False  # whether the method asked for validation images
     whole = mesh_lib.replicated(self.mesh)
     self.root = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
     self._coming: dict[int, concurrent.futures.Future] = {}
+    most = config.epochs * max(self.steps_per_epoch(i) for i in range(len(sequence.tasks)))
+    if most >= 2**31:
+      raise ConfigError(
+        f"config.epochs is {config.epochs}: must be less, a task would have {most} steps, and they "
+        "are counted to 2147483647"
+      )
     # in whole batches, and never less than before: seeds, whose tasks differ a little in size, then
     # share compiled programs
     size = config.batch_size

@@ -87,7 +87,7 @@ class Stepper:
     grads = combine(grads, jax.tree.map(jnp.zeros_like, still))
     now = {
       "progress": state.step / fixed.total_steps,
-      "epoch": state.step * self.config.epochs // fixed.total_steps,
+      "epoch": state.step // (fixed.total_steps // self.config.epochs),
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
     updates, _ = partition(updates, labels)

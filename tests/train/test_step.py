@@ -72,6 +72,23 @@ def test_a_step_counts_itself_and_gives_the_loss_before_it(ready):
   np.testing.assert_allclose(stats["loss"], -log_p.mean(), rtol=1e-5)
 
 
+def test_the_epoch_of_a_long_task_does_not_overflow(make_lab):
+  """Step 2,147,500 of 2500 an epoch, over 1000 epochs: their product is more than 2^31."""
+  steps = {"name": "sgd", "schedule": "steps", "milestones": (859,), "decay": 0.0}
+  made = make_lab(method={"name": "linear_probe"}, epochs=1000, optim=steps)
+  view = made.trainer.view(0)
+  variables, _ = made.method.begin_task(made.variables, view)
+  fixed = made.trainer.fixed(variables, view).replace(total_steps=jnp.int32(2_500_000))
+  stepper = made.trainer.stepper(0)
+  state = stepper.init(variables)
+  moved = []
+  for number in (2_147_499, 2_147_500):  # the last of epoch 858 and the first of 859
+    after, _ = jax.jit(stepper.step)(state.replace(step=jnp.int32(number)), fixed, made.batch())
+    head = state.params["cur"]["head"]["kernel"], after.params["cur"]["head"]["kernel"]
+    moved.append(not np.array_equal(*head))
+  assert moved == [True, False]
+
+
 def test_the_norm_is_that_of_the_gradients_of_trained_leaves(ready):
   """By Adam's first step from a fresh state: its first moment is a tenth of the gradient."""
   _, step, state, fixed, batch = ready

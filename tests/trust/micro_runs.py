@@ -147,7 +147,8 @@ def _die() -> None:
 def outcome(workdir: pathlib.Path) -> dict:
   """Returns all that two runs must have in common, to the bit."""
   result = json.loads((workdir / "result.json").read_text())
-  del result["wall_seconds"], result["git_commit"]  # someone may commit meanwhile
+  del result["wall_seconds"]
+  del result["git_commit"], result["protocol"]["code"]  # someone may commit meanwhile
   digests = {
     path.name: json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["digests"]
     for path in sorted((workdir / "checkpoints").iterdir())

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from fmlora_jax import config, parts, run, tasks
+from fmlora_jax import config, parts, preflight, run, tasks
+from fmlora_jax.config import ConfigError
 from fmlora_jax.models import pretrained
 from fmlora_jax.train import mesh
 
@@ -107,3 +108,12 @@ def test_a_workdir_with_a_link_out_of_it_is_refused_and_nothing_is_written(tmp_p
     run._claim(tmp_path / "run", {}, "{}")
   assert not list((tmp_path / "elsewhere").iterdir())
   assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+  ("method", "field"), [("fm_lora", r"tasks\.num_tasks is 5"), ("lora", r"method\.rank is ")]
+)
+def test_what_does_not_fit_in_memory_is_refused_by_a_field_that_can_be_less(method, field):
+  settings = config.build(config.Config, B16 | {"method": {"name": method}})
+  with pytest.raises(ConfigError, match=f"config.{field}.*would take .* this machine has"):
+    preflight.check(settings, 1000)

@@ -58,8 +58,6 @@ def run_until_full(settings, workdir, workshop, owner, name, call) -> bool:
 
 
 @pytest.mark.tier(2)
-# TensorBoard's events are written by a thread of their own
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
   settings, workshop = micro_runs.settings("lora"), Workshop()
