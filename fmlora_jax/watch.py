@@ -30,7 +30,7 @@ class Watch:
   def __init__(self, connections: Mapping[int, Connection], end: Callable[[str], None]):
     self._connections, self._end = connections, end
     self._is_first = 0 not in connections
-    self._finishing = threading.Event()
+    self._finished: set[int] = set()  # processes that may end
     self._sending = threading.Lock()
     self._calls = threading.Condition()  # guards what follows
     self._count = 0  # calls of `stops` so far
@@ -46,8 +46,8 @@ class Watch:
     threading.Thread(target=self._beat, daemon=True).start()
 
   def finish(self) -> None:
-    """Says that from here on the others may end."""
-    self._finishing.set()
+    """Tells the others that this process may end from here on; it still watches them."""
+    self._tell({"finished": True})
 
   def ask(self, signum: int) -> None:
     """Asks all processes to stop by a signal, at the next call of `stops` that none has passed."""
@@ -85,6 +85,8 @@ class Watch:
 
   def _hear(self, index: int, message: Mapping[str, Any]) -> None:
     match message:
+      case {"finished": True}:
+        self._finished.add(index)
       case {"lost": lost, "why": why}:
         self._lose(why, lost)
       case {"ask": signum}:
@@ -97,8 +99,8 @@ class Watch:
         self._go_on(last)
 
   def _lose(self, why: str, index: int) -> None:
-    """Ends this process, in the first one all others too, unless their work is done."""
-    if not self._finishing.is_set():
+    """Ends this process, in the first one all others too, unless the lost one's work was done."""
+    if index not in self._finished:
       if self._is_first:
         self._tell({"lost": index, "why": why})
       self._end(f"process {index} {why}")

@@ -33,9 +33,17 @@ class Group:
       time.sleep(0.01)
     return self.ended
 
-  def close(self):
+  def finish(self):
+    """Has all say that they may end, and waits until all have heard it."""
     for one in self.watches:
       one.finish()
+    until = time.monotonic() + 1  # some test's process has ended
+    while time.monotonic() < until:
+      if all(one._finished == set(one._connections) for one in self.watches):
+        return
+      time.sleep(0.01)
+
+  def close(self):
     for end in self.connections:
       for connection in end.values():
         connection.close()
@@ -45,6 +53,7 @@ class Group:
 def group():
   made = Group()
   yield made
+  made.finish()
   made.close()
 
 
@@ -86,13 +95,16 @@ def test_one_that_ends_ends_all_and_is_named(group):
 
 
 def test_one_whose_work_is_done_may_end(group):
-  for one in group.watches:
-    one.finish()
-  for end in group.connections:
-    for connection in end.values():
-      connection.close()
+  group.finish()
+  group.close()
   time.sleep(0.2)
   assert not group.ended
+
+
+def test_one_whose_work_is_done_hears_of_one_that_ends_before_its_own_is(group):
+  group.watches[1].finish()
+  group.connections[2][0].close()
+  assert set(group.wait(3)) == {0, 1, 2}
 
 
 def test_one_that_is_silent_ends_all(monkeypatch):
@@ -111,4 +123,5 @@ def test_beats_keep_a_quiet_group_alive(monkeypatch):
   group = Group()
   time.sleep(2.5)
   assert not group.ended
+  group.finish()
   group.close()
