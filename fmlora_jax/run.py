@@ -143,10 +143,11 @@ def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) ->
 
 def _agree_on(snapshot: checkpoint.Snapshot | None) -> None:
   """Refuses checkpoints that are not the same in all processes."""
-  if not hosts.several():
-    return
-  found = snapshot and {name: snapshot.record[name] for name in ("step", "progress", "digests")}
-  hosts.agree({"checkpoint": found}, mend="--workdir must be a folder that all share")
+  mend = "--workdir must be a folder that all share"
+  hosts.agree({"checkpoint.step": snapshot and snapshot.record["step"]}, mend=mend)
+  if snapshot:
+    found = {name: snapshot.record[name] for name in ("progress", "digests")}
+    hosts.agree({"checkpoint": found}, mend=mend)
 
 
 class Experiment:

