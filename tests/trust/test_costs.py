@@ -25,7 +25,7 @@ def test_trust_costs_two_percent_of_a_step_and_seconds_a_task(tmp_path):
   start = [sum(run[name]) for name in ("lock._locked", "Frozen.__init__")]
   print(f"row 26: added to the start: lock and digest of the weights {sum(start):.2f} s")
   own = [all_of - orbax for all_of, orbax in zip(
-    run["Store.save"], run["checkpoint.save"], strict=True)]  # fmt: skip
+    run["Store.save"], run["v1.save"], strict=True)]  # fmt: skip
   names = ("Frozen.begin", "Frozen.check", "checks.require_finite")
   ends = [sum(calls) for calls in zip(own, *(run[name] for name in names), strict=True)]
   print("row 26: added to each task's end: " + ", ".join(f"{seconds:.2f} s" for seconds in ends))
