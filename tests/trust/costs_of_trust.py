@@ -3,7 +3,6 @@
 python tests/trust/costs_of_trust.py FOLDER [BATCH ROUNDS]: of the step that is measured
 """
 
-import contextlib
 import json
 import pathlib
 import statistics
@@ -32,7 +31,7 @@ class Stopwatch:
   """Appends the seconds of each call of functions to `seconds`, by name; inner ones count twice."""
 
   def __init__(self, watched):
-    self.seconds, self._stack = {}, contextlib.ExitStack()
+    self.seconds = {}
     for owner, name in watched:
       self._watch(owner, name)
 
