@@ -1,5 +1,6 @@
 """TensorBoard's view of a run's numbers."""
 
+import contextlib
 import pathlib
 import time
 
@@ -40,10 +41,8 @@ class Events:
     """Closes the file; safe to call twice."""
     writer, self._writer = self._writer, None
     if writer:
-      try:
+      with contextlib.suppress(OSError):
         writer.close()
-      except OSError:
-        return
 
   def _write(self, event: Event) -> None:
     if self._writer:

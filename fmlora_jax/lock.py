@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from fmlora_jax import hosts
@@ -43,7 +43,8 @@ def held(folder: pathlib.Path) -> Iterator[None]:
   On a file system that has no locks one line warns, and nothing is held.
 
   Raises:
-    ConfigError: if another process holds it, with its host, number and start.
+    ConfigError: if another process holds it, with its host, number and start; or if the lock
+      is a link.
   """
   is_new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
@@ -65,11 +66,7 @@ def _locked(folder: pathlib.Path) -> TextIO:
   """Returns the open file whose lock this process has."""
   path = folder / FILE
   while True:
-    if path.is_symlink():
-      raise ConfigError(
-        f"workdir {folder} holds the link {FILE!r}: must hold files and folders of its own, or a "
-        "run would write elsewhere; choose another with --workdir"
-      )
+    refuse_links(folder, [path])
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  the caller closes it
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,6 +86,19 @@ def _locked(folder: pathlib.Path) -> TextIO:
       if os.path.samestat(os.fstat(file.fileno()), path.stat()):
         return file
     file.close()  # another run deleted it between the two calls above
+
+
+def refuse_links(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
+  """Refuses paths in a workdir that lead out of it.
+
+  Raises:
+    ConfigError: naming the first that is a link.
+  """
+  if links := sorted(path.name for path in paths if path.is_symlink()):
+    raise ConfigError(
+      f"workdir {folder} holds the link {links[0]!r}: must hold files and folders of its own, or a "
+      "run would write elsewhere; choose another with --workdir"
+    )
 
 
 def _described(holder: str) -> str:

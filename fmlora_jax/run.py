@@ -84,7 +84,6 @@ def _run(
     "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
   hosts.agree(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
-  code = provenance.code()  # now: at the end someone may have committed
   is_first = hosts.is_first()
   finished = hosts.decided_by_first(lambda: _claim(workdir, identity, stream_json))
   if not (workdir / replay.FILE).exists():
@@ -110,7 +109,7 @@ def _run(
         on_damage=config.checkpoint.on_damage,
         note=log.note,
       )
-      experiment = Experiment(config, trainer, store, log, clock, code)
+      experiment = Experiment(config, trainer, store, log, clock)
       experiment.learn()
       alone = experiment.batch_of_one()
       reached = experiment.progress, experiment.variables, experiment.n_test
@@ -131,11 +130,7 @@ def _run(
 
 def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) -> bool:
   """Makes the workdir this run's; returns whether the run has finished there."""
-  if links := sorted(path.name for path in workdir.glob("*") if path.is_symlink()):
-    raise ConfigError(
-      f"workdir {workdir} holds the link {links[0]!r}: must hold files and folders of its own, or "
-      "a run would write elsewhere; choose another with --workdir"
-    )
+  lock.refuse_links(workdir, workdir.glob("*"))
   checkpoint.claim(workdir, identity)
   writer.replace(workdir / replay.FILE, stream_json)
   return (workdir / writer.RESULT).exists()
@@ -160,7 +155,6 @@ class Experiment:
     store: checkpoint.Store,
     log: writer.RunLog,
     clock: Clock,
-    code: str,
   ):
     self.config, self.trainer, self.store, self.log = config, trainer, store, log
     self.method, self.sequence = trainer.method, trainer.sequence
@@ -168,7 +162,7 @@ class Experiment:
     measured = [getattr(task, config.tasks.evaluate_on) for task in self.sequence.tasks]
     self.n_test = np.asarray([len(indices) for indices in measured])
     self._tests = self._measured_images(np.concatenate(measured))
-    self._clock, self._ahead, self._code = clock, Ahead(), code
+    self._clock, self._ahead = clock, Ahead()
     self._fold = jax.jit(self.method.fold)
     self._frozen = checks.Frozen(trainer)
     self.progress = Progress()
@@ -342,7 +336,7 @@ class Experiment:
     for name, value in found.items():
       setattr(self.progress, name, value)
     self._add_session("devices", provenance.devices(self.trainer.mesh))
-    self._add_session("code", self._code)
+    self._add_session("code", provenance.code())
     if snapshot is None:
       self._fresh()
       return None
