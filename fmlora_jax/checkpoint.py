@@ -25,7 +25,8 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from fmlora_jax import digest, disk, hosts, lock, writer
-from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, differences, leaves, method_config
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, method_config
+from fmlora_jax.nested import differences, leaves
 
 IDENTITY = "config.json"  # what a workdir belongs to
 TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax ends the name of what it has not finished

@@ -12,7 +12,6 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any, Literal
 
 # settings that each process of a run may have for itself; what lies at a path is hashed
@@ -502,22 +501,3 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
   if kind is int and abs(value) > 2**32:  # also of fields that a method declares
     raise ConfigError(f"{path} is {value!r}: must be at most 2**32")
   return value
-
-
-def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-  """Yields (path, before, now) of every leaf that differs between two nested dicts."""
-  if isinstance(before, dict) or isinstance(now, dict):
-    before, now = before or {}, now or {}
-    for name in sorted(before.keys() | now.keys()):
-      yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
-  elif before != now:
-    yield path, before, now
-
-
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """Yields (path, value) of every leaf of nested dicts, paths as those of `differences`."""
-  if isinstance(tree, dict):
-    for name, value in tree.items():
-      yield from leaves(value, f"{path}.{name}" if path else name)
-  else:
-    yield path, tree

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fmlora_jax.config import ConfigError, differences
+from fmlora_jax.config import ConfigError
+from fmlora_jax.nested import differences
 from fmlora_jax.watch import HEARTBEAT_S, Watch
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"

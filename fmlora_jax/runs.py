@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fmlora_jax.config import FREE_FIELDS, leaves
+from fmlora_jax.config import FREE_FIELDS
+from fmlora_jax.nested import leaves
 from fmlora_jax.writer import METRICS, RESULT, read_result
 
 Result = Mapping[str, Any]

@@ -7,6 +7,7 @@ import pytest
 
 from fmlora_jax import checkpoint, config, methods
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
+from fmlora_jax.nested import leaves
 
 
 def flipped(value):
@@ -29,7 +30,7 @@ def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
   identity |= {"weights_sha256": "ab", "manifest_sha256": "cd", "stream_sha256": "ef"}
   checkpoint.claim(tmp_path / "run", identity)
   as_said = total = 0
-  for field, value in config.leaves(identity):
+  for field, value in leaves(identity):
     other = json.loads(json.dumps(identity))
     *groups, name = field.split(".")
     place = other
@@ -51,7 +52,7 @@ def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
 
 
 def test_every_free_field_is_a_field():
-  assert set(FREE_FIELDS) <= {name for name, _ in config.leaves(dataclasses.asdict(Config()))}
+  assert set(FREE_FIELDS) <= {name for name, _ in leaves(dataclasses.asdict(Config()))}
 
 
 def test_a_field_that_came_later_has_its_default_or_is_refused(tmp_path):

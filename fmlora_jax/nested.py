@@ -1,0 +1,23 @@
+"""Nested dicts of values that are no dicts: configs, as results and checkpoints keep them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+  """Yields (path, before, now) of every leaf that differs between two nested dicts."""
+  if isinstance(before, dict) or isinstance(now, dict):
+    before, now = before or {}, now or {}
+    for name in sorted(before.keys() | now.keys()):
+      yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
+  elif before != now:
+    yield path, before, now
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (path, value) of every leaf of nested dicts, paths as those of `differences`."""
+  if isinstance(tree, dict):
+    for name, value in tree.items():
+      yield from leaves(value, f"{path}.{name}" if path else name)
+  else:
+    yield path, tree
