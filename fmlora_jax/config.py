@@ -322,6 +322,28 @@ class PromptConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+  """Stochastic gradient descent on drawn features, its rate annealed epoch by epoch to 0.
+
+  Attributes:
+    epochs: each of one minibatch per class of the tasks before; 0 leaves the classifier alone.
+    batch_size: features in a minibatch.
+    learning_rate, momentum: of SGD.
+  """
+
+  epochs: int = 30
+  batch_size: int = 120
+  learning_rate: float = 5e-3
+  momentum: float = 0.9
+
+  def __post_init__(self):
+    require_within(self, 0, MOST_STEPS, "epochs")
+    require_within(self, 1, MOST_AT_ONCE, "batch_size")
+    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+    require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig:
   """The classifier; linear is the paper's, the other two are ours.
 
@@ -331,14 +353,23 @@ class HeadConfig:
     start: of new rows. zero, or class_mean: the nearest-mean classifier of the task's training
       images, so that what tells its classes from other tasks' is there before local cross-entropy
       trains what tells them from each other. Costs one feature pass per task.
+    alignment: of the rows of all classes so far, after each task from the second on, on features
+      drawn from what is kept of each class: what tells tasks apart, which local cross-entropy never
+      trains. Of 0 epochs: off, as in the paper. Costs one feature pass per task.
+    num_centroids: kept of each class at most, with variances, if there is an alignment.
   """
 
   kind: Literal["linear", "cosine", "class_mean"] = "linear"
   start: Literal["zero", "class_mean"] = "zero"
+  alignment: AlignmentConfig = dataclasses.field(default_factory=lambda: AlignmentConfig(epochs=0))
+  num_centroids: int = 10
 
   def __post_init__(self):
     fits = self.start == "zero" or self.kind != "cosine"
     require(fits, "kind", self.kind, "linear or class_mean where start is class_mean")
+    fits = not self.alignment.epochs or self.kind != "class_mean"
+    require(fits, "kind", self.kind, "linear or cosine where alignment.epochs is above 0")
+    require_within(self, 1, MOST_WIDE, "num_centroids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

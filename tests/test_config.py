@@ -88,6 +88,14 @@ from fmlora_jax import config
       {"head": {"kind": "cosine", "start": "class_mean"}},
       "config.head.kind is 'cosine': must be linear or class_mean where start is class_mean",
     ),
+    (
+      {"head": {"kind": "class_mean", "alignment": {"epochs": 1}}},
+      "config.head.kind is 'class_mean': must be linear or cosine where alignment.epochs is above",
+    ),
+    (
+      {"head": {"num_centroids": 0}},
+      "config.head.num_centroids is 0: must be >= 1 and <= 16384",
+    ),
     ({"weights": {"depth": 0}}, "config.weights.depth is 0: must be >= 1"),
     ({"input": {"image_size": 0}}, "config.input.image_size is 0: must be >= 1"),
     ({"checkpoint": {"every_steps": -1}}, "config.checkpoint.every_steps is -1: must be >= 0"),

@@ -1,10 +1,11 @@
 """Classifier alignment: a classifier of all classes learns from features drawn as they once were.
 
 Training with local cross-entropy never compares classes of different tasks; this does, without an
-image of theirs. Source: HiDe-Prompt (arXiv:2310.07234), task-adaptive prediction.
+image of theirs. Source: SLCA (arXiv:2303.05118), classifier alignment; HiDe-Prompt
+(arXiv:2310.07234), task-adaptive prediction, whose descent this is.
 """
 
-import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,32 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fmlora_jax import config as config_lib
+from fmlora_jax.config import AlignmentConfig
 from fmlora_jax.methods import class_statistics
-from fmlora_jax.types import NonFiniteError, Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
-  """Stochastic gradient descent on drawn features, its rate annealed epoch by epoch to 0.
-
-  Attributes:
-    epochs: each of one minibatch per class of the tasks before; 0 leaves the classifier alone.
-    batch_size: features in a minibatch.
-    learning_rate, momentum: of SGD.
-  """
-
-  epochs: int = 30
-  batch_size: int = 120
-  learning_rate: float = 5e-3
-  momentum: float = 0.9
-
-  def __post_init__(self):
-    require = config_lib.require
-    require(self.epochs >= 0, "epochs", self.epochs, ">= 0")
-    require(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1")
-    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
-    require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+from fmlora_jax.types import NonFiniteError, Params, SequenceSpec, TaskView
 
 
 class Aligner:
@@ -108,3 +86,66 @@ class Aligner:
     carry = params, momentum.init(params), jnp.float32(0)
     params, _, loss = jax.lax.fori_loop(0, settings.epochs * num_old, body, carry)
     return params, loss
+
+
+class HeadAlignment:
+  """Keeps statistics of each class's features and aligns the head with all of them after a task.
+
+  Args:
+    settings: of the descent.
+    field: where they stand in the config.
+    num_centroids: kept of each class of a task at most.
+    spec: of the sequence.
+    width: D.
+    logits: of the head: (rows, features [B, D]) -> [B, C].
+    features: (model, images) -> [B, D], as at test time.
+  """
+
+  def __init__(
+    self,
+    settings: AlignmentConfig,
+    field: str,
+    *,
+    num_centroids: int,
+    spec: SequenceSpec,
+    width: int,
+    logits: Callable[..., Float[Array, "B C"]],
+    features: Callable[..., Float[Array, "B D"]],
+  ):
+    self._rows = class_statistics.Rows(spec)
+    self._shape = len(self._rows), num_centroids, width
+    self._collect = class_statistics.make_collector(features)
+    self._aligner = Aligner(settings, field, logits, self._rows.label)
+
+  @property
+  def num_kept(self) -> int:
+    """Numbers of the statistics of all tasks: means and variances."""
+    return 2 * math.prod(self._shape)
+
+  def empty(self) -> Params:
+    """Returns statistics of nothing."""
+    return class_statistics.empty(*self._shape)
+
+  def after(
+    self, head: Params, statistics: Params, model: Params, view: TaskView
+  ) -> tuple[Params, Params, dict]:
+    """Returns the aligned head, the statistics with the task of `view`, and facts of it.
+
+    Of the first task the head stays as it is: it has been trained on all its classes at once.
+
+    Args:
+      model: what `features` sees, of the task's end.
+
+    Raises:
+      NonFiniteError: if the loss gets NaN or infinite.
+    """
+    task, rows = view.index, self._rows
+    statistics = class_statistics.add(
+      statistics, rows, task, *self._collect(model, view), view.seed
+    )
+    if task == 0:
+      return head, statistics, {}
+    head, loss = self._aligner.align(
+      head, statistics, rows.task <= task, int(rows.first[task]), view.key("alignment")
+    )
+    return head, statistics, {"alignment_loss": loss}

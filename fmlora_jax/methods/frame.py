@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
+from fmlora_jax.methods.alignment import HeadAlignment
 from fmlora_jax.models import heads
 from fmlora_jax.types import (
   Adapters,
@@ -111,10 +112,22 @@ def with_head(
     return read(model["backbone"], images, recall(model["memory"], seen))
 
   class_sums = make_class_sums(features_so_far, spec.num_classes)
+  aligned = config.head.alignment.epochs and HeadAlignment(
+    config.head.alignment,
+    "head.alignment",
+    num_centroids=config.head.num_centroids,
+    spec=spec,
+    width=backbone.sizes.width,
+    logits=head.logits,
+    features=features_so_far,
+  )
 
   def init_with_head(key, weights):
     variables = init(key, weights)
-    return variables.replace(mem=variables.mem | {"head": head.init(_head_key(key, 0))})
+    mem = variables.mem | {"head": head.init(_head_key(key, 0))}
+    if aligned:
+      mem["head_statistics"] = aligned.empty()
+    return variables.replace(mem=mem)
 
   def begin_with_head(variables, view):
     rows = heads.start(
@@ -148,6 +161,11 @@ def with_head(
       sums, counts = class_sums(fold(view.weights, variables), view)
       mem = variables.mem | {"head": heads.add_means(variables.mem["head"], sums, counts)}
       variables = variables.replace(mem=mem)
+    if aligned:
+      mem, model = variables.mem, fold(view.weights, variables)
+      rows, statistics, more = aligned.after(mem["head"], mem["head_statistics"], model, view)
+      variables = variables.replace(mem=mem | {"head": rows, "head_statistics": statistics})
+      facts = facts | more
     return variables, facts
 
   def fold(weights, variables):
@@ -167,6 +185,12 @@ def with_head(
   def rules_with_head(task):
     return (*rules(task), ("cur/head/.*", "head"))
 
+  def stored_with_head(facts):
+    kept = stored(facts)
+    if aligned:
+      kept = kept | {"statistics": kept.get("statistics", 0) + aligned.num_kept}
+    return kept
+
   return Method(
     init=init_with_head,
     begin_task=begin_with_head,
@@ -176,11 +200,12 @@ def with_head(
     fold=fold,
     predict=predict,
     rules=rules_with_head,
-    stored=stored,
+    stored=stored_with_head,
     passes=Passes(
       train=1 + (query == "always"),
       test=passes_at_test,
-      between=feature_epochs + passes_at_test * (starts_at_means + head.needs_means),
+      between=feature_epochs
+      + passes_at_test * (starts_at_means + head.needs_means + bool(aligned)),
     ),
     caveats=caveats,
   )

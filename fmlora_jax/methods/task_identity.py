@@ -14,9 +14,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.config import Config
+from fmlora_jax.config import AlignmentConfig, Config
 from fmlora_jax.methods import class_statistics, frame
-from fmlora_jax.methods.alignment import Aligner, AlignmentConfig
+from fmlora_jax.methods.alignment import Aligner
 from fmlora_jax.models import heads
 from fmlora_jax.types import Backbone, NonFiniteError, Params, TaskView
 

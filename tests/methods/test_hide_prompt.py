@@ -297,9 +297,19 @@ def test_settings_that_do_not_fit_are_refused_by_field(make_lab, changes, messag
     make_lab(method=SETTINGS | changes)
 
 
-def test_a_head_of_means_is_refused(make_lab):
-  with pytest.raises(ConfigError, match=r"config\.head\.kind is 'class_mean'"):
-    make_lab(method=SETTINGS, head={"kind": "class_mean"})
+@pytest.mark.parametrize(
+  ("head", "message"),
+  [
+    ({"kind": "class_mean"}, r"config\.head\.kind is 'class_mean': must be linear or cosine"),
+    (
+      {"alignment": {"epochs": 3}},
+      r"config\.head\.alignment\.epochs is 3: must be 0, .* set config\.method\.alignment instead",
+    ),
+  ],
+)
+def test_a_head_that_it_cannot_align_by_itself_is_refused(make_lab, head, message):
+  with pytest.raises(ConfigError, match=message):
+    make_lab(method=SETTINGS, head=head)
 
 
 @pytest.mark.parametrize("num_tasks", [5, 10])

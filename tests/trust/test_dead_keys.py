@@ -21,6 +21,7 @@ pytestmark = pytest.mark.tier(2)
 TWO = ((0, 2), (2, 4))
 SGD, STEPS = {"name": "sgd"}, {"schedule": "steps", "milestones": (1,)}
 GUMBEL = {"drs": {"strategy": "gumbel"}}
+ALIGNED = {"head": {"alignment": {"epochs": 2}}}
 LEARNED = {  # key that learning depends on -> (settings in which it does, another value)
   "seed": ({}, 7),
   "epochs": ({}, 3),
@@ -56,6 +57,11 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "prompt.lr_scale": ({}, 0.1),
   "head.kind": ({}, "cosine"),
   "head.start": ({}, "class_mean"),
+  "head.alignment.epochs": ({}, 2),
+  "head.alignment.batch_size": (ALIGNED, 7),
+  "head.alignment.learning_rate": (ALIGNED, 0.05),
+  "head.alignment.momentum": (ALIGNED, 0.5),
+  "head.num_centroids": (ALIGNED, 2),
 }
 OF_TASKS = {  # the same of keys that the sequence of tasks depends on
   "benchmark": ({}, "digits_dil"),
