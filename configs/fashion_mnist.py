@@ -25,11 +25,18 @@ LEARNING_RATES = {
   "sd_lora": 1e-3,
 }
 
+HEADS = {
+  "plain": {"kind": "class_mean", "start": "class_mean"},
+  "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
+}
+
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME."""
-  chosen = config_files.parse_variant(variant, "method")
-  method = chosen.get("method", "fm_lora")
+  """Returns the config; variants: method=NAME, head=plain|aligned."""
+  chosen = config_files.parse_variant(variant, "method", "head")
+  method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
+  if method == "hide_prompt":  # it trains the head on drawn features, which means can't be
+    head = {"start": "class_mean"}
   return config_files.defaults(
     epochs=1,
     batch_size=64,
@@ -45,6 +52,5 @@ def get_config(variant: str | None = None):
     weights={"tag": "", "architecture": "dinov2_s14", "depth": 11},
     optim={"learning_rate": LEARNING_RATES.get(method, 1e-3), "head_learning_rate": 1e-4},
     prompt={"num_tokens": 0},  # not searched here; it costs accuracy on the digits
-    # hide_prompt trains the head on drawn features, which means can't be
-    head={"kind": "linear" if method == "hide_prompt" else "class_mean", "start": "class_mean"},
+    head=head,
   )

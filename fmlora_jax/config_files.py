@@ -99,6 +99,25 @@ def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
   return tree
 
 
+def head_of(chosen: dict[str, str], heads: dict[str, dict]) -> dict:
+  """Returns the settings of the head that a variant names; for config files that have several.
+
+  Without a name it is aligned for fm_lora and plain for the methods that it is compared with, which
+  have no such step; hide_prompt has one of its own and takes plain.
+
+  Args:
+    chosen: the variant: method=NAME, head=plain|aligned.
+    heads: settings of both.
+
+  Raises:
+    ConfigError: if there is no such head.
+  """
+  method = chosen.get("method", "fm_lora")
+  name = chosen.get("head", "aligned" if method == "fm_lora" else "plain")
+  require(name in heads, "head", name, f"one of {', '.join(heads)}")
+  return heads["plain" if method == "hide_prompt" else name]
+
+
 def parse_variant(text: str | None, *known: str) -> dict[str, str]:
   """Returns {key: value} of a config file's argument such as "method=lora,tasks=10".
 

@@ -132,6 +132,20 @@ def test_a_method_of_a_config_file_has_its_own_fields():
   assert tree.method.rank == 3 and tree.method.mode == "incremental"
 
 
+def test_the_head_is_aligned_for_fm_lora_alone_unless_a_variant_names_one():
+  heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}}
+
+  def named(**chosen):
+    return next(name for name, head in heads.items() if config_files.head_of(chosen, heads) is head)
+
+  assert named() == named(method="fm_lora") == named(method="lora", head="aligned") == "aligned"
+  assert named(method="lora") == named(head="plain") == "plain"
+  # which refuses another alignment beside its own
+  assert named(method="hide_prompt") == named(method="hide_prompt", head="aligned") == "plain"
+  with pytest.raises(config.ConfigError, match="head is 'flat': must be one of plain, aligned"):
+    config_files.head_of({"head": "flat"}, heads)
+
+
 def test_a_variant_is_read_as_pairs():
   assert config_files.parse_variant("method=lora,tasks=2", "method", "tasks") == {
     "method": "lora",
