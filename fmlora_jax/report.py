@@ -72,6 +72,7 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
     "epochs": lambda run: str(run["epochs"]),
     "normalisation": lambda run: str(run["normalisation"]),
     "augmentation": lambda run: str(run["augmentation"]),
+    "heads": _head,
   }
   lines = []
   for name, look in looks.items():
@@ -89,6 +90,14 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
     caveats = dict.fromkeys(caveat for run in runs for caveat in run["caveats"])
     lines += [f"{label}: {caveat}" for caveat in caveats]
   return lines
+
+
+def _head(run: Result) -> str:
+  """Returns the head in words; older results know less of it."""
+  head = run["config"].get("head", {})
+  aligned = head.get("alignment", {}).get("epochs")
+  words = [head.get("kind", "linear"), f"from {head.get('start', 'zero')}"]
+  return " ".join([*words, "and aligned"] if aligned else words)
 
 
 def costs(run: Result) -> list[str]:

@@ -284,6 +284,8 @@ def test_other_settings_splits_and_weights_are_never_averaged():
     ({"config": {"tasks.order": "natural"}}, ["order"]),
     ({"config": {"head.kind": "cosine"}}, ["head"]),
     ({"config": {"head.start": "class_mean"}}, ["head"]),
+    ({"config": {"head.alignment": {"epochs": 30}}}, ["head"]),
+    ({"config": {"head.alignment": {"epochs": 0}}}, []),
     ({"normalisation": "half", "split_id": "x"}, ["pixels", "split"]),
   ],
 )

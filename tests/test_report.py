@@ -133,6 +133,19 @@ def test_unfair_comparisons_are_warned_about():
   assert report.warnings({"fm_lora": [result(), result(seed=1994)]}) == []
 
 
+def test_heads_that_differ_are_warned_about():
+  plain = {"head.kind": "linear", "head.start": "class_mean"}
+  ours, theirs = (
+    result(name, config=plain | {"head.alignment": {"epochs": epochs}})
+    for name, epochs in (("fm_lora", 30), ("lora", 0))
+  )
+  (line,) = report.warnings({"fm_lora": [ours], "lora": [theirs], "old": [result(config=plain)]})
+  assert line == (
+    "heads differ: linear from class_mean and aligned (fm_lora); linear from class_mean (lora, old)"
+  )
+  assert report.warnings({"lora": [theirs], "old": [result(config=plain)]}) == []
+
+
 def test_the_same_seed_twice_is_warned_about():
   (line,) = report.warnings({"fm_lora": [result(), result()]})
   assert line == "fm_lora has several runs of seed 1993: ± is not over seeds alone"
