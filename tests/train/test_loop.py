@@ -95,6 +95,13 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(make_lab):
   assert error.value.found["images"] == shown
 
 
+def test_more_steps_than_can_be_counted_are_refused(make_lab, monkeypatch):
+  monkeypatch.setattr(Trainer, "steps_per_epoch", lambda self, task: 2148)
+  make_lab(epochs=999_000)
+  with pytest.raises(ConfigError, match=r"config\.epochs is 1000000: must be less, a task would"):
+    make_lab(epochs=1_000_000)
+
+
 def test_the_same_seed_gives_the_same_batches_to_every_method(make_lab):
 
   def rows(name, **changes):

@@ -12,7 +12,7 @@ import time
 import jax
 from rich.console import Console
 
-from fmlora_jax import checkpoint, checks, config, digest, lock, run, tasks
+from fmlora_jax import checkpoint, checks, config, digest, lock, run
 from fmlora_jax.bench.lab import Lab, Setting
 from fmlora_jax.train import mesh, step
 
@@ -78,7 +78,6 @@ def of_a_run(workdir: pathlib.Path) -> dict[str, list[float]]:
   """Returns the seconds of each call of a run's checks."""
   watched = [
     (lock, "_locked"),
-    (tasks, "make"),
     (checks.Frozen, "__init__"),
     (checks.Frozen, "begin"),
     (checks.Frozen, "check"),
