@@ -25,11 +25,18 @@ SETTINGS = {
   "lora": {"targets": vit.PROJECTIONS},
 }
 
+PLAIN = {}
+HEADS = {"plain": PLAIN, "aligned": {"alignment": {"epochs": 100, "learning_rate": 2e-2}}}
+
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME."""
-  chosen = config_files.parse_variant(variant, "method")
-  method = chosen.get("method", "fm_lora")
+  """Returns the config; variants: method=NAME, head=plain|aligned."""
+  chosen = config_files.parse_variant(variant, "method", "head")
+  method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
+  rate, factor = LEARNING_RATES.get(method, 1e-3), 1.0
+  if method == "fm_lora" and head is not PLAIN:
+    # where the head follows the features, the first domain may move them more, the others less
+    rate, factor = 3e-4, 6.0
   return config_files.defaults(
     epochs=10,  # with 30 every method forgets more
     batch_size=32,
@@ -38,7 +45,8 @@ def get_config(variant: str | None = None):
     tasks={"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 4},
     input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},
-    optim={"learning_rate": LEARNING_RATES.get(method, 1e-3)},
-    bases={"targets": vit.PROJECTIONS},
-    prompt={"lr_scale": 0.05},
+    optim={"learning_rate": rate},
+    bases={"targets": vit.PROJECTIONS, "lr_scale": factor},
+    prompt={"num_tokens": 2, "lr_scale": 0.05},
+    head=head,
   )
