@@ -24,11 +24,12 @@ LEARNING_RATES = {
 # orthonormal, and beside 17 tokens 25 of prompts are too many (validation)
 SETTINGS = {"coda_prompt": {"pool_size": 50}, "l2p": {"length": 1}}
 
-# both start at class means; the alignment is the one that suits the linear probe best (validation)
+# the alignment is the one that suits the linear probe best (validation); hide_prompt has its own
 PLAIN = {"start": "class_mean"}
 HEADS = {
   "plain": PLAIN,
   "aligned": PLAIN | {"alignment": {"epochs": 100, "learning_rate": 2e-2}},
+  "hide_prompt": PLAIN,
 }
 
 
@@ -45,7 +46,7 @@ def get_config(variant: str | None = None):
     weights={"tag": "micro_letters"},
     optim={"learning_rate": LEARNING_RATES.get(method, 1e-3), "head_learning_rate": 1e-2},
     # features may move more in task 1 where the head follows them
-    bases={"targets": vit.PROJECTIONS, "lr_scale": 0.1 if head is PLAIN else 1.0},
+    bases={"targets": vit.PROJECTIONS, "lr_scale": 1.0 if "alignment" in head else 0.1},
     # beside 17 tokens ten of prompts are many, and one prompt for all tasks must hardly move once
     # it has learned
     prompt={"num_tokens": 1, "lr_scale": 0.05},

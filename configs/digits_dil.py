@@ -25,8 +25,11 @@ SETTINGS = {
   "lora": {"targets": vit.PROJECTIONS},
 }
 
-PLAIN = {}
-HEADS = {"plain": PLAIN, "aligned": {"alignment": {"epochs": 100, "learning_rate": 2e-2}}}
+HEADS = {  # hide_prompt has an alignment of its own
+  "plain": {},
+  "aligned": {"alignment": {"epochs": 100, "learning_rate": 2e-2}},
+  "hide_prompt": {},
+}
 
 
 def get_config(variant: str | None = None):
@@ -34,7 +37,7 @@ def get_config(variant: str | None = None):
   chosen = config_files.parse_variant(variant, "method", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
   rate, factor = LEARNING_RATES.get(method, 1e-3), 1.0
-  if method == "fm_lora" and head is not PLAIN:
+  if method == "fm_lora" and "alignment" in head:
     # where the head follows the features, the first domain may move them more, the others less
     rate, factor = 3e-4, 6.0
   return config_files.defaults(

@@ -28,6 +28,7 @@ LEARNING_RATES = {
 HEADS = {
   "plain": {"kind": "class_mean", "start": "class_mean"},
   "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
+  "hide_prompt": {"start": "class_mean"},  # it trains rows on drawn features, which means can't be
 }
 
 
@@ -35,8 +36,6 @@ def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, head=plain|aligned."""
   chosen = config_files.parse_variant(variant, "method", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
-  if method == "hide_prompt":  # it trains the head on drawn features, which means can't be
-    head = {"start": "class_mean"}
   return config_files.defaults(
     epochs=1,
     batch_size=64,

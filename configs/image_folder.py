@@ -6,20 +6,25 @@ python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 \\
 
 from fmlora_jax import config_files
 
+HEADS = {  # hide_prompt has an alignment of its own
+  "plain": {"start": "class_mean"},
+  "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
+  "hide_prompt": {"start": "class_mean"},
+}
+
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til."""
-  chosen = config_files.parse_variant(variant, "method", "scenario", "tasks")
-  method, scenario = chosen.get("method", "fm_lora"), chosen.get("scenario", "cil")
-  # where the task is given, nothing must tell tasks apart; hide_prompt has an alignment of its own
-  aligned = scenario != "til" and method != "hide_prompt"
+  """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til, head=KIND."""
+  chosen = config_files.parse_variant(variant, "method", "scenario", "tasks", "head")
+  scenario = chosen.get("scenario", "cil")
+  default = "plain" if scenario == "til" else "aligned"  # nothing must tell tasks that are given
   return config_files.defaults(
-    method={"name": method},
+    method={"name": chosen.get("method", "fm_lora")},
     tasks={
       "benchmark": "image_folder",
       "scenario": scenario,
       "num_tasks": int(chosen.get("tasks", 5)),
     },
     input={"source_size": 256},
-    head={"start": "class_mean", "alignment": {"epochs": 30 if aligned else 0}},
+    head=config_files.head_of(chosen, HEADS, default),
   )

@@ -59,7 +59,7 @@ def require_path(record: Any, *names: str) -> None:
 
 MOST_STEPS = 10**6  # of what is done in turn: epochs, steps between checkpoints
 MOST_AT_ONCE = 2**20  # of what lies in memory at a time: images of a batch, say
-MOST_WIDE = 2**14  # of ranks, tokens and sides of images
+MOST_WIDE = 2**14  # of ranks, tokens, centroids and sides of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -366,9 +366,9 @@ class HeadConfig:
 
   def __post_init__(self):
     fits = self.start == "zero" or self.kind != "cosine"
-    require(fits, "kind", self.kind, "linear or class_mean where start is class_mean")
+    require(fits, "kind", self.kind, "linear or class_mean, or head.start zero")
     fits = not self.alignment.epochs or self.kind != "class_mean"
-    require(fits, "kind", self.kind, "linear or cosine where alignment.epochs is above 0")
+    require(fits, "kind", self.kind, "linear or cosine, or head.alignment.epochs 0")
     require_within(self, 1, MOST_WIDE, "num_centroids")
 
 
@@ -477,8 +477,11 @@ class Config:
     require_within(self, 1, MOST_AT_ONCE, "batch_size", "eval_batch_size")
 
 
-def build(cls: type, values: dict, path: str = "config") -> Any:
+def build(cls: type, values: dict, path: str = "config", base: Any = None) -> Any:
   """Returns `cls` filled from nested dicts; absent fields keep their defaults.
+
+  Args:
+    base: whose fields are the defaults; None takes those of `cls`.
 
   Raises:
     ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
@@ -486,7 +489,7 @@ def build(cls: type, values: dict, path: str = "config") -> Any:
   """
   hints = typing.get_type_hints(cls)
   known = [field.name for field in dataclasses.fields(cls)]
-  filled = {}
+  base, filled = cls() if base is None else base, {}
   for name, value in values.items():
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1)
@@ -496,13 +499,14 @@ def build(cls: type, values: dict, path: str = "config") -> Any:
     if dataclasses.is_dataclass(kind):
       if not isinstance(value, dict):
         raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
+      default = getattr(base, name)
       if kind is MethodConfig:
-        kind = method_config(value.get("name", MethodConfig.name))
-      filled[name] = build(kind, value, f"{path}.{name}")
+        kind, default = method_config(value.get("name", MethodConfig.name)), None
+      filled[name] = build(kind, value, f"{path}.{name}", default)
     else:
       filled[name] = _convert(kind, value, f"{path}.{name}")
   try:
-    return cls(**filled)
+    return dataclasses.replace(base, **filled)
   except ConfigError as error:
     raise ConfigError(f"{path}.{error}") from None
 

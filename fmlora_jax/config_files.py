@@ -99,23 +99,24 @@ def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
   return tree
 
 
-def head_of(chosen: dict[str, str], heads: dict[str, dict]) -> dict:
+def head_of(
+  chosen: dict[str, str], heads: dict[str, dict], default: str | None = None
+) -> dict[str, Any]:
   """Returns the settings of the head that a variant names; for config files that have several.
-
-  Without a name it is aligned for fm_lora and plain for the methods that it is compared with, which
-  have no such step; hide_prompt has one of its own and takes plain.
 
   Args:
     chosen: the variant: method=NAME, head=plain|aligned.
-    heads: settings of both.
+    heads: settings of plain, of aligned, and of methods by name that have neither.
+    default: where the variant names none; None takes aligned for fm_lora and plain for the methods
+      that it is compared with.
 
   Raises:
     ConfigError: if there is no such head.
   """
   method = chosen.get("method", "fm_lora")
-  name = chosen.get("head", "aligned" if method == "fm_lora" else "plain")
-  require(name in heads, "head", name, f"one of {', '.join(heads)}")
-  return heads["plain" if method == "hide_prompt" else name]
+  name = chosen.get("head") or default or ("aligned" if method == "fm_lora" else "plain")
+  require(name in ("plain", "aligned"), "head", name, "plain or aligned")
+  return heads.get(method, heads[name])
 
 
 def parse_variant(text: str | None, *known: str) -> dict[str, str]:

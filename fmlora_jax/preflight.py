@@ -56,11 +56,13 @@ def _check_memory(config: Config, method: Method, backbone: Backbone, memory: in
   needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   if needed > memory:
     own = dataclasses.asdict(config.method)
-    whole = {name: value for name, value in own.items() if type(value) is int}
+    whole = {f"method.{name}": value for name, value in own.items() if type(value) is int}
+    if config.head.alignment.epochs:
+      whole["head.num_centroids"] = config.head.num_centroids
     field, value = "tasks.num_tasks", config.tasks.num_tasks
     if whole:
-      name = max(whole, key=whole.get)
-      field, value = f"method.{name}", whole[name]
+      field = max(whole, key=whole.get)
+      value = whole[field]
     raise ConfigError(
       f"config.{field} is {value}: must be less, what {config.method.name} learns would take "
       f"{needed / 2**30:.3g} GiB and this machine has {memory / 2**30:.3g}"

@@ -94,8 +94,8 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
 
 def _head(run: Result) -> str:
   """Returns the head in words; older results know less of it."""
-  head = run["config"].get("head", {})
-  aligned = head.get("alignment", {}).get("epochs")
+  head, method = run["config"].get("head", {}), run["config"]["method"]
+  aligned = any(group.get("alignment", {}).get("epochs") for group in (head, method))
   words = [head.get("kind", "linear"), f"from {head.get('start', 'zero')}"]
   return " ".join([*words, "and aligned"] if aligned else words)
 

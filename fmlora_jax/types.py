@@ -286,6 +286,8 @@ class TaskView:
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
     fetch: arrays on the devices -> NumPy arrays, the same on all hosts; for what has a batch axis,
       which is split over the devices. What has none is on each and needs no fetching.
+    share: arrays made on the host -> the first host's, on all devices: another CPU may round
+      otherwise, and what is computed from them must not drift apart.
     key: PRNG key of (run seed, task, name of the stream).
     seed: the run's, for what takes no key. Not the config's: runs of other seeds share a method.
   """
@@ -300,6 +302,7 @@ class TaskView:
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
   fetch: Callable[[Any], Any]
+  share: Callable[[Any], Any]
   key: Callable[[str], PRNGKeyArray]
   seed: int
 

@@ -86,11 +86,11 @@ from fmlora_jax import config
     ({"head": {"kind": "tree"}}, "config.head.kind is 'tree': must be one of linear, cosine, cl"),
     (
       {"head": {"kind": "cosine", "start": "class_mean"}},
-      "config.head.kind is 'cosine': must be linear or class_mean where start is class_mean",
+      "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
     ),
     (
       {"head": {"kind": "class_mean", "alignment": {"epochs": 1}}},
-      "config.head.kind is 'class_mean': must be linear or cosine where alignment.epochs is above",
+      "config.head.kind is 'class_mean': must be linear or cosine, or head.alignment.epochs 0",
     ),
     (
       {"head": {"num_centroids": 0}},
@@ -112,6 +112,14 @@ def test_a_setting_that_can_not_be_is_refused_by_its_path(values, message):
   with pytest.raises(config.ConfigError) as error:
     config.build(config.Config, values)
   assert str(error.value).startswith(message)
+
+
+def test_absent_fields_of_a_group_keep_the_defaults_that_the_group_has_where_it_stands():
+  """Of the head's alignment there are 0 epochs, of another there are 30."""
+  for head in ({}, {"alignment": {}}, {"alignment": {"batch_size": 7}}):
+    assert config.build(config.Config, {"head": head}).head.alignment.epochs == 0
+  built = config.build(config.Config, {"method": {"name": "hide_prompt", "alignment": {}}})
+  assert built.method.alignment.epochs == built.method.identity.alignment.epochs == 30
 
 
 def test_whole_numbers_are_taken_for_decimals_and_lists_for_tuples():

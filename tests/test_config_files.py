@@ -133,17 +133,36 @@ def test_a_method_of_a_config_file_has_its_own_fields():
 
 
 def test_the_head_is_aligned_for_fm_lora_alone_unless_a_variant_names_one():
-  heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}}
+  heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}, "hide_prompt": {}}
 
-  def named(**chosen):
-    return next(name for name, head in heads.items() if config_files.head_of(chosen, heads) is head)
+  def named(default=None, **chosen):
+    found = config_files.head_of(chosen, heads, default)
+    return next(name for name, head in heads.items() if head is found)
 
   assert named() == named(method="fm_lora") == named(method="lora", head="aligned") == "aligned"
-  assert named(method="lora") == named(head="plain") == "plain"
-  # which refuses another alignment beside its own
-  assert named(method="hide_prompt") == named(method="hide_prompt", head="aligned") == "plain"
-  with pytest.raises(config.ConfigError, match="head is 'flat': must be one of plain, aligned"):
+  assert named(method="lora") == named(head="plain") == named("plain") == "plain"
+  assert named(method="hide_prompt", head="aligned") == "hide_prompt"
+  with pytest.raises(config.ConfigError, match="head is 'flat': must be plain or aligned"):
     config_files.head_of({"head": "flat"}, heads)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_dil", "fashion_mnist", "image_folder"])
+@pytest.mark.parametrize("head", ["plain", "aligned"])
+def test_a_head_is_aligned_where_it_is_asked_for_and_never_twice(name, head):
+  """hide_prompt, which has an alignment of its own, refuses another beside it."""
+  (path,) = (path for path in CONFIGS if path.stem == name)
+  for method in methods.names():
+    chosen = load(path).get_config(f"method={method},head={head}")
+    built = config.build(config.Config, chosen.to_dict())
+    aligned = head == "aligned" and method != "hide_prompt"
+    assert bool(built.head.alignment.epochs) == aligned
+
+
+def test_a_folder_of_images_is_learned_with_an_aligned_head_unless_tasks_are_given():
+  (path,) = (path for path in CONFIGS if path.stem == "image_folder")
+  variants = ("", "method=lora", "scenario=dil", "scenario=til", "scenario=til,head=aligned")
+  epochs = [load(path).get_config(variant).head.alignment.epochs for variant in variants]
+  assert epochs == [30, 30, 30, 0, 30]
 
 
 def test_a_variant_is_read_as_pairs():

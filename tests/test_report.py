@@ -144,6 +144,8 @@ def test_heads_that_differ_are_warned_about():
     "heads differ: linear from class_mean and aligned (fm_lora); linear from class_mean (lora, old)"
   )
   assert report.warnings({"lora": [theirs], "old": [result(config=plain)]}) == []
+  own = {"method.name": "hide_prompt", "method.alignment": {"epochs": 9}}  # not the head's
+  assert report.warnings({"fm_lora": [ours], "hide": [result(config=plain | own)]}) == []
 
 
 def test_the_same_seed_twice_is_warned_about():

@@ -171,6 +171,7 @@ class Lab:
       augment=self._augment,
       center=self._center,
       fetch=mesh.fetch,
+      share=lambda tree: tree,  # one process
       key=lambda name: stream_key(self._root, name, task=task),
       seed=0,
     )

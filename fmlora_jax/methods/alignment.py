@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fmlora_jax.config import AlignmentConfig
+from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods import class_statistics
 from fmlora_jax.types import NonFiniteError, Params, SequenceSpec, TaskView
 
@@ -50,9 +50,15 @@ class Aligner:
 
     Raises:
       NonFiniteError: if the loss gets NaN or infinite.
+      ConfigError: if there are more minibatches than can be counted.
     """
     if not self.settings.epochs:
       return params, None
+    if (steps := self.settings.epochs * num_old) >= 2**31:
+      raise ConfigError(
+        f"config.{self._field}.epochs is {self.settings.epochs}: must be less, a classifier would "
+        f"learn from {steps} minibatches, and they are counted to 2147483647"
+      )
     params, loss = self._descend(params, statistics, rows, jnp.int32(num_old), key)
     if not np.isfinite(loss):
       raise NonFiniteError(
@@ -134,15 +140,16 @@ class HeadAlignment:
     Of the first task the head stays as it is: it has been trained on all its classes at once.
 
     Args:
+      head: rows of all classes, those of the task as training left them.
+      statistics: of the tasks before.
       model: what `features` sees, of the task's end.
 
     Raises:
       NonFiniteError: if the loss gets NaN or infinite.
     """
     task, rows = view.index, self._rows
-    statistics = class_statistics.add(
-      statistics, rows, task, *self._collect(model, view), view.seed
-    )
+    found = self._collect(model, view)
+    statistics = view.share(class_statistics.add(statistics, rows, task, *found, view.seed))
     if task == 0:
       return head, statistics, {}
     head, loss = self._aligner.align(

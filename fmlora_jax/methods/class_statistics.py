@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from sklearn.cluster import KMeans
 
 from fmlora_jax.types import Params, SequenceSpec, TaskView
 
@@ -84,6 +83,8 @@ def centroids(
   features: Float[np.ndarray, "n D"], most: int, seed: int
 ) -> tuple[Float[np.ndarray, "c D"], Float[np.ndarray, "c D"]]:
   """Returns means and variances of the K-means clusters: `most`, or as many as features differ."""
+  from sklearn.cluster import KMeans  # a second, which runs without statistics do without
+
   num = min(most, len(np.unique(features, axis=0)))
   if num == 0:
     return features[:0], features[:0]

@@ -112,15 +112,17 @@ def with_head(
     return read(model["backbone"], images, recall(model["memory"], seen))
 
   class_sums = make_class_sums(features_so_far, spec.num_classes)
-  aligned = config.head.alignment.epochs and HeadAlignment(
-    config.head.alignment,
-    "head.alignment",
-    num_centroids=config.head.num_centroids,
-    spec=spec,
-    width=backbone.sizes.width,
-    logits=head.logits,
-    features=features_so_far,
-  )
+  aligned = None
+  if config.head.alignment.epochs:
+    aligned = HeadAlignment(
+      config.head.alignment,
+      "head.alignment",
+      num_centroids=config.head.num_centroids,
+      spec=spec,
+      width=backbone.sizes.width,
+      logits=head.logits,
+      features=features_so_far,
+    )
 
   def init_with_head(key, weights):
     variables = init(key, weights)
@@ -205,7 +207,7 @@ def with_head(
       train=1 + (query == "always"),
       test=passes_at_test,
       between=feature_epochs
-      + passes_at_test * (starts_at_means + head.needs_means + bool(aligned)),
+      + passes_at_test * (starts_at_means + head.needs_means + (aligned is not None)),
     ),
     caveats=caveats,
   )

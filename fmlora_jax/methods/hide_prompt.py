@@ -69,7 +69,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   """Returns HiDe-Prompt as a Method.
 
   Raises:
-    ConfigError: if the ViT lacks a layer, or the head has nothing that could be aligned.
+    ConfigError: if the ViT lacks a layer, or the head can't be aligned, or would be once more.
   """
   settings, sizes = config.method, backbone.sizes
   frame.check_layers(settings.layers, "method.layers", backbone)

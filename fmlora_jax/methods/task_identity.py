@@ -131,7 +131,9 @@ class Learner:
         "finite; lower config.method.identity.learning_rate or set config.optim.clip_norm"
       )
     found = self._collect(trunk, view)
-    statistics = class_statistics.add(statistics, self._rows, view.index, *found, view.seed)
+    statistics = view.share(
+      class_statistics.add(statistics, self._rows, view.index, *found, view.seed)
+    )
     facts = {"identity_loss": float(loss)}
     if view.index:
       known, num_old = self._rows.task <= view.index, int(self._rows.first[view.index])

@@ -158,6 +158,7 @@ class Trainer:
       augment=self.augment,
       center=self.center,
       fetch=mesh_lib.fetch,
+      share=self.share_out,
       key=lambda name: stream_key(self.root, name, task=index),
       seed=config.seed,
     )

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods import class_statistics
-from fmlora_jax.methods.alignment import Aligner, AlignmentConfig
+from fmlora_jax.methods.alignment import Aligner
 from fmlora_jax.models import heads
 from fmlora_jax.types import NonFiniteError
 
@@ -77,6 +78,13 @@ def test_the_number_of_minibatches_is_data(statistics):
   for num_old in (1, 2, 3):
     made.align(new_head(), statistics, np.ones(4, bool), num_old, jax.random.key(0))
   assert made._descend._cache_size() == 1
+
+
+def test_more_minibatches_than_can_be_counted_are_refused(statistics):
+  with pytest.raises(ConfigError, match=r"config\.method\.alignment\.epochs is 1000000: must be l"):
+    aligner(epochs=1_000_000).align(
+      new_head(), statistics, np.ones(4, bool), 2148, jax.random.key(0)
+    )
 
 
 def test_no_epochs_leave_it_alone(statistics):

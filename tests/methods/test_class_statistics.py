@@ -1,5 +1,8 @@
 """What is kept of each class: against sums by hand."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +108,10 @@ def test_draws_are_gaussian_around_the_centroids():
   single = features[row == 2]
   np.testing.assert_allclose(single.mean(0), kept["mean"][2, 0], atol=1e-3)
   np.testing.assert_allclose(single.var(0), 1e-4, rtol=0.05)
+
+
+def test_a_run_without_statistics_does_not_wait_for_scikit_learn():
+  code = (
+    "import sys, fmlora_jax.main, fmlora_jax.methods.fm_lora; sys.exit('sklearn' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,5 +1,7 @@
 """`head.alignment`: a head of any method learns from what is kept of all classes so far."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,13 @@ def test_domains_of_one_class_are_rows_of_their_own_and_one_output(make_lab):
     for label in range(3):
       own = features[labels == label].mean(0)
       np.testing.assert_allclose(kept["mean"][3 * task + label, 0], own, atol=1e-4)
+
+
+def test_the_next_domain_goes_on_from_the_aligned_rows(make_lab):
+  made = make_lab("dil", ((0, 3),) * 3, method={"name": "linear_probe"}, head=SETTINGS, epochs=1)
+  for before, stage in itertools.pairwise(made.learn()):
+    for name, leaf in stage.begun.cur["head"].items():
+      np.testing.assert_array_equal(leaf, before.ended.mem["head"][name])
 
 
 def test_classes_of_different_tasks_are_told_apart(lab):

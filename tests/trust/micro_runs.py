@@ -29,7 +29,8 @@ CHANGES = {
   "input": {"steps_per_dispatch": 2},
 }
 METHODS = {
-  "fm_lora": {"drs": {"strategy": "gumbel", "selector_steps": 5}},
+  "fm_lora": {"drs": {"strategy": "gumbel", "selector_steps": 5}}
+  | {"head": {"alignment": {"epochs": 5}, "num_centroids": 3}},
   "inflora": {"method": {"rank": 3}},
   "hide_prompt": {
     "method": {"layers": (0, 1), "prompt_length": 2, "num_centroids": 4, "repulsion": 0.05}

@@ -117,3 +117,10 @@ def test_what_does_not_fit_in_memory_is_refused_by_a_field_that_can_be_less(meth
   settings = config.build(config.Config, B16 | {"method": {"name": method}})
   with pytest.raises(ConfigError, match=f"config.{field}.*would take .* this machine has"):
     preflight.check(settings, 1000)
+
+
+def test_statistics_that_do_not_fit_in_memory_are_refused_by_their_number():
+  head = {"alignment": {"epochs": 1}, "num_centroids": 10_000}
+  settings = config.build(config.Config, B16 | {"head": head})
+  with pytest.raises(ConfigError, match=r"config\.head\.num_centroids is 10000.*would take "):
+    preflight.check(settings, 1000)
