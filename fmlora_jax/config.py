@@ -489,7 +489,7 @@ def build(cls: type, values: dict, path: str = "config", base: Any = None) -> An
   """
   hints = typing.get_type_hints(cls)
   known = [field.name for field in dataclasses.fields(cls)]
-  base, filled = cls() if base is None else base, {}
+  filled = {}
   for name, value in values.items():
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1)
@@ -499,14 +499,14 @@ def build(cls: type, values: dict, path: str = "config", base: Any = None) -> An
     if dataclasses.is_dataclass(kind):
       if not isinstance(value, dict):
         raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
-      default = getattr(base, name)
+      default = getattr(cls() if base is None else base, name)
       if kind is MethodConfig:
         kind, default = method_config(value.get("name", MethodConfig.name)), None
       filled[name] = build(kind, value, f"{path}.{name}", default)
     else:
       filled[name] = _convert(kind, value, f"{path}.{name}")
   try:
-    return dataclasses.replace(base, **filled)
+    return cls(**filled) if base is None else dataclasses.replace(base, **filled)
   except ConfigError as error:
     raise ConfigError(f"{path}.{error}") from None
 
