@@ -5,6 +5,7 @@ image of theirs. Source: SLCA (arXiv:2303.05118), classifier alignment; HiDe-Pro
 (arXiv:2310.07234), task-adaptive prediction, whose descent this is.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods import class_statistics
-from fmlora_jax.types import NonFiniteError, Params, TaskView
+from fmlora_jax.types import NonFiniteError, Params, SequenceSpec, TaskView
 
 
 class Aligner:
@@ -93,37 +94,55 @@ class Aligner:
     return params, loss
 
 
-class Alignment:
-  """Keeps statistics of each class's features and aligns a classifier with all of them.
+class HeadAlignment:
+  """Keeps statistics of each class's features and aligns the head with all of them after a task.
 
   Args:
-    aligner: of the classifier.
-    rows: the classes of all tasks.
+    settings: of the descent.
+    field: where they stand in the config.
+    num_centroids: kept of each class of a task at most.
+    spec: of the sequence.
+    width: D.
+    logits: of the head: (rows, features [B, D]) -> [B, C].
     features: (model, images) -> [B, D], as at test time.
-    name: of its random stream and, with _loss, of its fact.
   """
 
   def __init__(
     self,
-    aligner: Aligner,
-    rows: class_statistics.Rows,
+    settings: AlignmentConfig,
+    field: str,
+    *,
+    num_centroids: int,
+    spec: SequenceSpec,
+    width: int,
+    logits: Callable[..., Float[Array, "B C"]],
     features: Callable[..., Float[Array, "B D"]],
-    name: str = "alignment",
   ):
-    self._aligner, self._rows, self._name = aligner, rows, name
+    self._rows = class_statistics.Rows(spec)
+    self._shape = len(self._rows), num_centroids, width
     self._collect = class_statistics.make_collector(features)
+    self._aligner = Aligner(settings, field, logits, self._rows.label)
+
+  @property
+  def num_kept(self) -> int:
+    """Numbers of the statistics of all tasks: means and variances."""
+    return 2 * math.prod(self._shape)
+
+  def empty(self) -> Params:
+    """Returns statistics of nothing."""
+    return class_statistics.empty(*self._shape)
 
   def after(
-    self, params: Params, statistics: Params, model: Params, view: TaskView
+    self, head: Params, statistics: Params, model: Params, view: TaskView
   ) -> tuple[Params, Params, dict]:
-    """Returns the aligned classifier, the statistics with the task of `view`, and facts of it.
+    """Returns the aligned head, the statistics with the task of `view`, and facts of it.
 
-    In the first task the classifier stays as it is: it was trained on all its classes at once.
+    Of the first task the head stays as it is: it has been trained on all its classes at once.
 
     Args:
-      params: of the classifier, as training on the task left it.
+      head: rows of all classes, those of the task as training left them.
       statistics: of the tasks before.
-      model: what `features` sees.
+      model: what `features` sees, of the task's end.
 
     Raises:
       NonFiniteError: if the loss gets NaN or infinite.
@@ -132,8 +151,8 @@ class Alignment:
     found = self._collect(model, view)
     statistics = view.share(class_statistics.add(statistics, rows, task, *found, view.seed))
     if task == 0:
-      return params, statistics, {}
-    params, loss = self._aligner.align(
-      params, statistics, rows.task <= task, int(rows.first[task]), view.key(self._name)
+      return head, statistics, {}
+    head, loss = self._aligner.align(
+      head, statistics, rows.task <= task, int(rows.first[task]), view.key("alignment")
     )
-    return params, statistics, {f"{self._name}_loss".replace(" ", "_"): loss}
+    return head, statistics, {"alignment_loss": loss}

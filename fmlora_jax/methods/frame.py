@@ -6,7 +6,6 @@ Most methods differ only in the `Adapters` they give the ViT and in what they do
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,8 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
-from fmlora_jax.methods import class_statistics
-from fmlora_jax.methods.alignment import Aligner, Alignment
+from fmlora_jax.methods.alignment import HeadAlignment
 from fmlora_jax.models import heads
 from fmlora_jax.types import (
   Adapters,
@@ -114,17 +112,23 @@ def with_head(
     return read(model["backbone"], images, recall(model["memory"], seen))
 
   class_sums = make_class_sums(features_so_far, spec.num_classes)
-  kept_rows, alignment = class_statistics.Rows(spec), None
-  kept_shape = len(kept_rows), config.head.num_centroids, backbone.sizes.width
+  aligned = None
   if config.head.alignment.epochs:
-    aligner = Aligner(config.head.alignment, "head.alignment", head.logits, kept_rows.label)
-    alignment = Alignment(aligner, kept_rows, features_so_far)
+    aligned = HeadAlignment(
+      config.head.alignment,
+      "head.alignment",
+      num_centroids=config.head.num_centroids,
+      spec=spec,
+      width=backbone.sizes.width,
+      logits=head.logits,
+      features=features_so_far,
+    )
 
   def init_with_head(key, weights):
     variables = init(key, weights)
     mem = variables.mem | {"head": head.init(_head_key(key, 0))}
-    if alignment:
-      mem["head_statistics"] = class_statistics.empty(*kept_shape)
+    if aligned:
+      mem["head_statistics"] = aligned.empty()
     return variables.replace(mem=mem)
 
   def begin_with_head(variables, view):
@@ -159,9 +163,9 @@ def with_head(
       sums, counts = class_sums(fold(view.weights, variables), view)
       mem = variables.mem | {"head": heads.add_means(variables.mem["head"], sums, counts)}
       variables = variables.replace(mem=mem)
-    if alignment:
+    if aligned:
       mem, model = variables.mem, fold(view.weights, variables)
-      rows, statistics, more = alignment.after(mem["head"], mem["head_statistics"], model, view)
+      rows, statistics, more = aligned.after(mem["head"], mem["head_statistics"], model, view)
       variables = variables.replace(mem=mem | {"head": rows, "head_statistics": statistics})
       facts = facts | more
     return variables, facts
@@ -185,8 +189,8 @@ def with_head(
 
   def stored_with_head(facts):
     kept = stored(facts)
-    if alignment:  # means and variances
-      kept = kept | {"statistics": kept.get("statistics", 0) + 2 * math.prod(kept_shape)}
+    if aligned:
+      kept = kept | {"statistics": kept.get("statistics", 0) + aligned.num_kept}
     return kept
 
   return Method(
@@ -203,7 +207,7 @@ def with_head(
       train=1 + (query == "always"),
       test=passes_at_test,
       between=feature_epochs
-      + passes_at_test * (starts_at_means + head.needs_means + (alignment is not None)),
+      + passes_at_test * (starts_at_means + head.needs_means + (aligned is not None)),
     ),
     caveats=caveats,
   )

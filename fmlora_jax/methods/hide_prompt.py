@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods import class_statistics, frame, recipes, task_identity
-from fmlora_jax.methods.alignment import Aligner, Alignment
+from fmlora_jax.methods.alignment import HeadAlignment
 from fmlora_jax.methods.task_identity import IdentityConfig
 from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
@@ -88,16 +88,21 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   slot_shape = (len(settings.layers), 2, settings.prompt_length, sizes.width)
   head = heads.make(config.head.kind, spec.num_classes, sizes.width)
   learner = task_identity.Learner(config, backbone, rows)
-  alignment = Alignment(
-    Aligner(settings.alignment, "method.alignment", head.logits, rows.label),
-    rows,
-    lambda model, images: backbone.apply(model["trunk"], images, prefixed(model["slot"][None])),
+  aligned = HeadAlignment(
+    settings.alignment,
+    "method.alignment",
+    num_centroids=settings.num_centroids,
+    spec=spec,
+    width=sizes.width,
+    logits=head.logits,
+    features=lambda model, images: backbone.apply(
+      model["trunk"], images, prefixed(model["slot"][None])
+    ),
   )
 
   def init(key, weights):
     del weights
     first = jax.random.uniform(jax.random.fold_in(key, 0), slot_shape, minval=-1, maxval=1)
-    statistics = class_statistics.empty(len(rows), settings.num_centroids, sizes.width)
     return Variables(
       frozen={},
       shared={"identity": task_identity.fresh(jax.random.fold_in(key, 1), sizes.width, len(rows))},
@@ -105,8 +110,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
       mem={
         "prompt": jnp.zeros((spec.num_tasks, *slot_shape)).at[0].set(first),
         "seen": jnp.zeros(spec.num_tasks, bool),
-        "identity_statistics": statistics,
-        "statistics": statistics,
+        "identity_statistics": aligned.empty(),
+        "statistics": aligned.empty(),
       },
     )
 
@@ -147,7 +152,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     task, mem = view.index, variables.mem
     slot = slot_in_training(variables)
     model = {"trunk": frame.cast_kernels(view.weights, dtype), "slot": slot}
-    rows_so_far, statistics, facts = alignment.after(mem["head"], mem["statistics"], model, view)
+    rows_so_far, statistics, facts = aligned.after(mem["head"], mem["statistics"], model, view)
     mem = mem | {
       "prompt": mem["prompt"].at[task].set(slot),
       "seen": mem["seen"].at[task].set(True),
@@ -170,8 +175,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     return {
       "shared": sum(leaf.size for leaf in jax.tree.leaves(network)),
       "per_task": [slot] * len(facts),
-      # of two kinds of features, means and variances
-      "statistics": 2 * len(rows) * settings.num_centroids * 2 * sizes.width,
+      "statistics": 2 * aligned.num_kept,  # of two kinds of features
     }
 
   return frame.with_head(

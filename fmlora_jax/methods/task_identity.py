@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import AlignmentConfig, Config
 from fmlora_jax.methods import class_statistics, frame
-from fmlora_jax.methods.alignment import Aligner, Alignment
+from fmlora_jax.methods.alignment import Aligner
 from fmlora_jax.models import heads
 from fmlora_jax.types import Backbone, NonFiniteError, Params, TaskView
 
@@ -99,9 +99,9 @@ class Learner:
     self._optimizer = optax.chain(frame.clipping(config), adam)
     self._features = backbone.apply
     self._step = jax.jit(self._train_step, static_argnames="augment")
+    self._collect = class_statistics.make_collector(backbone.apply)
     field = "method.identity.alignment"
-    aligner = Aligner(self.settings.alignment, field, logits, np.arange(len(rows)))
-    self._alignment = Alignment(aligner, rows, backbone.apply, "identity alignment")
+    self._aligner = Aligner(self.settings.alignment, field, logits, np.arange(len(rows)))
 
   def learn(
     self, identity: Params, statistics: Params, trunk: Params, view: TaskView
@@ -130,8 +130,17 @@ class Learner:
         f"loss is {loss} in the task classifier's training for task {view.index + 1}: must be "
         "finite; lower config.method.identity.learning_rate or set config.optim.clip_norm"
       )
-    identity, statistics, facts = self._alignment.after(identity, statistics, trunk, view)
-    return identity, statistics, {"identity_loss": float(loss)} | facts
+    found = self._collect(trunk, view)
+    statistics = view.share(
+      class_statistics.add(statistics, self._rows, view.index, *found, view.seed)
+    )
+    facts = {"identity_loss": float(loss)}
+    if view.index:
+      known, num_old = self._rows.task <= view.index, int(self._rows.first[view.index])
+      identity, facts["identity_alignment_loss"] = self._aligner.align(
+        identity, statistics, known, num_old, view.key("identity alignment")
+      )
+    return identity, statistics, facts
 
   def _train_step(self, identity, state, trunk, task, examples, rows, key, *, augment):
     batch = augment(examples, rows, key)

@@ -100,7 +100,7 @@ def test_it_learns_the_tasks_compiles_once_and_leaves_other_outputs_to_the_align
       old, new = (np.asarray(network["head"]["kernel"]) for network in (before, identity))
       np.testing.assert_array_equal((old != new).any(1), np.arange(7) < 2)
   assert learner._step._cache_size() == 1
-  assert learner._alignment._aligner._descend._cache_size() == 1
+  assert learner._aligner._descend._cache_size() == 1
   rows = class_statistics.Rows(made.spec)
   right = []
   for task in range(3):
