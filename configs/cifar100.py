@@ -4,7 +4,7 @@ python -m fmlora_jax.prepare cifar100 --data_dir=DIR
 python -m fmlora_jax.main --config=configs/cifar100.py --config.tasks.data_dir=DIR
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 
 def get_config(variant: str | None = None):

@@ -7,7 +7,7 @@ The published cut (split=official) has 30 training images a class in place of 47
 belong beside the table's.
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 
 def get_config(variant: str | None = None):

@@ -1,6 +1,6 @@
 """scikit-learn's digits in 5 tasks of 2 classes: real images, nothing to download."""
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 from fmlora_jax.models import vit
 
 # the best of two or three on validation images (--config.tasks.evaluate_on=val) of seeds 1993 and

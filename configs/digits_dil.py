@@ -1,6 +1,6 @@
 """The same ten digits in 4 domains: plain, inverted, turned by 90 degrees, noisy and blurred."""
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 from fmlora_jax.models import vit
 
 # the best of two or three on validation images (--config.tasks.evaluate_on=val), one or two seeds

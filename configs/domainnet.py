@@ -7,7 +7,7 @@ The paper calls this domain-incremental; configs/domainnet_dil.py is. Some publi
 images seem to lack quickdraw: --config.tasks.domains names the domains to take.
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 
 def get_config(variant: str | None = None):

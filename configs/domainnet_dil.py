@@ -7,7 +7,7 @@ The domains come in the order of S-Prompts (arXiv:2207.12819); --config.tasks.or
 another from the seed. The official recipes are for configs/domainnet.py.
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 
 def get_config(variant: str | None = None):

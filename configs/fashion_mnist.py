@@ -7,7 +7,7 @@ python -m fmlora_jax.main --config=configs/fashion_mnist.py \\
 FILE is any DINOv2 ViT-S/14; --config.weights.tag=dinov2_small instead takes the published one.
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 # the best of two to four on validation images (--config.tasks.evaluate_on=val), seed 1993; of
 # finetune one was tried, and lora's is that of mode=incremental

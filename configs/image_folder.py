@@ -4,7 +4,7 @@ python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 \\
     --config.tasks.data_dir=FOLDER --config.weights.path=FILE
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 HEADS = {  # hide_prompt has an alignment of its own
   "plain": {"start": "class_mean"},

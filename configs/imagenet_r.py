@@ -8,7 +8,7 @@ split=slice, then compare on split=slice80, which tests on the same images. It h
 ranks on: --config.drs.strategy=fixed.
 """
 
-from fmlora_jax import config_files
+from fmlora_jax.cli import config_files
 
 
 def get_config(variant: str | None = None):

@@ -27,10 +27,11 @@ from typing import Any
 
 from absl import app, flags
 
-from fmlora_jax import command_line, lock, settings
+from fmlora_jax.cli import overrides, program
+from fmlora_jax.cli.overrides import Choice
 from fmlora_jax.config import Config, ConfigError
-from fmlora_jax.settings import Choice
-from fmlora_jax.writer import RESULT, duration, replace
+from fmlora_jax.workdir import lock
+from fmlora_jax.workdir.log import RESULT, duration, replace
 
 TABLE, PLOT = "compare.md", "compare.png"
 CONFIG_FLAG = re.compile(r"--?config(\.|=|$)")
@@ -84,7 +85,7 @@ def plan(
       label = re.sub(r"[^\w=.+-]+", "-", str(choice)).strip("-")
       place = {"label": label, "seed": seed, "workdir": folder / label / str(seed)}
       try:
-        planned.append(Planned(config=settings.read_config(arguments), **place))
+        planned.append(Planned(config=overrides.read_config(arguments), **place))
       except ConfigError as error:
         planned.append(Planned(config=None, problem=str(error), **place))
   return planned
@@ -152,8 +153,8 @@ def run_all(
         raise ConfigError(one.problem)
       results[one.label, one.seed] = run(one)
     except Exception as error:
-      line = command_line.reason(error, one.config and one.config.batch_size)
-      if command_line.DEBUG.value or not line:
+      line = program.reason(error, one.config and one.config.batch_size)
+      if program.DEBUG.value or not line:
         raise
       note(f"left out: {line}")
       problems[one.label, line].append(str(one.seed))
@@ -188,14 +189,14 @@ def main(argv: list[str]) -> None:
       f"unexpected argument {stray[0]!r}: settings are given as --config.FIELD=VALUE"
     )
   values = flags.FLAGS
-  command_line.check_workdir()
+  program.check_workdir()
   if not all(seed.isdecimal() for seed in values.seeds) or not values.seeds:
     raise app.UsageError(f"--seeds is {values.seeds}: must be whole numbers, such as 1993,1994")
   seeds = list(dict.fromkeys(map(int, values.seeds)))
   file, variant, _ = _split_flags(config_flags)
   name = re.sub(r"[^\w=.-]+", "-", f"compare-{pathlib.Path(file).stem}-{variant}").strip("-")
-  folder = command_line.workdir(name)
-  planned = plan(config_flags, settings.parse_methods(values.methods), seeds, folder)
+  folder = program.workdir(name)
+  planned = plan(config_flags, overrides.parse_methods(values.methods), seeds, folder)
   from rich.console import Console
   from rich.text import Text
 
@@ -208,25 +209,25 @@ def main(argv: list[str]) -> None:
     note(line)
   if values.dry_run:
     return
-  from fmlora_jax import plots, report
-  from fmlora_jax.parts import Workshop
-  from fmlora_jax.run import run
+  from fmlora_jax.experiment.run import run
+  from fmlora_jax.experiment.setup import Workshop
+  from fmlora_jax.report import plots, tables
 
   workshop = Workshop(keeps_images=True)
 
   def run_one(one):  # of a finished run no more is said than that it is
     return run(one.config, one.workdir, Console(quiet=one.state == "finished"), workshop)
 
-  command_line.keep_programs()
+  program.keep_programs()
   with lock.held(folder):
     results, problems = run_all(planned, run_one, note)
     if results:
-      report.show(results, console, problems)
-      replace(folder / TABLE, report.markdown(results, problems) + "\n")
-      plots.plot_accuracy_over_tasks(report.group(results), folder / PLOT)
+      tables.show(results, console, problems)
+      replace(folder / TABLE, tables.markdown(results, problems) + "\n")
+      plots.plot_accuracy_over_tasks(tables.group(results), folder / PLOT)
       note(f"written: {folder / TABLE}, {folder / PLOT}")
   if problems:
-    command_line.fail(f"{len(planned) - len(results)} of {len(planned)} runs are left out", code=1)
+    program.fail(f"{len(planned) - len(results)} of {len(planned)} runs are left out", code=1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -238,14 +239,14 @@ def parse_flags(argv: list[str]) -> list[str]:
       config_flags.append(argument if "=" in argument else f"{argument}={next(arguments, '')}")
     else:
       others.append(argument)
-  command_line.check_files(config_flags)
-  program, *stray = command_line.parse_flags(others)
-  return [program, *config_flags, *stray]
+  program.check_files(config_flags)
+  name, *stray = program.parse_flags(others)
+  return [name, *config_flags, *stray]
 
 
 if __name__ == "__main__":
-  flags.adopt_module_key_flags(command_line)
+  flags.adopt_module_key_flags(program)
   flags.DEFINE_string("methods", "all", "NAME or NAME:FIELD=VALUE..., between commas.")
   flags.DEFINE_list("seeds", ["1993", "1994", "1995"], "Between commas.")
   flags.DEFINE_bool("dry_run", False, "Say what would be run, and run nothing.")
-  command_line.start(main, parse_flags)
+  program.start(main, parse_flags)

@@ -11,10 +11,11 @@ import re
 
 from absl import app, flags
 
-from fmlora_jax import BEGAN, command_line
+from fmlora_jax import BEGAN
 from fmlora_jax import config as config_lib
+from fmlora_jax.cli import program
 
-flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(program)
 
 
 def main(argv: list[str]) -> None:
@@ -22,37 +23,39 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(
       f"unexpected argument {argv[1]!r}: settings are given as --config.FIELD=VALUE"
     )
-  if command_line.CONFIG.value is None:
+  if program.CONFIG.value is None:
     raise app.UsageError(
       "--config is missing: name a file in configs/, as in --config=configs/digits.py"
     )
-  command_line.check_workdir()
+  program.check_workdir()
   from rich.console import Console  # after the flags: --help and a typo answer at once
 
-  from fmlora_jax import dry_run, hosts, report, seeds
-  from fmlora_jax.run import run
+  from fmlora_jax.distributed import hosts
+  from fmlora_jax.experiment import estimate, seeds
+  from fmlora_jax.experiment.run import run
+  from fmlora_jax.report import tables
 
-  command_line.join_hosts()
-  command_line.keep_programs()
-  config = config_lib.build(config_lib.Config, command_line.CONFIG.value.to_dict())
+  program.join_hosts()
+  program.keep_programs()
+  config = config_lib.build(config_lib.Config, program.CONFIG.value.to_dict())
   # before anything is loaded: on other meshes, say, exchanges would never end
   hosts.agree({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
   if flags.FLAGS.dry_run:
-    found = dry_run.estimate(config)
+    found = estimate.estimate(config)
     if hosts.is_first():
-      dry_run.show(found, Console())
+      estimate.show(found, Console())
     return
   name = f"{config.tasks.benchmark}-{config.method.name}"
   name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
-  workdir = command_line.workdir(name)
+  workdir = program.workdir(name)
   if config.seeds:
     results = seeds.run_each(config, workdir, began=BEGAN)
   else:
     results = [run(config, workdir, began=BEGAN)]
   if hosts.is_first():
-    report.show(results, Console())
+    tables.show(results, Console())
 
 
 if __name__ == "__main__":
   flags.DEFINE_bool("dry_run", False, "Say what the run would cost, and run nothing.")
-  command_line.start(main, command_line.parse_flags)
+  program.start(main, program.parse_flags)

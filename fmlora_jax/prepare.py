@@ -19,11 +19,13 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 from absl import app, flags
 
-from fmlora_jax import command_line, tasks
+from fmlora_jax import tasks
+from fmlora_jax.cli import program
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import prepared
+from fmlora_jax.tasks.tfds import prepared
 
-CHECKSUMS = pathlib.Path(__file__).with_name("domainnet_checksums.tsv")  # not in TFDS's own wheel
+# not in TFDS's own wheel
+CHECKSUMS = pathlib.Path(prepared.__file__).with_name("domainnet_checksums.tsv")
 ROOM = 3  # an archive, what it unpacks to, and what is built from that
 NEEDED = {"tensorflow": "tensorflow-cpu", "cv2": "opencv-python-headless"}  # module -> package
 
@@ -227,6 +229,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  command_line.drop_flags(*command_line.OF_RUNS)
-  flags.adopt_module_key_flags(command_line)
-  command_line.start(main, command_line.parse_flags)
+  program.drop_flags(*program.OF_RUNS)
+  flags.adopt_module_key_flags(program)
+  program.start(main, program.parse_flags)

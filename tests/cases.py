@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from fmlora_jax import config, config_files
+from fmlora_jax import config
+from fmlora_jax.cli import config_files
 
 # of InfLoRA's layers after ten tasks of ImageNet-R, from the logs of its official code
 SPANNED = [17, 52, 124, 178, 237, 254, 304, 353, 483, 558, 524, 651]

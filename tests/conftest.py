@@ -27,15 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, config, config_files, methods
-from fmlora_jax.models import pretrained, vit
-from fmlora_jax.tasks import augment, resident
+from fmlora_jax import config, methods
+from fmlora_jax.cli import config_files
+from fmlora_jax.input import augment, resident
+from fmlora_jax.models import vit
+from fmlora_jax.models.weights import registry
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.rng import stream_key
 from fmlora_jax.train.step import TrainState
-from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import Adapters, Batch, Sizes, TaskView, Variables
+from fmlora_jax.workdir import checkpoint
 
 SIZES = Sizes(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
 RANGES = ((0, 2), (2, 5), (5, 7))  # unequal: the rows of a head are padded
@@ -259,9 +262,9 @@ def _predict(method):
 @contextlib.contextmanager
 def tiny_vit_loaded() -> Iterator[None]:
   """Runs within load the ViT of the labs, whatever their config names."""
-  info = pretrained.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
+  info = registry.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
   loaded = random_weights(), SIZES, info
-  with mock.patch.object(pretrained, "load", lambda weights, image_size=None: loaded):
+  with mock.patch.object(registry, "load", lambda weights, image_size=None: loaded):
     yield
 
 

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 
-from fmlora_jax import metrics, writer
+from fmlora_jax.train import metrics
+from fmlora_jax.workdir import log
 
 
 def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 4), **changes):
@@ -24,7 +25,7 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
   for path, value in changes.pop("config", {}).items():
     group, name = path.split(".")
     config[group] = config.get(group, {}) | {name: value}
-  made = dict.fromkeys(writer.FIELDS) | metrics.summarise(np.tril(correct), n_test)
+  made = dict.fromkeys(log.FIELDS) | metrics.summarise(np.tril(correct), n_test)
   return made | {
     "method": method,
     "benchmark": "domainnet",
@@ -55,7 +56,7 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
 
 def save(folder, made):
   folder.mkdir(parents=True)
-  writer.write_result(folder, made)
+  log.write_result(folder, made)
 
 
 def run_report(*argv):

@@ -10,9 +10,12 @@ import pytest
 from absl import app
 from made_up import result
 
-from fmlora_jax import command_line, compare, methods, runs, stop
+from fmlora_jax import compare, methods
+from fmlora_jax.cli import program
+from fmlora_jax.cli.overrides import Choice, parse_methods
 from fmlora_jax.config import ConfigError
-from fmlora_jax.settings import Choice, parse_methods
+from fmlora_jax.distributed import stop
+from fmlora_jax.report import runs
 from fmlora_jax.types import NonFiniteError
 
 # how ml_collections loads config files
@@ -144,7 +147,7 @@ def debug(monkeypatch):
   """Sets --debug, which is off here: no flags are parsed."""
 
   def turn(on):
-    monkeypatch.setattr(command_line, "DEBUG", type("Flag", (), {"value": on}))
+    monkeypatch.setattr(program, "DEBUG", type("Flag", (), {"value": on}))
 
   turn(False)
   return turn
@@ -207,7 +210,7 @@ def test_the_time_left_is_that_of_the_method_s_other_seeds_or_of_all(tmp_path):
 
 
 def test_flags_of_the_config_are_left_to_the_methods(monkeypatch):
-  monkeypatch.setattr(command_line, "parse_flags", lambda argv: argv)
+  monkeypatch.setattr(program, "parse_flags", lambda argv: argv)
   argv = ["compare", "--config", DIGITS.partition("=")[2], "--seeds=1", "--config.epochs", "3", "x"]
   assert compare.parse_flags(argv) == ["compare", DIGITS, "--config.epochs=3", "--seeds=1", "x"]
 

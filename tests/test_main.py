@@ -16,12 +16,16 @@ import processes
 import pytest
 from PIL import Image
 
-from fmlora_jax import clock, command_line, config, hosts, main, parts, stop, writer
-from fmlora_jax.run import run
+from fmlora_jax import config, main
+from fmlora_jax.cli import program
+from fmlora_jax.distributed import hosts, memory, stop
+from fmlora_jax.experiment import clock
+from fmlora_jax.experiment.run import run
 from fmlora_jax.types import FrozenError, NonFiniteError
+from fmlora_jax.workdir import log
 
 ROOT = pathlib.Path(__file__).parents[1]
-GIB = parts.host_memory() / 2**30
+GIB = memory.host_memory() / 2**30
 SMALL = {
   "epochs": 1,
   "batch_size": 32,
@@ -214,8 +218,8 @@ def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
 def test_a_workdir_is_where_the_program_was_started(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   for given, expected in ((None, "runs/name"), ("mine", "mine"), ("../x", "../x")):
-    monkeypatch.setattr(command_line, "WORKDIR", types.SimpleNamespace(value=given))
-    assert command_line.workdir("name") == tmp_path / expected
+    monkeypatch.setattr(program, "WORKDIR", types.SimpleNamespace(value=given))
+    assert program.workdir("name") == tmp_path / expected
 
 
 @pytest.fixture
@@ -227,10 +231,10 @@ def guarded(monkeypatch):
       raise error
 
     values = types.SimpleNamespace(batch_size=512)
-    monkeypatch.setattr(command_line, "CONFIG", types.SimpleNamespace(value=values))
-    monkeypatch.setattr(command_line, "DEBUG", types.SimpleNamespace(value=debug))
-    monkeypatch.setattr(command_line, "WORKDIR", types.SimpleNamespace(value=workdir))
-    command_line.guarded(fail, [])
+    monkeypatch.setattr(program, "CONFIG", types.SimpleNamespace(value=values))
+    monkeypatch.setattr(program, "DEBUG", types.SimpleNamespace(value=debug))
+    monkeypatch.setattr(program, "WORKDIR", types.SimpleNamespace(value=workdir))
+    program.guarded(fail, [])
 
   return call
 
@@ -257,13 +261,13 @@ def tree_of(changes: dict, file: str = "digits.py", variant: str = ""):
 
 
 @pytest.fixture
-def program(monkeypatch, tmp_path):
+def run_main(monkeypatch, tmp_path):
   """Returns main in this process, in an empty folder, as a function of settings and flags."""
 
   def call(changes, workdir=None, dry_run=False, **file):
     values = {"CONFIG": tree_of(changes, **file), "WORKDIR": workdir and str(workdir)}
     for name, value in values.items():
-      monkeypatch.setattr(command_line, name, types.SimpleNamespace(value=value))
+      monkeypatch.setattr(program, name, types.SimpleNamespace(value=value))
     monkeypatch.setattr(
       main, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(dry_run=dry_run))
     )
@@ -273,23 +277,23 @@ def program(monkeypatch, tmp_path):
   return call
 
 
-def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(program, tmp_path, capsys):
+def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(run_main, tmp_path, capsys):
   small = SMALL | {
     "weights": SMALL["weights"] | {"depth": 1},
     "method": {"name": "linear_probe"},
     "seeds": (3, 4),
   }
-  program(small, dry_run=True)
+  run_main(small, dry_run=True)
   assert "for 2 seeds; each (train" in capsys.readouterr().out
   assert not list(tmp_path.iterdir())
-  program(small)
+  run_main(small)
   assert "\nlinear_probe       2 " in capsys.readouterr().out
   folder = tmp_path / "runs" / "digits-linear_probe"
   assert sorted(path.name for path in folder.iterdir()) == [".lock", "3", "4", "seeds.json"]
 
 
 @pytest.mark.tier(2)  # test_run.py stops runs in one process
-def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, program, tmp_path, capsys):
+def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_path, capsys):
   whole, expected = uninterrupted
   workdir = tmp_path / "run"
   arguments = command(*settings(SMALL), f"--workdir={workdir}")
@@ -315,7 +319,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, program, tmp_pat
     assert result[field] == expected[field]
   assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
 
-  program(SMALL, workdir=workdir)
+  run_main(SMALL, workdir=workdir)
   shown = capsys.readouterr().out
   assert "finished before" in shown and f"{result['acc']:.2f}" in shown
   assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
@@ -324,7 +328,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, program, tmp_pat
   with pytest.raises(
     config.ConfigError, match=f"config.optim.learning_rate: {rate} there, 0.5 now"
   ):
-    program(SMALL | {"optim": {"learning_rate": 0.5}}, workdir=workdir)
+    run_main(SMALL | {"optim": {"learning_rate": 0.5}}, workdir=workdir)
 
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
@@ -342,17 +346,17 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert f"parameters {costs}\nkeeps      no image and no statistics of the data" in done.stdout
   workdir = tmp_path / "runs" / "digits-linear_probe-1993"  # where no --workdir is given
   result = json.loads((workdir / "result.json").read_text())
-  assert set(writer.FIELDS) <= set(result)
+  assert set(log.FIELDS) <= set(result)
   assert f"{result['acc']:.2f}" in done.stdout
   seconds = result["wall_seconds"]
   took = (workdir / "result.json").stat().st_mtime - began
   assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.3)  # Python's own start is outside
   assert all(seconds[kind] > 0 for kind in clock.KINDS)
-  assert f"\ntime       {writer.duration(seconds['total'])}: import " in done.stdout
+  assert f"\ntime       {log.duration(seconds['total'])}: import " in done.stdout
 
 
 def test_a_folder_of_images_is_described_before_it_is_checked(
-  program, tmp_path, monkeypatch, capsys
+  run_main, tmp_path, monkeypatch, capsys
 ):
   for split in ("Train", "Test"):
     for i, label in enumerate(("ant", "bee")):
@@ -381,7 +385,7 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
   moved = (tmp_path / "data").rename(tmp_path / "moved")
   small["tasks"]["data_dir"] = str(moved)
   monkeypatch.setenv("HOME", str(tmp_path))
-  program(small, workdir="~/run", file="image_folder.py", variant="method=linear_probe")
+  run_main(small, workdir="~/run", file="image_folder.py", variant="method=linear_probe")
   assert "finished before" in capsys.readouterr().out
 
 

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from absl import flags
 from rich.console import Console
 
-from fmlora_jax import command_line, settings
 from fmlora_jax.bench import peer, programs, speed
 from fmlora_jax.bench.lab import Setting
+from fmlora_jax.cli import overrides, program
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
   values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 140)
   setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
   if values.methods:
-    result = programs.count_methods(setting, settings.parse_methods(values.methods), console.print)
+    result = programs.count_methods(setting, overrides.parse_methods(values.methods), console.print)
     shown = programs.methods_table(result)
   else:
     variants = values.variants if values.peers else ()
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  command_line.drop_flags(*command_line.OF_RUNS)
-  flags.adopt_module_key_flags(command_line)
+  program.drop_flags(*program.OF_RUNS)
+  flags.adopt_module_key_flags(program)
   flags.DEFINE_string("architecture", Setting.architecture, "A name in models/vit.py.")
   flags.DEFINE_integer("batch", Setting.batch, "Images in a step.", lower_bound=1)
   flags.DEFINE_enum("dtype", Setting.dtype, ("float32", "bfloat16"), "What is computed in.")
@@ -68,4 +68,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("json", None, "File for all numbers.")
   # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  command_line.start(main, command_line.parse_flags)
+  program.start(main, program.parse_flags)

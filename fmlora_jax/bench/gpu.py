@@ -25,10 +25,11 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from fmlora_jax import command_line, run
 from fmlora_jax import config as config_lib
 from fmlora_jax.bench import kernels, speed
 from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.cli import program
+from fmlora_jax.experiment import run
 from fmlora_jax.tasks.benchmarks import random_images
 
 MAIN_BATCH = 256  # beside PyTorch, of the profile and of the whole run, if it is among the batches
@@ -189,14 +190,14 @@ def main(argv: Sequence[str]) -> None:
     **{name: values[name].value for name in ("peers_python", "seconds", "architecture")},
     **{name: values[name].value for name in ("dtype", "epochs")},
   )
-  command_line.keep_programs()
+  program.keep_programs()
   Console().print(f"{jax.devices()[0].device_kind} ({jax.default_backend()})", highlight=False)
   measure(plan)
 
 
 if __name__ == "__main__":
-  command_line.drop_flags(*command_line.OF_RUNS)
-  flags.adopt_module_key_flags(command_line)
+  program.drop_flags(*program.OF_RUNS)
+  flags.adopt_module_key_flags(program)
   flags.DEFINE_string("out", None, "Folder for gpu.json, gpu.txt and the whole run.", required=True)
   flags.DEFINE_string("peers_python", sys.executable, "The Python that has torch.")
   flags.DEFINE_float("seconds", 520.0, "Time for all of it.", lower_bound=1.0)
@@ -206,4 +207,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("epochs", 30, "Of the whole run.", lower_bound=1)
   # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  command_line.start(main, command_line.parse_flags)
+  program.start(main, program.parse_flags)

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmlora_jax import config_files, methods, settings
+from fmlora_jax import methods
+from fmlora_jax.cli import config_files, overrides
+from fmlora_jax.cli.overrides import Choice
 from fmlora_jax.config import Config
-from fmlora_jax.methods import frame
-from fmlora_jax.methods.rules import num_trained
+from fmlora_jax.input import augment
+from fmlora_jax.methods.common import base
 from fmlora_jax.models import products, vit
-from fmlora_jax.settings import Choice
-from fmlora_jax.tasks import augment
 from fmlora_jax.train import mesh
+from fmlora_jax.train.labels import num_trained
+from fmlora_jax.train.rng import stream_key
 from fmlora_jax.train.step import Fixed, Stepper, TrainState
-from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import (
   Batch,
   Examples,
@@ -66,7 +67,7 @@ class Setting:
       "drs": {"strategy": "fixed", "rank": self.rank},
       "prompt": {"num_tokens": self.prompts},
     }
-    return settings.read_config(choice.flags(), config_files.defaults(**values))
+    return overrides.read_config(choice.flags(), config_files.defaults(**values))
 
 
 class Program:
@@ -237,5 +238,5 @@ class Lab:
 
   def plain_forward(self, weights: Params) -> Program:
     """Returns the features of the frozen ViT without adapters, compiled."""
-    params = frame.cast_kernels(weights, jnp.dtype(self.setting.dtype))
+    params = base.cast_kernels(weights, jnp.dtype(self.setting.dtype))
     return Program(self.backbone.apply, self.setting.batch, params, self.images())

@@ -10,10 +10,10 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.bench import tables
 from fmlora_jax.bench.lab import Lab, Program, Setting
+from fmlora_jax.cli.overrides import Choice
 from fmlora_jax.config import Config
+from fmlora_jax.experiment.setup import Workshop
 from fmlora_jax.models import vit
-from fmlora_jax.parts import Workshop
-from fmlora_jax.settings import Choice
 from fmlora_jax.types import Params
 
 RANKS = (32, 4, 8, 16, 32, 4, 8, 16, 32, 4)  # of the ten tasks whose programs are counted

@@ -1,23 +1,12 @@
-"""One file per method, found by its name; SHARED_FILES hold what several of them use."""
+"""One module per method, found by its name; `common` holds what several of them use."""
 
 import importlib
 import pkgutil
 
-SHARED_FILES = (
-  "alignment",
-  "class_statistics",
-  "drs",
-  "dualgpm",
-  "frame",
-  "recipes",
-  "rules",
-  "task_identity",
-)
-
 
 def names() -> list[str]:
   """Returns the names of all methods."""
-  return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED_FILES]
+  return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "common"]
 
 
 def variants(name: str) -> tuple[dict, ...]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.types import Adapters, Backbone, Bottleneck, Method, SequenceSpec, Variables
 
 VARIANTS = ({"kind": "houlsby"}, {"kind": "adaptformer"})  # of a comparison of all methods
@@ -68,7 +68,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def fresh(key):
     return {
-      "down": frame.torch_uniform(key, depth, width, hidden),
+      "down": base.torch_uniform(key, depth, width, hidden),
       "down_bias": jnp.zeros((depth, hidden)),
       "up": jnp.zeros((depth, hidden, width)),
       "up_bias": jnp.zeros((depth, width)),
@@ -109,7 +109,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     each = depth * (2 * width * hidden + hidden + width)
     return {"shared": len(kind.sites) * each, "per_task": [0] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,

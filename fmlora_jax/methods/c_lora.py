@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Projection
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
 
@@ -53,7 +53,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     ConfigError: if the rank is above min(d_in, d_out) of a target.
   """
   settings, sizes = config.method, backbone.sizes
-  frame.check_rank(settings.rank, "method.rank", backbone, settings.targets)
+  base.check_rank(settings.rank, "method.rank", backbone, settings.targets)
   shapes = {name: (sizes.depth, *sizes.projection(name)) for name in settings.targets}
 
   def init(key, weights):
@@ -80,7 +80,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def begin_task(variables, view):
     key, rank = view.key("lora"), settings.rank
-    new = low_rank.fresh(key, sizes, settings.targets, rank, draw=frame.torch_uniform)
+    new = low_rank.fresh(key, sizes, settings.targets, rank, draw=base.torch_uniform)
     return variables.replace(cur=variables.cur | {"lora": new}), {"rank": rank}
 
   def end_task(variables, view):
@@ -100,7 +100,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     size = sum(depth * d_in * d_out for depth, d_in, d_out in shapes.values())
     return {"shared": size, "per_task": [0] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,

@@ -15,7 +15,7 @@ from einops import rearrange
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import ConfigError
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
@@ -53,7 +53,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
       backbone lacks a block of `layers`.
   """
   settings, width, num_tasks = config.method, backbone.sizes.width, spec.num_tasks
-  frame.check_layers(settings.layers, "method.layers", backbone)
+  base.check_layers(settings.layers, "method.layers", backbone)
   slots, depth = settings.pool_size // num_tasks, len(settings.layers)
   if not num_tasks <= num_tasks * slots <= width:
     raise ConfigError(
@@ -79,7 +79,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def joined(variables, task):
     """Returns the slots of all tasks, those of `task` the ones in training."""
-    return frame.put_slot(variables.mem["components"], task, variables.cur["components"])
+    return base.put_slot(variables.mem["components"], task, variables.cur["components"])
 
   def recall(components, query):
     by_layer = {n: rearrange(c, "t l m ... -> l (t m) ...") for n, c in components.items()}
@@ -106,7 +106,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     each = depth * slots * (settings.length + 2) * width
     return {"shared": 0, "per_task": [each] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
@@ -60,8 +60,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     ConfigError: if the backbone lacks a block that has a prompt.
   """
   settings, sizes = config.method, backbone.sizes
-  frame.check_layers(settings.general_layers, "method.general_layers", backbone)
-  frame.check_layers(settings.expert_layers, "method.expert_layers", backbone)
+  base.check_layers(settings.general_layers, "method.general_layers", backbone)
+  base.check_layers(settings.expert_layers, "method.expert_layers", backbone)
   general_shape = (len(settings.general_layers), 2, settings.general_length, sizes.width)
   expert_shape = (len(settings.expert_layers), 2, settings.expert_length, sizes.width)
 
@@ -101,7 +101,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def end_task(variables, view):
     own = {name: variables.cur[name] for name in ("expert", "key")} | {"learned": True}
-    slots = frame.put_slot({name: variables.mem[name] for name in own}, view.index, own)
+    slots = base.put_slot({name: variables.mem[name] for name in own}, view.index, own)
     return variables.replace(mem=variables.mem | slots), {}
 
   def folded(weights, variables):
@@ -121,7 +121,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     )
     return {"shared": general, "per_task": [expert + sizes.width] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,
@@ -135,7 +135,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     query="always",
     rules=lambda task: (("shared/general|cur/(expert|key)", "adapter"),),
     stored=stored,
-    caveats=(frame.BATCH_VOTE,) if settings.batchwise else (),
+    caveats=(base.BATCH_VOTE,) if settings.batchwise else (),
   )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
 
@@ -65,7 +65,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     )
     return {"shared": size, "per_task": [0] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import heads, prompts
 from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
 
@@ -87,7 +87,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     each = settings.pool_size * (settings.length + 1) * width
     return {"shared": each, "per_task": [0] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,
@@ -100,7 +100,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     read=read,
     rules=lambda task: (("shared/pool/.*", "adapter"),),
     stored=stored,
-    caveats=(frame.BATCH_VOTE,) if settings.batchwise else (),
+    caveats=(base.BATCH_VOTE,) if settings.batchwise else (),
   )
 
 

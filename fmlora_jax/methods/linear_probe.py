@@ -3,7 +3,7 @@
 import dataclasses
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame
+from fmlora_jax.methods.common import base
 from fmlora_jax.types import Backbone, Method, SequenceSpec, Variables
 
 
@@ -24,4 +24,4 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def stored(facts):
     return {"shared": 0, "per_task": [0] * len(facts)}
 
-  return frame.with_head(config, backbone, spec, init=init, stored=stored)
+  return base.with_head(config, backbone, spec, init=init, stored=stored)

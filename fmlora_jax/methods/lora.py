@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
 
@@ -43,12 +43,12 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     ConfigError: if the rank is above min(d_in, d_out) of a target.
   """
   settings = config.method
-  frame.check_rank(settings.rank, "method.rank", backbone, settings.targets)
+  base.check_rank(settings.rank, "method.rank", backbone, settings.targets)
   home = "cur" if settings.mode == "incremental" else "shared"
 
   def fresh(key):
     return low_rank.fresh(
-      key, backbone.sizes, settings.targets, settings.rank, draw=frame.random_factor
+      key, backbone.sizes, settings.targets, settings.rank, draw=base.random_factor
     )
 
   def deltas(factors):
@@ -73,7 +73,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
 
   def end_task(variables, view):
     if home == "cur":
-      stacks = frame.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
+      stacks = base.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
       variables = variables.replace(mem=variables.mem | {"lora": stacks})
     return variables, {}
 
@@ -94,7 +94,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     growing = home == "cur"
     return {"shared": 0 if growing else each, "per_task": [each if growing else 0] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,

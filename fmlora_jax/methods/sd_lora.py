@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods import frame, recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
 
@@ -44,10 +44,10 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     ConfigError: if the rank is above min(d_in, d_out) of a target.
   """
   settings, sizes, num_tasks = config.method, backbone.sizes, spec.num_tasks
-  frame.check_rank(settings.rank, "method.rank", backbone, settings.targets)
+  base.check_rank(settings.rank, "method.rank", backbone, settings.targets)
 
   def fresh(key):
-    return low_rank.fresh(key, sizes, settings.targets, settings.rank, draw=frame.torch_uniform)
+    return low_rank.fresh(key, sizes, settings.targets, settings.rank, draw=base.torch_uniform)
 
   def slot(factors):
     """What `mem` keeps of one task: its factors and the product of their norms per layer."""
@@ -94,7 +94,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def end_task(variables, view):
     t, cur, mem = view.index, variables.cur, variables.mem
     seen = jnp.where(jnp.arange(num_tasks) <= t, cur["scales"], 0)
-    directions = frame.put_slot(mem["directions"], t, slot(cur["lora"]))
+    directions = base.put_slot(mem["directions"], t, slot(cur["lora"]))
     mem = mem | {"directions": directions, "scales": mem["scales"].at[t].set(seen)}
     return variables.replace(mem=mem), {"scales": seen[: t + 1].tolist()}
 
@@ -108,7 +108,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     each = low_rank.num_parameters(sizes, settings.targets, settings.rank) + 1
     return {"shared": 0, "per_task": [each] * len(facts)}
 
-  return frame.with_head(
+  return base.with_head(
     config,
     backbone,
     spec,

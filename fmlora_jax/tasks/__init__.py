@@ -7,15 +7,8 @@ import types
 from collections.abc import Sequence
 
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import replay
-from fmlora_jax.tasks.sequence import (
-  Source,
-  Task,
-  TaskSequence,
-  check_divides,
-  cut,
-  report_copies,
-)
+from fmlora_jax.tasks import task_file
+from fmlora_jax.tasks.sequence import Source, Task, TaskSequence, check_divides, cut, report_copies
 
 __all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "check", "make", "num_classes"]
 
@@ -49,7 +42,7 @@ def make(
     check(config)
     source = find(config.benchmark).make(config, source_size)
   if config.stream is not None:
-    sequence = replay.read(config.stream, source, config)
+    sequence = task_file.read(config.stream, source, config)
   else:
     sequence = cut(source, config, seed=seed)
   report_copies(sequence, config, warn=is_first_look)

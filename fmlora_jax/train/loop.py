@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmlora_jax import stop
 from fmlora_jax.config import Config, ConfigError
-from fmlora_jax.tasks import TaskSequence, augment, order, resident, stream
-from fmlora_jax.tasks.ahead import Ahead
+from fmlora_jax.distributed import stop
+from fmlora_jax.input import augment, order, resident, streaming
+from fmlora_jax.input.prefetch import Ahead
+from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train import mesh as mesh_lib
+from fmlora_jax.train.rng import stream_key
 from fmlora_jax.train.step import Fixed, Stepper, TrainState, make_chunk
-from fmlora_jax.train.streams import stream_key
 from fmlora_jax.types import (
   Examples,
   Method,
@@ -72,7 +73,7 @@ class Trainer:
     self.center = functools.partial(augment.test_batch, **pixels)
     self._steps = config.input.steps_per_dispatch
     if streams:
-      self._steps = stream.steps_per_block(sequence, config.batch_size, at_most=self._steps)
+      self._steps = streaming.steps_per_block(sequence, config.batch_size, at_most=self._steps)
     self._chunks: dict = {}
     self._capacity = {"train": 0, "val": 0}
     self._take(config, sequence)
@@ -186,7 +187,7 @@ class Trainer:
     if self.streams:
       place = {"put": self.assemble, "share": self.share, "workers": self.config.input.workers}
       return {
-        part: stream.Stream(sequence=self.sequence, indices=indices, **place).read
+        part: streaming.Stream(sequence=self.sequence, indices=indices, **place).read
         for part, indices in self._splits(index).items()
       }
     coming = self._coming.pop(index, None)

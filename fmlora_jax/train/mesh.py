@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fmlora_jax.config import ConfigError
-from fmlora_jax.tasks import augment
+from fmlora_jax.input import augment
 from fmlora_jax.types import Examples
 
 AXES = ("data", "fsdp")

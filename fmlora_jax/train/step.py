@@ -7,11 +7,11 @@ import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config
-from fmlora_jax.methods.rules import combine, label_leaves, partition
 from fmlora_jax.models import heads
 from fmlora_jax.train import mesh as mesh_lib
-from fmlora_jax.train import optim
-from fmlora_jax.train.streams import stream_key
+from fmlora_jax.train import optimizer as optim
+from fmlora_jax.train.labels import combine, label_leaves, partition
+from fmlora_jax.train.rng import stream_key
 from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays, Variables
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from fmlora_jax.bench.lab import Lab, Setting
-from fmlora_jax.settings import Choice, parse_methods
+from fmlora_jax.cli.overrides import Choice, parse_methods
 
 MICRO = Setting(architecture="micro", batch=2, rank=4, prompts=3)
 

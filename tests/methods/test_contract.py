@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, methods
 from fmlora_jax import config as config_lib
-from fmlora_jax.evaluate import Evaluator, batches_of
-from fmlora_jax.methods.rules import label_leaves, partition
+from fmlora_jax import methods
+from fmlora_jax.input.streaming import Stream
 from fmlora_jax.models import heads, vit
-from fmlora_jax.tasks.stream import Stream
-from fmlora_jax.train import optim
+from fmlora_jax.train import optimizer
+from fmlora_jax.train.evaluator import Evaluator, batches_of
+from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.train.step import Stepper
 from fmlora_jax.types import SequenceSpec, Sizes, Variables
+from fmlora_jax.workdir import checkpoint
 
 CASES = [pytest.param(case.name, case.changes, id=str(case)) for case in cases.ALL]
 every_method = pytest.mark.parametrize(("name", "changes"), CASES)
@@ -95,7 +96,7 @@ def test_training_moves_trained_leaves_and_no_frozen_leaf(learned, leaves, chang
   for stage in learned.stages:
     before, after = ({"shared": v.shared, "cur": v.cur} for v in (stage.begun, stage.trained))
     labels = leaves_of(label_leaves(before, learned.method.rules(stage.view.index)))
-    assert set(labels.values()) <= set(optim.GROUPS)
+    assert set(labels.values()) <= set(optimizer.GROUPS)
     moved = changed(before, after)
     assert not {path for path in moved if labels[path] == "frozen"}
     # each trained leaf moves, but for one that a zero gradient and a zero value hold

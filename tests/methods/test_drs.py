@@ -12,13 +12,14 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.bench.lab import Lab, Setting
 from fmlora_jax.config import ConfigError
-from fmlora_jax.methods import drs
-from fmlora_jax.models import pretrained, vit
+from fmlora_jax.methods.fm_lora import drs
+from fmlora_jax.models import vit
+from fmlora_jax.models.weights import registry
 from fmlora_jax.tasks.benchmarks import digits, digits_dil
 from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
-from fmlora_jax.train.streams import stream_key
+from fmlora_jax.train.rng import stream_key
 from fmlora_jax.types import NonFiniteError
 
 RANKS = (1, 2, 4)
@@ -224,7 +225,7 @@ def digits_trainer():
       "prompt": {"num_tokens": 4},
     },
   )
-  weights, sizes, info = pretrained.load(config.weights)
+  weights, sizes, info = registry.load(config.weights)
   sequence = real_digits("plain")
   return Trainer(
     config,

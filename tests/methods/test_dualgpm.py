@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fmlora_jax.methods import dualgpm
-from fmlora_jax.methods.dualgpm import Subspace
+from fmlora_jax.methods.inflora import dualgpm
+from fmlora_jax.methods.inflora.dualgpm import Subspace
 
 WIDTH = 12
 EMPTY = Subspace(basis=np.zeros((WIDTH, 0)), retains=False)

@@ -13,8 +13,8 @@ import pytest
 
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
-from fmlora_jax.methods.rules import label_leaves
 from fmlora_jax.models import low_rank
+from fmlora_jax.train.labels import label_leaves
 from fmlora_jax.types import Adapters, LowRank
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_task_identity import by_hand as identity_by_hand
 
-from fmlora_jax import config_files, methods
+from fmlora_jax import methods
+from fmlora_jax.cli import config_files
 from fmlora_jax.config import Config, ConfigError, build
 from fmlora_jax.methods import hide_prompt
-from fmlora_jax.methods.alignment import Aligner
+from fmlora_jax.methods.common.alignment import Aligner
 from fmlora_jax.models import heads, vit
 from fmlora_jax.train.step import Fixed
 from fmlora_jax.types import Adapters, Prefix, SequenceSpec, Sizes

@@ -12,8 +12,8 @@ from cases import SPANNED
 from fmlora_jax import config, methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import inflora
-from fmlora_jax.methods.rules import label_leaves, partition
 from fmlora_jax.models import vit
+from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.types import SequenceSpec, Sizes
 
 RANK, THRESHOLD, FINAL = 3, 0.99, 0.9999

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax.methods import class_statistics, frame, task_identity
+from fmlora_jax.methods.common import base, class_statistics
+from fmlora_jax.methods.hide_prompt import task_identity
 from fmlora_jax.types import NonFiniteError, SequenceSpec
 
 CHANGES = {
@@ -90,7 +91,7 @@ def learner_of(made):
 
 def test_it_learns_the_tasks_compiles_once_and_leaves_other_outputs_to_the_alignment(made):
   learner, identity, statistics = learner_of(made)
-  trunk = frame.cast_kernels(made.weights, jnp.dtype("float32"))
+  trunk = base.cast_kernels(made.weights, jnp.dtype("float32"))
   for task in range(3):
     before, view = identity, made.trainer.view(task)
     identity, statistics, facts = learner.learn(identity, statistics, trunk, view)

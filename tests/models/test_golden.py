@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax.models import layouts, low_rank, vit
+from fmlora_jax.models import low_rank, vit
+from fmlora_jax.models.weights import layouts
 from fmlora_jax.types import Adapters, LayerAdapters, LowRank, Prefix, Sizes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

@@ -10,7 +10,8 @@ from PIL import Image
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import images, resident
+from fmlora_jax.input import resident
+from fmlora_jax.tasks import images
 from fmlora_jax.tasks.benchmarks import image_folder
 
 COLORS = {"ant": 40, "bee": 140, "cat": 240}

@@ -9,7 +9,7 @@ import processes
 import pytest
 
 from fmlora_jax.config import ConfigError
-from fmlora_jax.tasks import augment, resident
+from fmlora_jax.input import augment, resident
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.types import Examples
 

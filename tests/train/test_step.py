@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmlora_jax.train import optim
+from fmlora_jax.train import optimizer
 from fmlora_jax.train.step import Fixed, Stepper
 from fmlora_jax.types import Batch
 
@@ -119,8 +119,8 @@ def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, ste
 
     return optax.GradientTransformationExtraArgs(chosen.init, update)
 
-  original = optim.make
-  monkeypatch.setattr(optim, "make", recorded)
+  original = optimizer.make
+  monkeypatch.setattr(optimizer, "make", recorded)
   config = dataclasses.replace(made.config, epochs=epochs)
   stepper = Stepper(made.method, config, made.method.rules(1))
   total = jnp.int32(epochs * steps_per_epoch)

@@ -12,9 +12,11 @@ import time
 import jax
 from rich.console import Console
 
-from fmlora_jax import checkpoint, checks, config, digest, lock, run
+from fmlora_jax import config
 from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.experiment import guards, run
 from fmlora_jax.train import mesh, step
+from fmlora_jax.workdir import checkpoint, digest, lock
 
 SETTINGS = {  # a whole ViT-B/16 on images of four patches: training is short, its leaves are not
   "epochs": 1,
@@ -78,10 +80,10 @@ def of_a_run(workdir: pathlib.Path) -> dict[str, list[float]]:
   """Returns the seconds of each call of a run's checks."""
   watched = [
     (lock, "_locked"),
-    (checks.Frozen, "__init__"),
-    (checks.Frozen, "begin"),
-    (checks.Frozen, "check"),
-    (checks, "require_finite"),
+    (guards.Frozen, "__init__"),
+    (guards.Frozen, "begin"),
+    (guards.Frozen, "check"),
+    (guards, "require_finite"),
     (checkpoint.Store, "save"),
     (checkpoint.ocp, "save"),
     (run.Experiment, "batch_of_one"),

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import on_devices
 
-from fmlora_jax import provenance
+from fmlora_jax.experiment import provenance
 
 EXPECTED = "golden.json"
 STEPS = 5

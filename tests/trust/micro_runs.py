@@ -17,10 +17,13 @@ import conftest
 import jax
 from orbax.checkpoint._src.path import atomicity
 
-from fmlora_jax import checkpoint, config, config_files, plots, tasks, writer
-from fmlora_jax.evaluate import Evaluator
-from fmlora_jax.parts import Workshop
-from fmlora_jax.run import Experiment, run
+from fmlora_jax import config, tasks
+from fmlora_jax.cli import config_files
+from fmlora_jax.experiment.run import Experiment, run
+from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.report import plots
+from fmlora_jax.train.evaluator import Evaluator
+from fmlora_jax.workdir import checkpoint, log
 
 EVERY = 3  # steps between checkpoints
 CHANGES = {
@@ -52,9 +55,9 @@ POINTS: dict[str, tuple[object, str, str, int]] = {
   "in a save, before others are dropped": (checkpoint.Store, "_drop", "before", 1),
   "in a save, one of the others half dropped": (checkpoint.Store, "_drop", "half", 2),
   "after a save within a task": (checkpoint.Store, "save", "after", 1),
-  "before metrics": (writer.RunLog, "scalars", "before", 8),
-  "in a line of metrics": (writer.RunLog, "scalars", "half", 8),
-  "after metrics": (writer.RunLog, "scalars", "after", 8),
+  "before metrics": (log.RunLog, "scalars", "before", 8),
+  "in a line of metrics": (log.RunLog, "scalars", "half", 8),
+  "after metrics": (log.RunLog, "scalars", "after", 8),
   "after begin_task": (Experiment, "_count_trained", "before", 2),
   "after training, before end_task": (Experiment, "_train", "after", 2),
   "after end_task": (Experiment, "_shared_out", "before", 4),
@@ -65,8 +68,8 @@ POINTS: dict[str, tuple[object, str, str, int]] = {
   "after the save of a task's end": (Experiment, "_save", "after", 3),
   "at the switch of tasks": (Experiment, "_learn_task", "before", 2),
   "before the plots": (plots, "write_plots", "before", 1),
-  "before result.json": (writer, "write_result", "before", 1),
-  "in result.json": (writer, "replace", "half", 3),
+  "before result.json": (log, "write_result", "before", 1),
+  "in result.json": (log, "replace", "half", 3),
 }  # fmt: skip
 
 
@@ -134,7 +137,7 @@ def _half_done(name: str, owner, *rest) -> None:
   if name == "_drop":
     next(path for path in sorted(rest[0].rglob("*")) if path.is_file()).unlink()
   elif name == "scalars":
-    with open(owner._workdir / writer.METRICS, "a") as file:
+    with open(owner._workdir / log.METRICS, "a") as file:
       file.write('{"task": ')
   else:  # replace(path, text)
     owner.with_name(f".{owner.name}.{os.getpid()}").write_text(rest[0][:9])

@@ -12,8 +12,8 @@ from unittest import mock
 
 import micro_runs
 
-from fmlora_jax import checkpoint, digest
-from fmlora_jax.run import run
+from fmlora_jax.experiment.run import run
+from fmlora_jax.workdir import checkpoint, digest
 
 
 class Stopped(BaseException):

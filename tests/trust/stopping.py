@@ -13,18 +13,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from fmlora_jax import (
-  checkpoint,
-  clock,
-  command_line,
-  config,
-  config_files,
-  evaluate,
-  hosts,
-  run,
-  writer,
-)
+from fmlora_jax import config
+from fmlora_jax.cli import config_files, program
+from fmlora_jax.distributed import hosts
+from fmlora_jax.experiment import clock, run
+from fmlora_jax.train import evaluator
 from fmlora_jax.train.loop import Trainer
+from fmlora_jax.workdir import checkpoint, log
 
 SETTINGS = {
   "epochs": 1,
@@ -49,12 +44,12 @@ SAME = ("params_sha256", "accuracy", "ranks", "interference", "complexity", "dev
 # sessions that resume each other meet them
 MOMENTS = {
   "compilation": [(Trainer, "fixed"), (clock.Clock, "_compiled")],
-  "training": [(writer.RunLog, "progress")],
+  "training": [(log.RunLog, "progress")],
   "end_task": [(run.Experiment, "_shared_out")],
-  "evaluation": [(evaluate, "count_correct")],
+  "evaluation": [(evaluator, "count_correct")],
   "save": [(checkpoint.Store, "save")],
-  "task switch": [(writer.RunLog, "task_started")],
-  "begin_task": [(writer.RunLog, "phase"), (clock.Clock, "_compiled")],
+  "task switch": [(log.RunLog, "task_started")],
+  "begin_task": [(log.RunLog, "phase"), (clock.Clock, "_compiled")],
 }
 
 
@@ -97,7 +92,7 @@ def steps(workdir: pathlib.Path) -> tuple[int, int]:
 
 
 def main(argv: list[str]) -> None:
-  command_line.join_hosts()
+  program.join_hosts()
   workdir, changes, *when = argv[1:]
   with contextlib.ExitStack() as stack:
     if when and int(when[1]) == hosts.sys.modules["jax"].process_index():
@@ -107,8 +102,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flag = type("Flag", (), {"value": None})
-  command_line.CONFIG = command_line.DEBUG = flag
-  from fmlora_jax import stop
+  program.CONFIG = program.DEBUG = flag
+  from fmlora_jax.distributed import stop
 
   with stop.caught():
-    command_line.guarded(main, sys.argv)
+    program.guarded(main, sys.argv)

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from fmlora_jax import config, parts, preflight, run, tasks
+from fmlora_jax import config, tasks
 from fmlora_jax.config import ConfigError
-from fmlora_jax.models import pretrained
+from fmlora_jax.experiment import preflight, run, setup
+from fmlora_jax.models.weights import registry
 from fmlora_jax.train import mesh
 
 B16 = {"weights": {"tag": "augreg2_in21k_ft_in1k"}}
@@ -82,13 +83,13 @@ def test_bad_configs_are_refused_at_once_with_key_and_range(monkeypatch):
   def touched(*arguments, **options):
     raise AssertionError("data, weights or devices were touched")
 
-  for owner, name in ((tasks, "make"), (pretrained, "load"), (mesh, "make")):
+  for owner, name in ((tasks, "make"), (registry, "load"), (mesh, "make")):
     monkeypatch.setattr(owner, name, touched)
   refused, took = 0, []
   for values, key, allowed in BAD:
     began = time.process_time()  # others may use the machine
     with pytest.raises(config.ConfigError) as error:
-      parts.Workshop().parts(config.build(config.Config, values))
+      setup.Workshop().parts(config.build(config.Config, values))
     message = str(error.value)
     assert message.startswith(key) and allowed in message, message
     assert "\n" not in message

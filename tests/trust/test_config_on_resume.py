@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from fmlora_jax import checkpoint, config, methods
+from fmlora_jax import config, methods
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
-from fmlora_jax.nested import leaves
+from fmlora_jax.config.diff import leaves
+from fmlora_jax.workdir import checkpoint
 
 
 def flipped(value):

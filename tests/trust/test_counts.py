@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import metrics
-from fmlora_jax.evaluate import Evaluator, allowed, batches_of
-from fmlora_jax.tasks import resident, stream
+from fmlora_jax.input import resident, streaming
+from fmlora_jax.train import metrics
+from fmlora_jax.train.evaluator import Evaluator, allowed, batches_of
 from fmlora_jax.types import Batch, Examples, SequenceSpec
 
 CLASSES, TASKS = 12, 4
@@ -119,7 +119,7 @@ def test_hosts_read_each_image_once(make_lab):
 
   def read(share):
     place = {"put": lambda examples: examples, "share": share}
-    streamed = stream.Stream(sequence=made.sequence, indices=indices, **place)
+    streamed = streaming.Stream(sequence=made.sequence, indices=indices, **place)
     return [examples for examples, _ in streamed.read(rows)]
 
   whole, *halves = (read(resident.Share(*share)) for share in ((0, 1), (0, 2), (1, 2)))

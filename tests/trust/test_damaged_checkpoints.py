@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint
-from fmlora_jax.checkpoint import DamagedError, Snapshot, Store
 from fmlora_jax.train import mesh
+from fmlora_jax.workdir import checkpoint
+from fmlora_jax.workdir.checkpoint import DamagedError, Snapshot, Store
 
 # orbax drops coroutines when it can't read a file
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

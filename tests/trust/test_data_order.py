@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fmlora_jax.tasks import order, resident, stream
+from fmlora_jax.input import order, resident, streaming
 
 NUM, BATCH, EPOCHS = 37, 8, 3
 STEPS = -(-NUM // BATCH)
@@ -41,7 +41,7 @@ def seen(sequence, count=1, workers=0) -> list[int]:
   """Returns the records in the order in which `count` processes together train on them."""
   indices = np.arange(100, 100 + NUM)
   parts = [
-    stream.Stream(
+    streaming.Stream(
       sequence=sequence,
       indices=indices,
       put=lambda examples: examples,

@@ -11,10 +11,12 @@ import pytest
 from cases import ALL
 from PIL import Image
 
-from fmlora_jax import config, config_files, methods, seeds, tasks
-from fmlora_jax.models import pretrained
-from fmlora_jax.provenance import params_sha256
-from fmlora_jax.tasks import replay
+from fmlora_jax import config, methods, tasks
+from fmlora_jax.cli import config_files
+from fmlora_jax.experiment import seeds
+from fmlora_jax.experiment.provenance import params_sha256
+from fmlora_jax.models.weights import registry
+from fmlora_jax.tasks import task_file
 
 pytestmark = pytest.mark.tier(2)
 
@@ -226,7 +228,7 @@ def places(tmp_path, prepared):
   copy.write_bytes((tmp_path / "COPIES" / "train" / "ant" / "0.png").read_bytes())
   stream = tmp_path / "stream.json"
   other = tasks.make(config.TasksConfig(), seed=9, source_size=8)
-  stream.write_text(replay.dump(other))
+  stream.write_text(task_file.dump(other))
   return {"PREPARED": str(prepared), "STREAM": str(stream)} | {
     folder: str(tmp_path / folder) for folder in ("FOLDER", "OTHER", "BROKEN", "COPIES")
   }
@@ -243,7 +245,7 @@ def test_no_key_of_tasks_is_dead(places):
   def made(values):
     values = {key: places.get(v, v) if isinstance(v, str) else v for key, v in values.items()}
     sequence = tasks.make(config.TasksConfig(**values), seed=0, source_size=8)
-    return hashlib.sha256(replay.dump(sequence).encode()).hexdigest()
+    return hashlib.sha256(task_file.dump(sequence).encode()).hexdigest()
 
   dead = [
     key
@@ -257,7 +259,7 @@ def test_no_key_of_tasks_is_dead(places):
 def test_no_key_of_weights_is_dead():
   def made(values):
     settings = config.WeightsConfig(**{"tag": "micro_letters"} | values)
-    params, sizes, _ = pretrained.load(settings)
+    params, sizes, _ = registry.load(settings)
     return params_sha256(params) + repr(sizes)
 
   dead = [

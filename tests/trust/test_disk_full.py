@@ -6,10 +6,10 @@ import subprocess
 import micro_runs
 import pytest
 
-from fmlora_jax import checkpoint, disk, writer
 from fmlora_jax.config import ConfigError
-from fmlora_jax.parts import Workshop
-from fmlora_jax.run import run
+from fmlora_jax.experiment.run import run
+from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.workdir import checkpoint, disk, log
 
 MESSAGE = r"^\S+: the disk is full, [\d,]+ bytes needed, [\d,]+ free: make room, and "
 
@@ -68,8 +68,8 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
       run(settings, small_disk / "whole", workshop=workshop)
     expected = micro_runs.outcome(small_disk / "whole")
     writes = [(checkpoint.Store, "save", call + 1) for call in range(len(saves))]
-    writes += [(writer.RunLog, "scalars", call) for call in (1, 7)]
-    writes += [(writer, "write_result", 1)]
+    writes += [(log.RunLog, "scalars", call) for call in (1, 7)]
+    writes += [(log, "write_result", 1)]
     equal = 0
     for i, (owner, name, call) in enumerate(writes):
       workdir = small_disk / str(i)

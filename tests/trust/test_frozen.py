@@ -6,12 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from fmlora_jax import checkpoint, checks, config, run
-from fmlora_jax.methods.rules import label_leaves
+from fmlora_jax import config
+from fmlora_jax.experiment import guards, run
 from fmlora_jax.models import heads
 from fmlora_jax.train import loop
+from fmlora_jax.train.labels import label_leaves
 from fmlora_jax.train.step import Stepper, TrainState
 from fmlora_jax.types import FrozenError, Variables
+from fmlora_jax.workdir import checkpoint
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
 
@@ -41,14 +43,14 @@ def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_pa
     seen.append(bases)
     return save(self, step, snapshot, **options)
 
-  digests, check = [], checks.Frozen.check
+  digests, check = [], guards.Frozen.check
 
   def checked(self, index, params):
     check(self, index, params)
     digests.append(self._of_weights())
 
   monkeypatch.setattr(checkpoint.Store, "save", saved)
-  monkeypatch.setattr(checks.Frozen, "check", checked)
+  monkeypatch.setattr(guards.Frozen, "check", checked)
   run.run(small(), tmp_path / "run")
   first, *later = seen
   assert len(first) == 4 and len(later) == 4  # A and B of query and value

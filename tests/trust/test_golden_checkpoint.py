@@ -9,7 +9,7 @@ import numpy as np
 import on_devices
 import pytest
 
-from fmlora_jax import provenance
+from fmlora_jax.experiment import provenance
 
 ARCHIVES = sorted((pathlib.Path(__file__).parents[1] / "golden").glob("checkpoint_*.zip"))
 

@@ -12,8 +12,9 @@ import pytest
 import stopping
 from PIL import Image
 
-from fmlora_jax import command_line, hosts, stop, watch
-from fmlora_jax.run import run
+from fmlora_jax.cli import program
+from fmlora_jax.distributed import hosts, stop, watchdog
+from fmlora_jax.experiment.run import run
 
 CHEAP = {"method": {"name": "linear_probe"}}
 
@@ -74,7 +75,7 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
   workdir, other = tmp_path / "run", tmp_path / "other"
   for moment in ("save", "training"):
     with stop.caught(), stopping.sent_at(moment), pytest.raises(SystemExit):
-      command_line.guarded(lambda argv: run(stopping.settings(**CHEAP), workdir), [])
+      program.guarded(lambda argv: run(stopping.settings(**CHEAP), workdir), [])
   capsys.readouterr()
   shutil.copytree(workdir, other)
   *_, newest = saved(other)
@@ -114,7 +115,7 @@ def test_a_process_that_is_suspended_ends_the_other(tmp_path, index):
     took = time.monotonic() - began
     assert started[1 - index].returncode == hosts.ENDED
     assert errors == (
-      f"error: process {index} was silent for 20 s, stopped or out of reach: {watch.AGAIN}\n"
+      f"error: process {index} was silent for 20 s, stopped or out of reach: {watchdog.AGAIN}\n"
     )
     started[index].send_signal(signal.SIGCONT)
     _, errors = started[index].communicate(timeout=30)
@@ -124,7 +125,7 @@ def test_a_process_that_is_suspended_ends_the_other(tmp_path, index):
     for process in started:
       process.kill()
   print(f"row 3: process {index} suspended, the other gone after {took:.1f} s")
-  assert took < 2 * watch.HEARTBEAT_S
+  assert took < 2 * watchdog.HEARTBEAT_S
 
 
 @pytest.mark.tier(3)
@@ -151,4 +152,4 @@ def test_ten_kills_of_either_of_two_processes(tmp_path):
     equal = all(result[name] == expected[name] for name in stopping.SAME)
     same.append(equal and (workdir / "metrics.jsonl").read_text() == logged)
   print(f"row 3: {sum(same)}/10 identical, survivors gone within {max(gone):.1f} s")
-  assert all(same) and max(gone) <= watch.HEARTBEAT_S
+  assert all(same) and max(gone) <= watchdog.HEARTBEAT_S

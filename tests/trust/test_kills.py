@@ -10,9 +10,10 @@ import time
 import micro_runs
 import pytest
 
-from fmlora_jax import checkpoint, config
-from fmlora_jax.parts import Workshop
-from fmlora_jax.run import run
+from fmlora_jax import config
+from fmlora_jax.experiment.run import run
+from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.workdir import checkpoint
 
 
 @dataclasses.dataclass

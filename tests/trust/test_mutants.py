@@ -20,23 +20,27 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 AREAS = {  # modules -> tests, those first that see most
   "masks": (
-    ["models/heads.py", "evaluate.py"],
-    ["tests/models/test_heads.py", "tests/trust/test_counts.py", "tests/test_evaluate.py"],
+    ["models/heads.py", "train/evaluator.py"],
+    ["tests/models/test_heads.py", "tests/trust/test_counts.py", "tests/train/test_evaluator.py"],
   ),
-  "metrics": (["metrics.py"], ["tests/test_metrics.py"]),
+  "metrics": (["train/metrics.py"], ["tests/train/test_metrics.py"]),
   "optimiser": (
-    ["methods/rules.py", "train/optim.py", "checks.py"],
-    ["tests/methods/test_rules.py", "tests/train/test_optim.py", "tests/test_checks.py"],
+    ["train/labels.py", "train/optimizer.py", "experiment/guards.py"],
+    [
+      "tests/train/test_labels.py",
+      "tests/train/test_optimizer.py",
+      "tests/experiment/test_guards.py",
+    ],
   ),
   "resume": (
-    ["checkpoint.py"],
+    ["workdir/checkpoint.py"],
     [
-      "tests/test_checkpoint.py",
+      "tests/workdir/test_checkpoint.py",
       "tests/trust/test_damaged_checkpoints.py",
       "tests/trust/test_config_on_resume.py",
     ],
   ),
-  "digest": (["digest.py"], ["tests/test_digest.py"]),
+  "digest": (["workdir/digest.py"], ["tests/workdir/test_digest.py"]),
 }
 # of the replacements of an operator one, and of comparisons those that move the bound or turn it
 OPERATORS = re.compile(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import checkpoint, config
-from fmlora_jax.run import run
+from fmlora_jax import config
+from fmlora_jax.experiment.run import run
 from fmlora_jax.train import mesh
 from fmlora_jax.train.step import Stepper
 from fmlora_jax.types import NonFiniteError
+from fmlora_jax.workdir import checkpoint
 
 KINDS = ("input", "weight", "gradient")
 NUM_STEPS = 6  # of a task of the lab with three epochs

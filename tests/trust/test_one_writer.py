@@ -9,10 +9,10 @@ import time
 import pytest
 import stopping
 
-from fmlora_jax import writer
 from fmlora_jax.config import ConfigError
-from fmlora_jax.models import pretrained
-from fmlora_jax.run import run
+from fmlora_jax.experiment.run import run
+from fmlora_jax.models.weights import registry
+from fmlora_jax.workdir import log
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(tmp_
   settings = stopping.settings(method={"name": "linear_probe"})
   whole, workdir = tmp_path / "whole", tmp_path / "run"
   expected = run(settings, whole)
-  scalars, load, took = writer.RunLog.scalars, pretrained.load, []
+  scalars, load, took = log.RunLog.scalars, registry.load, []
 
   def nothing(*arguments):
     raise AssertionError("weights are loaded before the lock is tried")
@@ -29,14 +29,14 @@ def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(tmp_
   def then_start_another(self, *arguments):
     if len(took) < 10:
       began = time.monotonic()
-      monkeypatch.setattr(pretrained, "load", nothing)
+      monkeypatch.setattr(registry, "load", nothing)
       with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on "):
         run(settings, workdir)
-      monkeypatch.setattr(pretrained, "load", load)
+      monkeypatch.setattr(registry, "load", load)
       took.append(time.monotonic() - began)
     scalars(self, *arguments)
 
-  monkeypatch.setattr(writer.RunLog, "scalars", then_start_another)
+  monkeypatch.setattr(log.RunLog, "scalars", then_start_another)
   result = run(settings, workdir)
   for name in stopping.SAME:
     assert result[name] == expected[name], name

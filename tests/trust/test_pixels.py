@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from fmlora_jax.tasks import augment, images
+from fmlora_jax.input import augment
+from fmlora_jax.tasks import images
 from fmlora_jax.types import Examples
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pixels.npz"

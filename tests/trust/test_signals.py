@@ -12,14 +12,15 @@ import processes
 import pytest
 import stopping
 
-from fmlora_jax import command_line, stop
-from fmlora_jax.run import run
+from fmlora_jax.cli import program
+from fmlora_jax.distributed import stop
+from fmlora_jax.experiment.run import run
 
 
 def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
   """Returns (exit code, last line) of a session that gets a signal at a moment."""
   with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left:
-    command_line.guarded(lambda argv: run(settings, workdir), [])
+    program.guarded(lambda argv: run(settings, workdir), [])
   return left.value.code, capsys.readouterr().err
 
 
@@ -90,7 +91,7 @@ def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(tmp_path):
   assert lost == [0] * count
 
 
-def program(workdir, **changes):
+def start_program(workdir, **changes):
   """Starts the run as a program with two processes that decode, in a group of its own."""
   settings = {"input": {"mode": "stream", "workers": 2}, "epochs": 200} | changes
   arguments = [sys.executable, stopping.__file__, workdir, json.dumps(settings)]
@@ -104,7 +105,7 @@ def program(workdir, **changes):
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_group_of_processes_gets_a_signal_once_or_twice(tmp_path, times):
   """Slurm sends it to the processes that decode too; a second one does not wait for a save."""
-  with program(tmp_path / "run", method={"name": "linear_probe"}) as running:
+  with start_program(tmp_path / "run", method={"name": "linear_probe"}) as running:
     try:
       while not stopping.steps(tmp_path / "run")[0]:
         assert running.poll() is None, running.communicate()

@@ -16,7 +16,7 @@ import time
 import processes
 import pytest
 
-from fmlora_jax import stop
+from fmlora_jax.distributed import stop
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SETTINGS = """

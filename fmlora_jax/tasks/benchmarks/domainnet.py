@@ -7,8 +7,9 @@ Source: X. Peng et al. (2019), arXiv:1812.01754; TFDS `domainnet`.
 """
 
 from fmlora_jax.config import TasksConfig
-from fmlora_jax.tasks import cuts, records
+from fmlora_jax.tasks import splits
 from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.tfds import source
 
 DOMAINS = {  # in the order of S-Prompts: numbers of training and of test images
   "clipart": (33_525, 14_604),
@@ -20,9 +21,9 @@ DOMAINS = {  # in the order of S-Prompts: numbers of training and of test images
 }
 BUILDERS = tuple(f"domainnet/{domain}" for domain in DOMAINS)
 CUTS = {
-  "official": cuts.official(8),  # 70:10 of what is published for training
-  "full": cuts.published,  # the budget of the table's rows
-  "paper": cuts.val_from_test(3),  # 70/10/20 of everything: val is out of test
+  "official": splits.official(8),  # 70:10 of what is published for training
+  "full": splits.published,  # the budget of the table's rows
+  "paper": splits.val_from_test(3),  # 70/10/20 of everything: val is out of test
 }
 
 
@@ -30,8 +31,8 @@ def make(config: TasksConfig, source_size: int) -> Source:
   """Returns each domain's training and test images, domain after domain."""
   domains = config.domains or tuple(DOMAINS)
   parts = [
-    records.Part(f"domainnet/{domain}", split, published, domain=index)
+    source.Part(f"domainnet/{domain}", split, published, domain=index)
     for index, domain in enumerate(domains)
     for split, published in zip(("train", "test"), DOMAINS[domain], strict=True)
   ]
-  return records.source(config, source_size, parts, cuts=CUTS, domain_names=domains)
+  return source.source(config, source_size, parts, cuts=CUTS, domain_names=domains)

@@ -4,15 +4,16 @@ Source: D. Hendrycks et al. (2021), arXiv:2006.16241; TFDS `imagenet_r`.
 """
 
 from fmlora_jax.config import TasksConfig
-from fmlora_jax.tasks import cuts, records
+from fmlora_jax.tasks import splits
 from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.tfds import source
 
 BUILDERS = ("imagenet_r",)
 CUTS = {
-  "slice": cuts.sliced(70, 80),  # its test images are those of L2P and DualPrompt
-  "slice80": cuts.sliced(80, 80),  # the same, with val in train: the budget of SD-LoRA's table
-  "stratified": cuts.stratified,
-  "coda": cuts.listed(  # CODA-Prompt's and InfLoRA's, whose lists are not ours to ship
+  "slice": splits.sliced(70, 80),  # its test images are those of L2P and DualPrompt
+  "slice80": splits.sliced(80, 80),  # the same, with val in train: the budget of SD-LoRA's table
+  "stratified": splits.stratified,
+  "coda": splits.listed(  # CODA-Prompt's and InfLoRA's, whose lists are not ours to ship
     train="imagenet-r_train.yaml",
     test="imagenet-r_test.yaml",
     source="github.com/GT-RIPL/CODA-Prompt, dataloaders/splits",
@@ -22,5 +23,5 @@ CUTS = {
 
 def make(config: TasksConfig, source_size: int) -> Source:
   """Returns the 200 classes that have images, of the 1,000 that TFDS numbers."""
-  part = records.Part("imagenet_r", "test", published=30_000)
-  return records.source(config, source_size, [part], cuts=CUTS)
+  part = source.Part("imagenet_r", "test", published=30_000)
+  return source.source(config, source_size, [part], cuts=CUTS)

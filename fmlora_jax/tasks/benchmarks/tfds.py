@@ -1,8 +1,8 @@
 """Any classification set that TFDS knows and has prepared: tasks.benchmark = "tfds:NAME"."""
 
 from fmlora_jax.config import TasksConfig
-from fmlora_jax.tasks import records
 from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.tfds import source
 
 
 def make(config: TasksConfig, source_size: int) -> Source:
@@ -12,5 +12,5 @@ def make(config: TasksConfig, source_size: int) -> Source:
     ConfigError: if it has none of them, or not exactly one kind of image and one of label.
   """
   name = config.benchmark.removeprefix("tfds:")
-  parts = [records.Part(name, split) for split in records.published(name, config)]
-  return records.source(config, source_size, parts)
+  parts = [source.Part(name, split) for split in source.published(name, config)]
+  return source.source(config, source_size, parts)

@@ -1,0 +1,84 @@
+"""Frozen dataclasses filled from nested dicts, each value checked against its field's type."""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from fmlora_jax.config.checks import ConfigError, require
+from fmlora_jax.config.schema import MethodConfig
+
+
+def method_config(name: str) -> type[MethodConfig]:
+  """Returns the settings class of the method `name`: `Config` in fmlora_jax/methods/<name>.py.
+
+  Raises:
+    ConfigError: if there is no such file.
+  """
+  names = importlib.import_module("fmlora_jax.methods").names()  # by name: methods import config
+  require(name in names, "config.method.name", name, f"one of {', '.join(names)}")
+  return importlib.import_module(f"fmlora_jax.methods.{name}").Config
+
+
+def build(cls: type, values: dict, path: str = "config", base: Any = None) -> Any:
+  """Returns `cls` filled from nested dicts; absent fields keep their defaults.
+
+  Args:
+    base: whose fields are the defaults; None takes those of `cls`.
+
+  Raises:
+    ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
+      dataclass refuses; the message starts with the field's full path.
+  """
+  hints = typing.get_type_hints(cls)
+  known = [field.name for field in dataclasses.fields(cls)]
+  filled = {}
+  for name, value in values.items():
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(known)}"
+      raise ConfigError(f"{path}.{name} is not a field{hint}")
+    kind = hints[name]
+    if dataclasses.is_dataclass(kind):
+      if not isinstance(value, dict):
+        raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
+      default = getattr(cls() if base is None else base, name)
+      if kind is MethodConfig:
+        kind, default = method_config(value.get("name", MethodConfig.name)), None
+      filled[name] = build(kind, value, f"{path}.{name}", default)
+    else:
+      filled[name] = _convert(kind, value, f"{path}.{name}")
+  try:
+    return cls(**filled) if base is None else dataclasses.replace(base, **filled)
+  except ConfigError as error:
+    raise ConfigError(f"{path}.{error}") from None
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+  """Returns `value` as `kind`; refuses what would lose or guess (True is no int, 1.5 no int)."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (types.UnionType, typing.Union):
+    if value is None:
+      return None
+    (kind,) = (a for a in args if a is not types.NoneType)
+    return _convert(kind, value, path)
+  if origin is Literal:
+    if value not in args or type(value) is bool:
+      raise ConfigError(f"{path} is {value!r}: must be one of {', '.join(map(str, args))}")
+    return value
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f"{path} is {value!r}: must be a tuple, such as (1, 2)")
+    return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    raise ConfigError(f"{path} is {value!r}: must be of type {kind.__name__}")
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f"{path} is {value!r}: must be finite")
+  if kind is int and abs(value) > 2**32:  # also of fields that a method declares
+    raise ConfigError(f"{path} is {value!r}: must be at most 2**32")
+  return value

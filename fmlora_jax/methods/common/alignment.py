@@ -1,0 +1,158 @@
+"""Classifier alignment: a classifier of all classes learns from features drawn as they once were.
+
+Training with local cross-entropy never compares classes of different tasks; this does, without an
+image of theirs. Source: SLCA (arXiv:2303.05118), classifier alignment; HiDe-Prompt
+(arXiv:2310.07234), task-adaptive prediction, whose descent this is.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from fmlora_jax.config import AlignmentConfig, ConfigError
+from fmlora_jax.methods.common import class_statistics
+from fmlora_jax.types import NonFiniteError, Params, SequenceSpec, TaskView
+
+
+class Aligner:
+  """Aligns one classifier after each task; its program compiles once for all of them.
+
+  Args:
+    settings: of the descent.
+    field: where they stand in the config.
+    logits: (params, features [B, D]) -> [B, O] over all outputs; all of `params` is trained.
+    output: of each row of the statistics; every output has a row.
+  """
+
+  def __init__(
+    self,
+    settings: AlignmentConfig,
+    field: str,
+    logits: Callable[..., Float[Array, "B O"]],
+    output: Int[np.ndarray, " R"],
+  ):
+    self.settings, self._field, self._logits, self._output = settings, field, logits, output
+    self._descend = jax.jit(self._descent)
+
+  def align(
+    self, params: Params, statistics: Params, rows: Bool[np.ndarray, " R"], num_old: int, key
+  ) -> tuple[Params, float | None]:
+    """Returns the trained params and the loss of the last minibatch in nats, None of 0 epochs.
+
+    Args:
+      rows: whose classes are known by now; other outputs are masked.
+      num_old: how many of them are from earlier tasks: minibatches in an epoch.
+
+    Raises:
+      NonFiniteError: if the loss gets NaN or infinite.
+      ConfigError: if there are more minibatches than can be counted.
+    """
+    if not self.settings.epochs:
+      return params, None
+    if (steps := self.settings.epochs * num_old) >= 2**31:
+      raise ConfigError(
+        f"config.{self._field}.epochs is {self.settings.epochs}: must be less, a classifier would "
+        f"learn from {steps} minibatches, and they are counted to 2147483647"
+      )
+    params, loss = self._descend(params, statistics, rows, jnp.int32(num_old), key)
+    if not np.isfinite(loss):
+      raise NonFiniteError(
+        f"loss is {loss} in the alignment of a classifier: must be finite; lower "
+        f"config.{self._field}.learning_rate"
+      )
+    return params, float(loss)
+
+  def _descent(self, params, statistics, rows, num_old, key: PRNGKeyArray):
+    settings = self.settings
+    momentum = optax.trace(decay=settings.momentum)
+    chances = class_statistics.chances(statistics, rows)
+    output = jnp.asarray(self._output)
+    known = jnp.zeros(self._output.max() + 1, bool).at[output].max(rows)
+
+    def loss_of(params, key):
+      features, row = class_statistics.draw(statistics, chances, key, settings.batch_size)
+      logits = self._logits(params, features)
+      masked = jnp.where(known, logits, -1e9)  # finite: -inf would make NaN gradients
+      return optax.softmax_cross_entropy_with_integer_labels(masked, output[row]).mean()
+
+    def body(i, carry):
+      params, state, _ = carry
+      loss, grads = jax.value_and_grad(loss_of)(params, jax.random.fold_in(key, i))
+      updates, state = momentum.update(grads, state)
+      annealed = 0.5 * (1 + jnp.cos(jnp.pi * (i // num_old) / settings.epochs))
+      rate = settings.learning_rate * annealed
+      params = jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates)
+      return params, state, loss
+
+    carry = params, momentum.init(params), jnp.float32(0)
+    params, _, loss = jax.lax.fori_loop(0, settings.epochs * num_old, body, carry)
+    return params, loss
+
+
+class HeadAlignment:
+  """Keeps statistics of each class's features and aligns the head with all of them after a task.
+
+  Args:
+    settings: of the descent.
+    field: where they stand in the config.
+    num_centroids: kept of each class of a task at most.
+    spec: of the sequence.
+    width: D.
+    logits: of the head: (rows, features [B, D]) -> [B, C].
+    features: (model, images) -> [B, D], as at test time.
+  """
+
+  def __init__(
+    self,
+    settings: AlignmentConfig,
+    field: str,
+    *,
+    num_centroids: int,
+    spec: SequenceSpec,
+    width: int,
+    logits: Callable[..., Float[Array, "B C"]],
+    features: Callable[..., Float[Array, "B D"]],
+  ):
+    self._rows = class_statistics.Rows(spec)
+    self._shape = len(self._rows), num_centroids, width
+    self._collect = class_statistics.make_collector(features)
+    self._aligner = Aligner(settings, field, logits, self._rows.label)
+
+  @property
+  def num_kept(self) -> int:
+    """Numbers of the statistics of all tasks: means and variances."""
+    return 2 * math.prod(self._shape)
+
+  def empty(self) -> Params:
+    """Returns statistics of nothing."""
+    return class_statistics.empty(*self._shape)
+
+  def after(
+    self, head: Params, statistics: Params, model: Params, view: TaskView
+  ) -> tuple[Params, Params, dict]:
+    """Returns the aligned head, the statistics with the task of `view`, and facts of it.
+
+    Of the first task the head stays as it is: it has been trained on all its classes at once.
+
+    Args:
+      head: rows of all classes, those of the task as training left them.
+      statistics: of the tasks before.
+      model: what `features` sees, of the task's end.
+
+    Raises:
+      NonFiniteError: if the loss gets NaN or infinite.
+    """
+    task, rows = view.index, self._rows
+    found = self._collect(model, view)
+    statistics = view.share(class_statistics.add(statistics, rows, task, *found, view.seed))
+    if task == 0:
+      return head, statistics, {}
+    head, loss = self._aligner.align(
+      head, statistics, rows.task <= task, int(rows.first[task]), view.key("alignment")
+    )
+    return head, statistics, {"alignment_loss": loss}

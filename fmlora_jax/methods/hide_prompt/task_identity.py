@@ -1,0 +1,161 @@
+"""Which task is an image from? A classifier of the untouched ViT's features, trained before a task.
+
+It has an output for each class of each task, so that it tells tasks apart where they share their
+classes too; the likeliest output names the task. Source: HiDe-Prompt (arXiv:2310.07234),
+task-identity inference.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from fmlora_jax import config as config_lib
+from fmlora_jax.config import AlignmentConfig, Config
+from fmlora_jax.methods.common import base, class_statistics
+from fmlora_jax.methods.common.alignment import Aligner
+from fmlora_jax.models import heads
+from fmlora_jax.types import Backbone, NonFiniteError, Params, TaskView
+
+HIDDEN = 2  # times the width; HD/vits/hide_prompt_vision_transformer.py:321-369
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdentityConfig:
+  """Training of the task classifier: Adam at a constant rate, clipped as `optim` says.
+
+  Attributes:
+    epochs: before each task; every one is a forward pass over its images, augmented.
+    learning_rate: of Adam.
+    alignment: of the whole network afterwards, on the statistics of all classes so far; from task 2
+      on. HD/engines/hide_tii_engine.py trains all but the ViT, too.
+  """
+
+  epochs: int = 20
+  learning_rate: float = 1e-3
+  alignment: AlignmentConfig = dataclasses.field(default_factory=AlignmentConfig)
+
+  def __post_init__(self):
+    config_lib.require(self.epochs >= 1, "epochs", self.epochs, ">= 1")
+    rate = self.learning_rate
+    config_lib.require(rate > 0, "learning_rate", rate, "> 0")
+
+
+def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:
+  """Returns a new task classifier."""
+  shapes = {
+    "down": (HIDDEN * width, width),
+    "up": (width, HIDDEN * width),
+    "head": (num_rows, width),
+  }
+  layers = {
+    name: {
+      "kernel": 0.02 * jax.random.normal(jax.random.fold_in(key, i), shape),
+      "bias": jnp.zeros(shape[0]),
+    }
+    for i, (name, shape) in enumerate(shapes.items())
+  }
+  return layers | {"norm": {"scale": jnp.ones(width), "bias": jnp.zeros(width)}}
+
+
+@jax.default_matmul_precision("highest")
+def logits(identity: Params, features: Float[Array, "B D"]) -> Float[Array, "B R"]:
+  """Returns head(LayerNorm(x + up(GELU(down(x)))))."""
+  hidden = jax.nn.gelu(heads.linear(identity["down"], features), approximate=False)
+  x = features + heads.linear(identity["up"], hidden)
+  normed = jax.nn.standardize(x, epsilon=1e-6)
+  return heads.linear(
+    identity["head"], normed * identity["norm"]["scale"] + identity["norm"]["bias"]
+  )
+
+
+def tasks_of(
+  identity: Params,
+  features: Float[Array, "B D"],
+  rows: class_statistics.Rows,
+  seen: Bool[Array, " T"],
+) -> Int[Array, " B"]:
+  """Returns the task of the likeliest class of those seen; 0 before there is one."""
+  task = jnp.asarray(rows.task)
+  known = jnp.where(seen[task], logits(identity, features), -jnp.inf)
+  return task[jnp.argmax(known, axis=-1)]
+
+
+class Learner:
+  """Trains the task classifier before each task; its programs compile once per run.
+
+  Args:
+    config: the run's; `method.identity` and `optim.clip_norm` are used.
+    backbone: the ViT.
+    rows: the classes of all tasks.
+  """
+
+  def __init__(self, config: Config, backbone: Backbone, rows: class_statistics.Rows):
+    self.config, self.settings, self._rows = config, config.method.identity, rows
+    adam = optax.adam(self.settings.learning_rate)
+    self._optimizer = optax.chain(base.clipping(config), adam)
+    self._features = backbone.apply
+    self._step = jax.jit(self._train_step, static_argnames="augment")
+    self._collect = class_statistics.make_collector(backbone.apply)
+    field = "method.identity.alignment"
+    self._aligner = Aligner(self.settings.alignment, field, logits, np.arange(len(rows)))
+
+  def learn(
+    self, identity: Params, statistics: Params, trunk: Params, view: TaskView
+  ) -> tuple[Params, Params, dict]:
+    """Returns the task classifier and the statistics, with the task of `view`, and facts of it.
+
+    Args:
+      statistics: of the untouched ViT's features, of the tasks before.
+      trunk: the untouched ViT.
+
+    Raises:
+      NonFiniteError: if the training gives NaN or infinity.
+    """
+    # where the task is: what lies elsewhere at the first step would compile it twice
+    state = self._optimizer.init(identity)
+    identity, state = jax.device_put((identity, state), view.arrays.index.sharding)
+    for epoch in range(self.settings.epochs):
+      key = jax.random.fold_in(view.key("identity"), epoch)
+      for step, (examples, rows) in enumerate(view.train_batches(epoch)):
+        now = jax.random.fold_in(key, step)
+        identity, state, loss = self._step(
+          identity, state, trunk, view.arrays, examples, rows, now, augment=view.augment
+        )
+    if not np.isfinite(loss):
+      raise NonFiniteError(
+        f"loss is {loss} in the task classifier's training for task {view.index + 1}: must be "
+        "finite; lower config.method.identity.learning_rate or set config.optim.clip_norm"
+      )
+    found = self._collect(trunk, view)
+    statistics = view.share(
+      class_statistics.add(statistics, self._rows, view.index, *found, view.seed)
+    )
+    facts = {"identity_loss": float(loss)}
+    if view.index:
+      known, num_old = self._rows.task <= view.index, int(self._rows.first[view.index])
+      identity, facts["identity_alignment_loss"] = self._aligner.align(
+        identity, statistics, known, num_old, view.key("identity alignment")
+      )
+    return identity, statistics, facts
+
+  def _train_step(self, identity, state, trunk, task, examples, rows, key, *, augment):
+    batch = augment(examples, rows, key)
+    features = self._features(trunk, batch.images)
+    own = jnp.asarray(self._rows.task) == task.index
+    targets = batch.labels - task.lo + jnp.asarray(self._rows.first)[task.index]
+
+    def loss_of(identity):
+      masked = jnp.where(own, logits(identity, features), -1e9)
+      # the target of padding may be any; it has no weight
+      losses = optax.softmax_cross_entropy_with_integer_labels(
+        masked, jnp.clip(targets, 0, len(self._rows) - 1)
+      )
+      return heads.weighted_mean(losses, batch.valid)
+
+    loss, grads = jax.value_and_grad(loss_of)(identity)
+    updates, state = self._optimizer.update(grads, state, identity)
+    return optax.apply_updates(identity, updates), state, loss

@@ -1,0 +1,391 @@
+"""Pre-trained weights: which there are, and how a file on disk becomes the parameters of our ViT.
+
+A tag names one published checkpoint: "ViT-B/16" alone has stood for three networks in timm's time.
+Pickles are never opened. A new checkpoint is one entry of `WEIGHTS`, a new kind of file one entry
+of `layouts.LAYOUTS`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import jax
+from absl import logging
+
+from fmlora_jax.config import ConfigError, WeightsConfig
+from fmlora_jax.models import vit
+from fmlora_jax.models.weights import download, layouts
+from fmlora_jax.models.weights import files as weight_files
+from fmlora_jax.types import Params, Sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+  """One published file; it lies on the Hugging Face Hub, in a bucket, or beside this module.
+
+  Attributes:
+    layout: how it names and lays out its tensors, a name in LAYOUTS.
+    repository, revision: on the Hub; without a revision the newest.
+    bucket: and folder, on Google Cloud Storage.
+    sha256: None accepts any.
+  """
+
+  layout: str
+  name: str = "model.safetensors"
+  repository: str | None = None
+  revision: str | None = None
+  bucket: str | None = None
+  sha256: str | None = None
+
+  @property
+  def command(self) -> str | None:
+    """Fetches it by hand; None if it ships with the package."""
+    if self.repository:
+      revision = f" --revision {self.revision}" if self.revision else ""
+      return f"hf download {self.repository} {self.name}{revision}"
+    if self.bucket:
+      return f"curl -LO https://storage.googleapis.com/{self.bucket}/{self.name}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """One checkpoint.
+
+  Attributes:
+    files: that hold it; any of them will do, and the first can be downloaded.
+    architecture: a name in vit.ARCHITECTURES; None where the config names it.
+    normalisation: of the pixels the network was trained with; None if unknown.
+    gelu: "erf" as in timm and Hugging Face, also for networks that Google trained with "tanh".
+  """
+
+  files: tuple[File, ...]
+  architecture: str | None
+  normalisation: Literal["half", "zero_one", "imagenet"] | None
+  gelu: Literal["erf", "tanh"] = "erf"
+
+  @property
+  def where(self) -> str:
+    """How to get one of its files by hand."""
+    commands = [f"`{file.command}`" for file in self.files if file.command]
+    if not commands:
+      return "it ships with fmlora_jax: install the package again"
+    return f"get it with {' or '.join(commands)}"
+
+
+def _timm(name: str, revision: str | None = None, sha256: str | None = None) -> File:
+  repository = f"timm/vit_{name}"
+  return File(layout="timm", repository=repository, revision=revision, sha256=sha256)
+
+
+def _google(name: str) -> File:
+  folder, _, name = f"vit_models/{name}.npz".rpartition("/")
+  return File(layout="google", bucket=folder, name=name)
+
+
+def _supervised(architecture: str, *files: File) -> Source:
+  """A checkpoint that Google trained with labels, on pixels in [-1, 1]."""
+  return Source(files=files, architecture=architecture, normalisation="half")
+
+
+def _dinov2(architecture: str, size: str, revision: str, sha256: str) -> Source:
+  file = File(
+    layout="dinov2", repository=f"facebook/dinov2-{size}", revision=revision, sha256=sha256
+  )
+  return Source(files=(file,), architecture=architecture, normalisation="imagenet")
+
+
+# names of the augmentation and regularisation of "How to train your ViT" (arXiv:2106.10270)
+_BASE = "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
+_SMALL = "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
+_TINY = "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
+
+WEIGHTS: Mapping[str, Source] = {
+  "micro_letters": Source(
+    files=(
+      File(
+        layout="ours",
+        name="micro_letters.safetensors",
+        sha256="ab2e660863447f4836d6fb0c8fac4ae6028fca142fe995f6af1b6e17f5795d4d",
+      ),
+    ),
+    architecture="micro",
+    normalisation="half",
+  ),
+  "augreg2_in21k_ft_in1k": _supervised(
+    "vit_b16",
+    _timm(
+      "base_patch16_224.augreg2_in21k_ft_in1k",
+      revision="063c6c38a5d8510b2e57df480445e94b231dad2c",
+      sha256="32aa17d6e17b43500f531d5f6dc9bc93e56ed8841b8a75682e1bb295d722405b",
+    ),
+  ),
+  "augreg_in21k_ft_in1k": _supervised(
+    "vit_b16",
+    _timm("base_patch16_224.augreg_in21k_ft_in1k"),
+    _google(f"{_BASE}--imagenet2012-steps_20k-lr_0.01-res_224"),
+  ),
+  "augreg_in21k": _supervised("vit_b16", _timm("base_patch16_224.augreg_in21k"), _google(_BASE)),
+  "orig_in21k": _supervised(
+    "vit_b16", _timm("base_patch16_224.orig_in21k"), _google("imagenet21k/ViT-B_16")
+  ),
+  "augreg_in21k_ft_in1k_s16": _supervised(
+    "vit_s16",
+    _timm(
+      "small_patch16_224.augreg_in21k_ft_in1k",
+      revision="7e2c55630205e1266030f18370f4c6ed1a514b52",
+      sha256="79c03c635cdfd798a364a9d8c4e5c0b7255b975ea2c9616046d4f77ab01435aa",
+    ),
+    _google(f"{_SMALL}--imagenet2012-steps_20k-lr_0.03-res_224"),
+  ),
+  "augreg_in21k_s16": _supervised(
+    "vit_s16", _timm("small_patch16_224.augreg_in21k"), _google(_SMALL)
+  ),
+  "augreg_in21k_ft_in1k_ti16": _supervised(
+    "vit_ti16",
+    _timm(
+      "tiny_patch16_224.augreg_in21k_ft_in1k",
+      revision="7d3afdd0cf93ad84d986eb2d6bcc5812ebd0b106",
+      sha256="fecf81b492bd13ee7a5297cb74d1d417aac8bf7e1b7d96aed89c4691984587ed",
+    ),
+    _google(f"{_TINY}--imagenet2012-steps_20k-lr_0.03-res_224"),
+  ),
+  "augreg_in21k_ti16": _supervised(
+    "vit_ti16", _timm("tiny_patch16_224.augreg_in21k"), _google(_TINY)
+  ),
+  "dino": Source(
+    files=(_timm("base_patch16_224.dino"),), architecture="vit_b16", normalisation="imagenet"
+  ),
+  "dinov2_small": _dinov2(
+    "dinov2_s14",
+    "small",
+    revision="ed25f3a31f01632728cabb09d1542f84ab7b0056",
+    sha256="ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1",
+  ),
+  "dinov2_base": _dinov2(
+    "dinov2_b14",
+    "base",
+    revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+    sha256="d73036b56966966d07975d696bde331762f37297e2f095de8cea0040c3aa0841",
+  ),
+  "random": Source(files=(), architecture=None, normalisation="half"),  # for benchmarks
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+  """What was loaded, for the log, the checkpoint and result.json.
+
+  Attributes:
+    tag: as in the config; "file" where it names none.
+    file: the file's name without its folder; None for random weights.
+    sha256: of the file; None for random weights.
+    normalisation: what the network was trained with; None if the file does not say, then
+      config.input.normalisation must.
+    ignored: tensors of the file that were not used, by their names on disk.
+  """
+
+  tag: str
+  file: str | None
+  sha256: str | None
+  normalisation: str | None
+  ignored: tuple[str, ...] = ()
+
+
+def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, Sizes, Info]:
+  """Returns (params as float32 NumPy arrays, sizes of the ViT, what was loaded).
+
+  Args:
+    image_size: side in pixels that the ViT will see; positions are interpolated to it. None takes
+      the architecture's.
+
+  Raises:
+    ConfigError: if there is no file, with where to get it; if a field or the file can't be used.
+  """
+  _check_fields(config)
+  if config.tag == "random":
+    return _draw(config, image_size)
+  with _located(config) as path:
+    return _convert(config, image_size, path)
+
+
+def check(config: WeightsConfig, image_size: int | None = None) -> Sizes | None:
+  """Returns the sizes of the ViT without a look at its file; None where that one says what it is.
+
+  Raises:
+    ConfigError: if a field can't be used.
+  """
+  _check_fields(config)
+  source = WEIGHTS[config.tag] if config.tag else None
+  if (source and source.architecture) or config.architecture:
+    source = source or Source(files=(), architecture=config.architecture, normalisation=None)
+    return _sizes(config, source, image_size)
+  return None
+
+
+def _convert(
+  config: WeightsConfig, image_size: int | None, path: pathlib.Path
+) -> tuple[Params, Sizes, Info]:
+  """Returns what `load` returns, of this file."""
+  shown = config.path or path.name
+  tensors, metadata = weight_files.read(path, shown)
+  layout, digest = layouts.guess_layout(tensors), weight_files.sha256(path)
+  if config.tag:
+    source = WEIGHTS[config.tag]
+    mend = (
+      f"is it a file of {config.tag!r}? {source.where}; a file of your own takes "
+      f"--config.weights.tag='' --config.weights.architecture={source.architecture} "
+      f"--config.input.normalisation={source.normalisation}"
+    )
+  else:
+    source = _describe(config, layout, metadata, shown)
+    mend = f"is it a {source.architecture}? --config.weights.architecture=NAME"
+  file = next((file for file in source.files if file.layout == layout), source.files[0])
+  if file.sha256 not in (None, digest):
+    raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {mend}")
+  sizes = _sizes(config, source, image_size)
+  try:
+    params, ignored = layouts.convert(tensors, file.layout, sizes, cut=config.depth is not None)
+  except ValueError as error:
+    raise ConfigError(f"{shown}: {error}; {mend}") from None
+  logging.info("weights %s: %s, sha256 %s", config.tag or "file", path.name, digest)
+  if ignored:
+    logging.info("weights: %d tensors ignored: %s", len(ignored), ", ".join(ignored))
+  info = Info(
+    tag=config.tag or "file",
+    file=path.name,
+    sha256=digest,
+    normalisation=source.normalisation,
+    ignored=ignored,
+  )
+  return params, sizes, info
+
+
+def _check_fields(config: WeightsConfig) -> None:
+  """Refuses an unknown tag, and fields that the tag does not take."""
+  if config.tag and config.tag not in WEIGHTS:
+    near = difflib.get_close_matches(config.tag, WEIGHTS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"config.weights.tag is {config.tag!r}: must be one of {list(WEIGHTS)}{hint}")
+  if config.tag == "random" and config.path is not None:
+    raise ConfigError(
+      f"config.weights.path is {config.path!r}: tag 'random' reads no file; name the file's tag or "
+      "leave the path out"
+    )
+  if not config.tag and config.path is None:
+    raise ConfigError(
+      "config.weights.tag is '': must be a tag, or config.weights.path must name a file"
+    )
+  fixed = config.tag and WEIGHTS[config.tag].architecture
+  if fixed and config.architecture not in (None, fixed):
+    raise ConfigError(
+      f"config.weights.architecture is {config.architecture!r}: tag {config.tag!r} is a {fixed}; "
+      "leave it out, or take tag '' for a file of your own, tag 'random' for none"
+    )
+
+
+def _draw(config: WeightsConfig, image_size: int | None) -> tuple[Params, Sizes, Info]:
+  source = WEIGHTS["random"]
+  sizes = _sizes(config, source, image_size)
+  params = jax.jit(vit.make(sizes).init)(jax.random.key(0))
+  info = Info(tag="random", file=None, sha256=None, normalisation=source.normalisation)
+  return jax.device_get(params), sizes, info
+
+
+def _sizes(config: WeightsConfig, source: Source, image_size: int | None) -> Sizes:
+  """Returns the sizes of the architecture at this image size, cut to the config's depth."""
+  name = source.architecture or config.architecture
+  if name not in vit.ARCHITECTURES:
+    raise ConfigError(
+      f"config.weights.architecture is {name!r}: must be one of {sorted(vit.ARCHITECTURES)}"
+    )
+  full = vit.architecture(name)
+  depth = full.depth if config.depth is None else config.depth
+  if not 1 <= depth <= full.depth:
+    raise ConfigError(f"config.weights.depth is {depth}: must be in 1..{full.depth} for a {name}")
+  image_size = full.image_size if image_size is None else image_size
+  p = full.patch_size
+  if image_size < p or image_size % p:
+    near = max(p, round(image_size / p) * p)
+    raise ConfigError(
+      f"config.input.image_size is {image_size}: must be a multiple of the patch size {p} of a "
+      f"{name}, such as {near}"
+    )
+  gelu = config.gelu or source.gelu
+  return dataclasses.replace(full, image_size=image_size, depth=depth, gelu=gelu)
+
+
+def _describe(
+  config: WeightsConfig, layout: str | None, metadata: Mapping[str, str], shown: str
+) -> Source:
+  """Returns what is known of a file without a tag: from its metadata, its names and the config."""
+  if layout is None:
+    known = list(layouts.LAYOUTS)
+    raise ConfigError(f"{shown}: no tensor has a name as in one of the layouts {known}")
+  architecture = config.architecture or metadata.get("architecture")
+  if architecture is None:
+    raise ConfigError(
+      f"config.weights.architecture is not set, and {shown} does not name its own: must be one of "
+      f"{sorted(vit.ARCHITECTURES)}"
+    )
+  normalisation, gelu = metadata.get("normalisation"), metadata.get("gelu", "erf")
+  if normalisation not in (None, "half", "zero_one", "imagenet") or gelu not in ("erf", "tanh"):
+    raise ConfigError(
+      f"{shown}: its metadata say normalisation {normalisation!r}, gelu {gelu!r}: must be one of "
+      "half, zero_one, imagenet and one of erf, tanh"
+    )
+  return Source(
+    files=(File(layout=layout),), architecture=architecture, normalisation=normalisation, gelu=gelu
+  )
+
+
+@contextlib.contextmanager
+def _located(config: WeightsConfig) -> Iterator[pathlib.Path]:
+  """Gives the file: the path's, also in a bucket, or else the tag's, shipped or on the Hub."""
+  if config.path is None:
+    yield _published(config.tag)
+  elif config.path.startswith("gs://"):
+    try:
+      with download.from_bucket(config.path) as path:
+        yield path
+    except download.FetchError as error:
+      raise ConfigError(
+        f"config.weights.path is {config.path!r}: can't be read ({error}); needed are gcsfs and "
+        "credentials, or copy the file here and name the copy"
+      ) from None
+  else:
+    yield _local(config)
+
+
+def _published(tag: str) -> pathlib.Path:
+  """Returns the tag's file, downloaded where it does not ship."""
+  source = WEIGHTS[tag]
+  file = source.files[0]
+  if file.repository:
+    try:
+      return download.from_hub(file.repository, file.name, file.revision)
+    except download.FetchError as error:
+      raise ConfigError(
+        f"config.weights.tag is {tag!r}: its file is not part of fmlora_jax; {error}; or "
+        f"{source.where} and say --config.weights.path=FILE"
+      ) from None
+  path = pathlib.Path(__file__).with_name(file.name)
+  if not path.is_file():
+    raise ConfigError(f"config.weights.tag is {tag!r}: {path.name} is gone; {source.where}")
+  return path
+
+
+def _local(config: WeightsConfig) -> pathlib.Path:
+  """Returns the path; refuses one that is no file."""
+  path = pathlib.Path(config.path).expanduser()
+  if path.is_file():
+    return path
+  mend = f"no such file; {WEIGHTS[config.tag].where}" if config.tag else "no such file"
+  if path.is_dir():
+    mend = f"a folder; name the file in it, such as {path / 'model.safetensors'}"
+  if "://" in config.path:
+    mend = "must be a local file or gs://BUCKET/FILE; download it and name the copy"
+  raise ConfigError(f"config.weights.path is {config.path!r}: {mend}")

@@ -1,0 +1,237 @@
+"""The paper's Tables 1 to 3 with our runs beside them, as data and as Markdown.
+
+All that is the paper's stands in paper_tables.json: its numbers, what is known to be wrong with
+them (flags), which of our runs belongs to which cell, and the protocol that makes the two
+comparable. A flag is a short key in the table, explained below it.
+"""
+
+import dataclasses
+import functools
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmlora_jax.report import runs
+from fmlora_jax.report.runs import Group, Result
+from fmlora_jax.workdir.log import printable
+
+SCORES = ("acc", "aaa")
+HEADER = (
+  *("method", "Acc paper", "Acc ours", "Acc diff", "AAA paper", "AAA ours", "AAA diff"),
+  *("flags", "seeds", "weights", "split"),
+)
+NONE = "-"
+_ABSENT = object()  # of a setting that the version which made the run did not have
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """One line of a table: a cell of the paper beside one group of our runs.
+
+  Attributes:
+    method: the paper's name of the row.
+    settings: in which our groups in this cell differ, such as "drs.rank=4"; may be empty.
+    paper: mean and std of Acc, then of AAA; None where the paper has no such cell.
+    runs: ours, which differ in the seed only; empty where there is none.
+    possible: whether a run could stand here at all.
+    flags: keys of `Comparison.flags`.
+  """
+
+  method: str
+  settings: str
+  paper: Sequence[float] | None
+  runs: Group
+  possible: bool
+  flags: tuple[str, ...]
+
+  @property
+  def name(self) -> str:
+    return f"{self.method} {self.settings}".strip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+  """One column of one of the paper's tables, such as "Table 1: ImageNet-R, N = 5"."""
+
+  title: str
+  lines: list[Line]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+  """Everything that a report of the paper's tables says.
+
+  Attributes:
+    sections: in the paper's order.
+    others: names of the runs that fit no cell.
+    flags: what the flags in use mean.
+    notes: what holds for all tables.
+  """
+
+  sections: list[Section]
+  others: list[str]
+  flags: dict[str, str]
+  notes: list[str]
+
+  @property
+  def summary(self) -> str:
+    """Returns how much of the paper has been run, as a sentence."""
+    cells = {(s.title, line.method) for s in self.sections for line in s.lines if line.paper}
+    ours = {(s.title, line.method) for s in self.sections for line in s.lines if line.runs}
+    return f"Of the paper's {len(cells)} cells {len(cells & ours)} have runs of ours."
+
+
+@functools.cache
+def tables() -> Mapping[str, Any]:
+  """Returns paper_tables.json. Source: FM-LoRA Tables 1-3."""
+  return json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
+
+
+def compare(results: Iterable[Result]) -> Comparison:
+  """Puts each run beside its cell of the paper; those that fit none are named."""
+  grouped = runs.group(results)
+  groups = [found for section in grouped.values() for found in section.values()]
+  sections = [
+    Section(
+      title=f"{table['name']}: {tables()['columns'][column]['name']}",
+      lines=[
+        line
+        for row, cells in table["cells"].items()
+        for line in _lines(row, column, cells[i], groups)
+      ],
+    )
+    for table in tables()["tables"]
+    for i, column in enumerate(table["columns"])
+  ]
+  lines = [line for section in sections for line in section.lines]
+  placed = {id(run) for line in lines for run in line.runs}
+  others = [
+    f"{heading}: {label}, {_seeds(found)}"
+    for heading, section in grouped.items()
+    for label, found in section.items()
+    if id(found[0]) not in placed
+  ]
+  used = {flag for line in lines for flag in line.flags}
+  flags = {flag: text for flag, text in _meanings().items() if flag in used}
+  return Comparison(sections=sections, others=others, flags=flags, notes=tables()["notes"])
+
+
+def cells(line: Line) -> list[str]:
+  """Returns the texts of a line under HEADER."""
+  texts, missing = [line.name], "not run" if line.possible else NONE
+  for i, score in enumerate(SCORES):
+    paper = line.paper and line.paper[2 * i : 2 * i + 2]
+    ours = [run[score] for run in line.runs]
+    difference = runs.mean(ours) - paper[0] if paper and ours else np.nan
+    texts.append(f"{paper[0]:.2f} ± {paper[1]:.2f}" if paper else NONE)
+    texts.append(" ".join(runs.mean_std(ours).split()) if ours else missing)
+    texts.append(NONE if np.isnan(difference) else f"{difference:+.2f}")
+  texts.append(" ".join(line.flags) or NONE)
+  if not line.runs:
+    return [*texts, NONE, NONE, NONE]
+  first = line.runs[0]
+  return [*texts, str(len(line.runs)), " ".join(runs.weights(first)), first["split_id"]]
+
+
+def markdown(comparison: Comparison, notes: Iterable[str] = ()) -> str:
+  """Returns the tables, what the flags mean and the `notes` as GitHub's Markdown."""
+  parts = ["## FM-LoRA: the paper's tables and ours", comparison.summary]
+  for section in comparison.sections:
+    rows = [HEADER, *map(cells, section.lines)]
+    lines = [f"| {' | '.join(map(_escape, row))} |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * 6 + "---|---:|---|---|")
+    parts += [f"### {_escape(section.title)}", "\n".join(lines)]
+  parts += ["### Flags", _list(f"`{k}`: {_escape(text)}" for k, text in comparison.flags.items())]
+  for title, lines in (("Notes", comparison.notes), ("Not in the paper", comparison.others)):
+    parts += [f"### {title}", _list(map(_escape, lines))] if lines else []
+  parts += [f"> {_escape(line)}" for line in notes]
+  return "\n\n".join(parts)
+
+
+def _lines(
+  row: str, column: str, paper: Sequence[float] | None, groups: Iterable[Group]
+) -> list[Line]:
+  """Returns one line for each group of ours in a cell, or the one that says there is none."""
+  rule = tables()["rows"].get(row)
+  found = [group for group in groups if rule and _fits(group[0], rule, column)]
+  settings = runs.differences(found, rule.get("shown", ())) if found else [""]
+  return [
+    Line(
+      method=row,
+      settings=text,
+      paper=paper,
+      runs=group,
+      possible=rule is not None,
+      flags=(*_paper_flags(row, column), *_own_flags(group, column)),
+    )
+    for group, text in zip(found or [[]], settings, strict=True)
+  ]
+
+
+def _fits(run: Result, rule: Mapping[str, Any], column: str) -> bool:
+  """Returns whether a run is the paper's row on the paper's tasks, measured on test images."""
+  place = tables()["columns"][column]
+  return (
+    (run["benchmark"], run["scenario"], len(run["n_test"]))
+    == (place["benchmark"], "cil", place["tasks"])
+    and _field(run, "config.tasks.evaluate_on") != "val"
+    and all(_field(run, path) in values for path, values in rule["is"].items())
+    and not any(_field(run, path) in values for path, values in rule.get("is_not", {}).items())
+  )
+
+
+def _paper_flags(row: str, column: str) -> list[str]:
+  return [
+    key
+    for key, flag in tables()["flags"].items()
+    if row in flag.get("rows", [row]) and column in flag.get("columns", [column])
+  ]
+
+
+def _own_flags(group: Group, column: str) -> list[str]:
+  """Returns how our protocol differs from that of the table; settings unknown then don't count."""
+  if not group:
+    return []
+  flags = [
+    key
+    for key, rule in tables()["protocol"].items()
+    if any(_field(group[0], path) not in [*values, _ABSENT] for path, values in rule["is"].items())
+  ]
+  is_ours = {
+    "split": group[0]["split_id"] not in tables()["columns"][column]["splits"],
+    "twice": bool(runs.repeated_seeds(group)),
+  }
+  return flags + [key for key, holds in is_ours.items() if holds]
+
+
+def _field(run: Result, path: str) -> Any:
+  value = run
+  for name in path.split("."):
+    if not isinstance(value, Mapping) or name not in value:
+      return _ABSENT
+    value = value[name]
+  return value
+
+
+def _meanings() -> dict[str, str]:
+  explained = {**tables()["flags"], **tables()["protocol"]}
+  return {key: flag["text"] for key, flag in explained.items()} | tables()["own"]
+
+
+def _seeds(group: Group) -> str:
+  seeds = [str(run["seed"]) for run in group]
+  return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+
+
+def _escape(text: str) -> str:
+  """Returns the text so that Markdown shows it as it is, also in a table's cell."""
+  return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(printable(text), quote=False))
+
+
+def _list(lines: Iterable[str]) -> str:
+  return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,202 @@
+"""Pictures of results: the accuracy matrix, accuracy over tasks, ranks, interference.
+
+Drawn from the fields of result.json with matplotlib's object API: no pyplot, no global state, no
+display. Colours are safe for the colour-blind: Okabe and Ito's, viridis, PuOr for signed values.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from fmlora_jax.train import metrics
+from fmlora_jax.workdir.log import printable
+
+Result = Mapping[str, Any]
+Groups = Mapping[str, Sequence[Result]]  # label -> runs that differ in the seed only
+Target = str | os.PathLike | IO[bytes]  # where a PNG goes
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NUMBERS_UP_TO = 20  # tasks; a larger matrix is drawn without numbers
+NAMES_UP_TO = 12  # tasks whose names, not numbers, stand at the axes
+
+
+def write_plots(result: Result, workdir: str | os.PathLike) -> list[Path]:
+  """Draws what `result` has into workdir/plots and returns the paths of the files."""
+  folder = Path(workdir) / "plots"
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = {name: folder / f"{name}.png" for name in ("accuracy_matrix", "accuracy_over_tasks")}
+  plot_accuracy_matrix(result, paths["accuracy_matrix"])
+  plot_accuracy_over_tasks({title(result): {"": [result]}}, paths["accuracy_over_tasks"])
+  for name, plot in (("ranks", plot_ranks), ("interference", plot_interference)):
+    if result.get(name) is not None:
+      paths[name] = folder / f"{name}.png"
+      plot(result, paths[name])
+  return list(paths.values())
+
+
+def plot_accuracy_matrix(result: Result, path: Target) -> None:
+  """Draws the accuracy on every task (column) after every task (row), in percent."""
+  values = 100 * np.array(result["accuracy"], float)
+  figure, axes = _square(len(values))
+  lowest = min(10 * np.floor(np.nanmin(values) / 10), 90.0)
+  image = axes.imshow(values, cmap="viridis", vmin=lowest, vmax=100)
+  _numbers(axes, image, values, "{:.1f}" if len(values) <= 12 else "{:.0f}")
+  _name_tasks(axes, result, "tested on", "after task")
+  _colour_bar(figure, image, "accuracy (%)")
+  _save(figure, axes, title(result), path)
+
+
+def plot_interference(result: Result, path: Target) -> None:
+  """Draws the cosines between the tasks' weight changes; 0 means that they don't interfere."""
+  values = np.array(result["interference"], float)
+  figure, axes = _square(len(values))
+  image = axes.imshow(values, cmap="PuOr", vmin=-1, vmax=1)
+  _numbers(axes, image, values, "{:.2f}" if len(values) <= 12 else "{:.1f}")
+  _name_tasks(axes, result, "task", "task")
+  _colour_bar(figure, image, "cosine of the weight changes")
+  _save(figure, axes, title(result), path)
+
+
+def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None:
+  """Draws the accuracy on all tasks seen so far after each task; one panel per title.
+
+  Args:
+    panels: title -> {label: runs}. Several runs become their mean, with a band of one standard
+      deviation (ddof 1). A single group without a label has no legend.
+    path: of the PNG file, or an open binary file.
+  """
+  figure = Figure(figsize=(6.4 * len(panels), 4.4), dpi=150, layout="constrained")
+  for axes, (heading, groups) in zip(
+    figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+  ):
+    _draw_groups(axes, groups)
+    axes.set_title(heading, loc="left", fontsize=11)
+  _write(figure, path)
+
+
+def plot_ranks(result: Result, path: Target) -> None:
+  """Draws the rank of each task, and below it the task's complexity where it is known."""
+  complexity = result.get("complexity")
+  rows = 1 if complexity is None else 2
+  width = min(max(4.8, 0.5 * len(result["ranks"]) + 2), 14)
+  figure = Figure(figsize=(width, 1.2 + 1.9 * rows), dpi=150, layout="constrained")
+  panels = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
+  drawn = [("rank", result["ranks"], "{:g}"), ("complexity", complexity, "{:.2f}")]
+  for axes, (name, values, form), colour in zip(panels, drawn, COLOURS, strict=False):
+    values = np.array(values, float)
+    bars = axes.bar(np.arange(len(values)), np.nan_to_num(values), color=colour, width=0.7)
+    if len(values) <= NUMBERS_UP_TO:
+      labels = ["" if np.isnan(v) else form.format(v) for v in values]
+      axes.bar_label(bars, labels, padding=2, fontsize=8)
+    axes.set_ylabel(name)
+    axes.margins(y=0.18)
+    _clean(axes)
+  _ticks(panels[-1].set_xticks, result, rotation=30, ha="right")
+  panels[-1].set_xlabel("task")
+  panels[0].set_title(title(result), loc="left", fontsize=11)
+  _write(figure, path)
+
+
+def title(result: Result) -> str:
+  """Returns "fm_lora on imagenet_r (cil), seed 1993"."""
+  where = f"{result['benchmark']} ({result['scenario']})"
+  return f"{result['method']} on {where}, seed {result['seed']}"
+
+
+def accuracy_over_tasks(results: Sequence[Result]) -> np.ndarray:
+  """Returns A_w(t) in percent of runs with equally many tasks, [runs, T]."""
+  return np.stack(
+    [metrics.pooled(np.array(r["accuracy"], float), np.array(r["n_test"])) for r in results]
+  )
+
+
+def _draw_groups(axes: Axes, groups: Groups) -> None:
+  for i, (label, results) in enumerate(groups.items()):
+    curves = accuracy_over_tasks(results)
+    mean, seen = curves.mean(axis=0), np.arange(1, curves.shape[1] + 1)
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    dashes = ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
+    name = f"{label} (n = {len(results)})" if len(results) > 1 else label
+    line = axes.plot(seen, mean, dashes, label=name, color=colour, marker=marker)
+    line[0].set(markersize=4.5, linewidth=1.6)
+    if len(results) > 1:
+      std = curves.std(axis=0, ddof=1)
+      axes.fill_between(seen, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+  axes.set_xlabel("tasks learned")
+  axes.set_ylabel("accuracy on all tasks so far (%)")
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  axes.grid(axis="y", color="0.9")
+  axes.set_axisbelow(True)
+  _clean(axes)
+  if any(groups):
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _square(tasks: int) -> tuple[Figure, Axes]:
+  side = min(max(3.6, 0.5 * tasks + 1.6), 10)
+  figure = Figure(figsize=(side + 1.3, side), dpi=150, layout="constrained")
+  return figure, figure.subplots()
+
+
+def _numbers(axes: Axes, image: AxesImage, values: np.ndarray, form: str) -> None:
+  """Writes the values into their cells, light on dark and dark on light."""
+  if len(values) > NUMBERS_UP_TO:
+    return
+  cmap: Colormap = image.cmap
+  for (row, column), value in np.ndenumerate(values):
+    if not np.isnan(value):
+      red, green, blue, _ = cmap(image.norm(value))
+      is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5  # perceived brightness
+      style = {"color": "white" if is_dark else "black", "fontsize": 8 if len(values) <= 12 else 6}
+      axes.text(column, row, form.format(value), ha="center", va="center", **style)
+
+
+def _name_tasks(axes: Axes, result: Result, xlabel: str, ylabel: str) -> None:
+  _ticks(axes.set_xticks, result, rotation=30, ha="right")
+  _ticks(axes.set_yticks, result)
+  axes.set_xlabel(xlabel)
+  axes.set_ylabel(ylabel)
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+
+
+def _ticks(set_ticks: Any, result: Result, **style: Any) -> None:
+  """Names the ticks after the tasks; many or long names give way to numbers."""
+  names = [printable(name) for name in result["task_names"]]
+  if len(names) <= NAMES_UP_TO and max(map(len, names)) <= 16:
+    set_ticks(range(len(names)), names, fontsize=8, **style)
+  else:
+    every = -(-len(names) // 25)
+    places = range(0, len(names), every)
+    set_ticks(places, [str(place + 1) for place in places], fontsize=8)
+
+
+def _colour_bar(figure: Figure, image: AxesImage, label: str) -> None:
+  bar = figure.colorbar(image, label=label, shrink=0.9, pad=0.03)
+  bar.outline.set_visible(False)
+
+
+def _clean(axes: Axes) -> None:
+  axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, axes: Axes, heading: str, path: Target) -> None:
+  axes.set_title(heading, loc="left", fontsize=11)
+  _write(figure, path)
+
+
+def _write(figure: Figure, path: Target) -> None:
+  for text in figure.findobj(Text):
+    text.set(text=printable(text.get_text()), parse_math=False)  # "$" in a name is no formula
+  FigureCanvasAgg(figure).print_png(path)

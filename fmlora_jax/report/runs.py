@@ -1,0 +1,143 @@
+"""Finished runs: found in folders, grouped by their settings, and summed up over seeds."""
+
+import collections
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmlora_jax.config import FREE_FIELDS
+from fmlora_jax.config.diff import leaves
+from fmlora_jax.workdir.log import METRICS, RESULT, read_result
+
+Result = Mapping[str, Any]
+Group = list[Result]  # runs that differ in the seed only
+Numbers = Sequence[int | float | None]
+
+
+def load(paths: Iterable[str | os.PathLike]) -> tuple[list[Result], list[str]]:
+  """Returns the results found at `paths`, each once, and a line for every run left out.
+
+  Raises:
+    ValueError: if a path holds no result, or is itself one that can't be read.
+  """
+  results, notes, seen = [], [], set()
+  for path in map(Path, paths):
+    files = sorted(path.rglob(RESULT)) if path.is_dir() else [path]
+    if not files:
+      raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
+    for file in (f for f in files if f.resolve() not in seen):
+      seen.add(file.resolve())
+      try:
+        results.append(read_result(file))
+      except ValueError as error:
+        if len(files) == 1:
+          raise
+        notes.append(f"left out: {error}")
+    logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
+    open_runs = [log.parent for log in logs if not (log.parent / RESULT).exists()]
+    notes += [f"left out: {run} is not finished; the same command resumes it" for run in open_runs]
+  if not results:
+    raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
+  return results, notes
+
+
+def group(results: Iterable[Result]) -> dict[str, dict[str, Group]]:
+  """Returns {heading: {label: runs that differ in the seed only}}, in order of appearance."""
+  sections = collections.defaultdict(lambda: collections.defaultdict(list))
+  for result in results:
+    sections[_heading(result)][_fingerprint(result)].append(result)
+  return {
+    heading: dict(zip(_labels(list(groups.values())), groups.values(), strict=True))
+    for heading, groups in sections.items()
+  }
+
+
+def differences(groups: Sequence[Group], always: Iterable[str] = ()) -> list[str]:
+  """Returns for each group the settings in which groups of its method differ.
+
+  Args:
+    groups: with different settings, splits or weights.
+    always: settings to state even where they are all the same, such as "drs.rank".
+
+  Returns:
+    Texts such as "drs.rank=4 prompt.num_tokens=0"; empty where nothing differs.
+  """
+  runs = [group[0] for group in groups]
+  fields = [_settings(run) for run in runs]
+  texts = _differences(runs, fields, always)
+  if len({(run["method"], text) for run, text in zip(runs, texts, strict=True)}) < len(runs):
+    for run, own in zip(runs, fields, strict=True):  # only the split or the weights differ
+      own |= {"split_id": run["split_id"], "weights": ":".join(weights(run))}
+    texts = _differences(runs, fields, always)
+  return texts
+
+
+def mean_std(values: Numbers) -> str:
+  """Returns "77.88 ± 0.21" (ddof 1), "77.88 ±    -" for one value, "-" if one is missing."""
+  average = mean(values)
+  if np.isnan(average):
+    return "-"
+  return f"{average:.2f} ± " + (f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "   -")
+
+
+def mean(values: Numbers) -> float:
+  """Returns the mean, NaN if a value is missing."""
+  return float(np.mean(np.array(values, float)))  # None becomes NaN
+
+
+def weights(run: Result) -> tuple[str, str]:
+  """Returns the tag of the pre-trained weights and the start of their sha256."""
+  return run["weights"]["tag"], str(run["weights"]["sha256"])[:8]
+
+
+def repeated_seeds(group: Group) -> list[int]:
+  """Returns the seeds of which the group has several runs: ± is not over seeds alone."""
+  seeds = collections.Counter(run["seed"] for run in group)
+  return [seed for seed, count in seeds.items() if count > 1]
+
+
+def _heading(run: Result) -> str:
+  tasks, measured = len(run["n_test"]), _settings(run).get("tasks.evaluate_on", "test")
+  images = ", validation images" if measured == "val" else ""
+  return f"{run['benchmark']} ({run['scenario']}), {tasks} task{'s' if tasks > 1 else ''}{images}"
+
+
+def _fingerprint(run: Result) -> str:
+  tag_and_hash = [run["weights"]["tag"], run["weights"]["sha256"]]
+  return json.dumps([run["method"], run["split_id"], tag_and_hash, _settings(run)], sort_keys=True)
+
+
+def _settings(run: Result) -> dict[str, Any]:
+  """Returns the config as {"group.field": value}, without the seed and what changes no number."""
+  return {
+    name: value for name, value in leaves(run["config"]) if name not in ("seed", *FREE_FIELDS)
+  }
+
+
+def _labels(groups: Sequence[Group]) -> list[str]:
+  """Returns the method of each group, with the settings in which groups of that method differ."""
+  texts = differences(groups)
+  return [f"{g[0]['method']} {text}".strip() for g, text in zip(groups, texts, strict=True)]
+
+
+def _differences(
+  runs: Sequence[Result], fields: Sequence[Mapping[str, Any]], always: Iterable[str]
+) -> list[str]:
+  texts = []
+  for run, own in zip(runs, fields, strict=True):
+    rivals = [f for r, f in zip(runs, fields, strict=True) if r["method"] == run["method"]]
+    names = {name for f in rivals for name in f}
+    differ = {name for name in names if any(f.get(name) != own.get(name) for f in rivals)}
+    shown = sorted(differ | (names & set(always)))
+    texts.append(" ".join(f"{name}={_value(own.get(name))}" for name in shown))
+  return texts
+
+
+def _value(value: Any) -> str:
+  if isinstance(value, (list, tuple)):
+    return f"({','.join(map(_value, value))})"
+  return f"{value:g}" if isinstance(value, float) else str(value)

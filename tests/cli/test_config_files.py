@@ -1,0 +1,262 @@
+"""Config files: what they may say, and that every one of ours builds."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from fmlora_jax import config, methods
+from fmlora_jax.cli import config_files
+from fmlora_jax.methods import linear_probe, lora
+from fmlora_jax.models import vit
+from fmlora_jax.models.weights import registry
+from fmlora_jax.types import SequenceSpec
+
+CONFIGS = [
+  path
+  for path in sorted(pathlib.Path(__file__).parents[2].glob("configs/*.py"))
+  if not path.stem.startswith("pretrain_")  # recipes of fmlora_jax.pretrain
+]
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def load(path: pathlib.Path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@every_config
+def test_every_config_file_builds_and_takes_a_method(path):
+  chosen = load(path).get_config("method=lora")
+  built = config.build(config.Config, chosen.to_dict())
+  assert built.method.name == "lora" and built.method.mode == "incremental"
+  assert config.build(config.Config, load(path).get_config().to_dict()).method.name == "fm_lora"
+
+
+@every_config
+def test_every_config_file_fits_its_vit(path):
+  """By shape: the method is made, started and applied, and no number is computed."""
+  built = config.build(config.Config, load(path).get_config().to_dict())
+  tag = built.weights.tag
+  name = (registry.WEIGHTS[tag].architecture if tag else None) or built.weights.architecture
+  backbone = vit.make(vit.architecture(name), jnp.dtype(built.compute_dtype))
+  count = built.tasks.num_tasks
+  shared = built.tasks.scenario == "dil"
+  spec = SequenceSpec(
+    scenario=built.tasks.scenario,
+    num_tasks=count,
+    num_classes=2 if shared else 2 * count,
+    class_ranges=tuple((0, 2) if shared else (2 * i, 2 * i + 2) for i in range(count)),
+  )
+  method = methods.make(built, backbone, spec)
+  weights = jax.eval_shape(backbone.init, jax.random.key(0))
+  variables = jax.eval_shape(method.init, jax.random.key(0), weights)
+  images = jax.ShapeDtypeStruct((3, *[backbone.sizes.image_size] * 2, 3), jnp.float32)
+  folded = jax.eval_shape(method.fold, weights, variables)
+  logits = jax.eval_shape(method.predict, folded, images)
+  assert (logits.shape, logits.dtype) == ((3, spec.num_classes), jnp.float32)
+
+
+def test_the_defaults_are_those_of_the_dataclasses():
+  built = config.build(config.Config, config_files.defaults().to_dict())
+  assert dataclasses.asdict(built) == dataclasses.asdict(config.Config())
+  assert isinstance(built.method, config.method_config("fm_lora"))
+
+
+def parse(*arguments) -> config.Config:
+  """Returns what the command line makes of the defaults."""
+  values = flags.FlagValues()
+  argv = ["main", *arguments]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "argv", argv)  # where config_flags looks for the fields to declare
+    config_flags.DEFINE_config_dict("config", config_files.defaults(), flag_values=values)
+    values(argv)
+  return config.build(config.Config, values["config"].value.to_dict())
+
+
+def test_fields_that_are_none_can_be_set_from_the_command_line_with_their_type():
+  """Every one there is."""
+  examples = {int: ("7", 7), float: ("1", 1.0), str: ("half", "half")}
+  found = []
+  tree = config.Config()
+  for group in dataclasses.fields(config.Config):
+    record = getattr(tree, group.name)
+    if dataclasses.is_dataclass(record):
+      hints = typing.get_type_hints(type(record))
+      found += [
+        (group.name, field.name, hints[field.name])
+        for field in dataclasses.fields(record)
+        if getattr(record, field.name) is None
+      ]
+  assert len(found) >= 8
+  for group, field, hint in found:
+    (kind,) = (k for k in typing.get_args(hint) if k is not types.NoneType)
+    choices = typing.get_args(kind)  # of a Literal
+    given, expected = (choices[-1], choices[-1]) if choices else examples[kind]
+    built = parse(f"--config.{group}.{field}={given}")
+    value = getattr(getattr(built, group), field)
+    assert value == expected and type(value) is type(expected), (group, field)
+
+
+def test_a_field_that_is_none_keeps_its_type_in_a_config_file():
+  tree = config_files.defaults()
+  tree.tasks.order_seed = 5
+  with pytest.raises(TypeError):
+    tree.tasks.order_seed = "five"
+  assert config.build(config.Config, tree.to_dict()).tasks.order_seed == 5
+
+
+def test_tuples_can_be_set_from_the_command_line():
+  built = parse("--config.drs.candidate_ranks=(2,4)", "--config.bases.targets=('key','out')")
+  assert built.drs.candidate_ranks == (2, 4)
+  assert built.bases.targets == ("key", "out")
+
+
+def test_a_config_file_with_a_typo_is_refused():
+  with pytest.raises(config.ConfigError, match="config.optim.learning_rat is not a field"):
+    config_files.defaults(optim={"learning_rat": 1.0})
+
+
+def test_a_method_of_a_config_file_has_its_own_fields():
+  tree = config_files.defaults(method={"name": "lora", "rank": 3})
+  assert isinstance(tree, ml_collections.ConfigDict)
+  assert tree.method.rank == 3 and tree.method.mode == "incremental"
+
+
+def test_the_head_is_aligned_for_fm_lora_alone_unless_a_variant_names_one():
+  heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}, "hide_prompt": {}}
+
+  def named(default=None, **chosen):
+    found = config_files.head_of(chosen, heads, default)
+    return next(name for name, head in heads.items() if head is found)
+
+  assert named() == named(method="fm_lora") == named(method="lora", head="aligned") == "aligned"
+  assert named(method="lora") == named(head="plain") == named("plain") == "plain"
+  assert named(method="hide_prompt", head="aligned") == "hide_prompt"
+  with pytest.raises(config.ConfigError, match="head is 'flat': must be plain or aligned"):
+    config_files.head_of({"head": "flat"}, heads)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_dil", "fashion_mnist", "image_folder"])
+@pytest.mark.parametrize("head", ["plain", "aligned"])
+def test_a_head_is_aligned_where_it_is_asked_for_and_never_twice(name, head):
+  """hide_prompt, which has an alignment of its own, refuses another beside it."""
+  (path,) = (path for path in CONFIGS if path.stem == name)
+  for method in methods.names():
+    chosen = load(path).get_config(f"method={method},head={head}")
+    built = config.build(config.Config, chosen.to_dict())
+    aligned = head == "aligned" and method != "hide_prompt"
+    assert bool(built.head.alignment.epochs) == aligned
+
+
+def test_a_folder_of_images_is_learned_with_an_aligned_head_unless_tasks_are_given():
+  (path,) = (path for path in CONFIGS if path.stem == "image_folder")
+  variants = ("", "method=lora", "scenario=dil", "scenario=til", "scenario=til,head=aligned")
+  epochs = [load(path).get_config(variant).head.alignment.epochs for variant in variants]
+  assert epochs == [30, 30, 30, 0, 30]
+
+
+def test_a_variant_is_read_as_pairs():
+  assert config_files.parse_variant("method=lora,tasks=2", "method", "tasks") == {
+    "method": "lora",
+    "tasks": "2",
+  }
+  assert config_files.parse_variant(None) == {}
+  with pytest.raises(config.ConfigError, match="key=value"):
+    config_files.parse_variant("lora")
+  with pytest.raises(config.ConfigError, match="the key must be one of method"):
+    config_files.parse_variant("metod=lora", "method")
+
+
+OFFICIAL = {
+  "imagenet_r": {
+    "epochs": 50,
+    "optim": {"name": "sgd", "schedule": "steps", "milestones": (20,)},
+    "method": {"rank": 10},
+    "input": {"augmentation": "coda"},
+    "tasks": {"order": "natural", "split": "slice80"},
+    "weights": {"tag": "augreg_in21k"},
+  },
+  "cifar100": lambda num_tasks: {"epochs": 2 * num_tasks},
+}
+PAPER = [path for path in CONFIGS if "config_files.paper(" in path.read_text()]
+
+
+@pytest.fixture
+def official(monkeypatch):
+  """As if lora had official settings for two benchmarks."""
+  monkeypatch.setattr(lora, "OFFICIAL", OFFICIAL, raising=False)
+
+
+def paper_config(name, variant) -> config.Config:
+  (path,) = [path for path in CONFIGS if path.stem == name]
+  return config.build(config.Config, load(path).get_config(variant).to_dict())
+
+
+def test_the_official_recipe_changes_what_it_names_and_nothing_else(official):
+  unified = paper_config("imagenet_r", "method=lora,tasks=20")
+  built = paper_config("imagenet_r", "method=lora,tasks=20,recipe=official")
+  assert (built.epochs, built.method.rank, built.weights.tag) == (50, 10, "augreg_in21k")
+  assert (built.optim.name, built.optim.milestones) == ("sgd", (20,))
+  assert (built.tasks.order, built.tasks.split, built.tasks.num_tasks) == ("natural", "slice80", 20)
+  assert built.input == dataclasses.replace(unified.input, augmentation="coda")
+  assert built.optim.learning_rate == unified.optim.learning_rate
+  assert built.method.mode == unified.method.mode and built.bases == unified.bases
+  assert unified == paper_config("imagenet_r", "method=lora,tasks=20,recipe=unified")
+
+
+def test_the_official_recipe_may_depend_on_the_number_of_tasks(official):
+  assert paper_config("cifar100", "method=lora,tasks=20,recipe=official").epochs == 40
+  assert paper_config("cifar100", "method=lora,recipe=official").epochs == 20
+
+
+def test_a_split_that_is_asked_for_wins_over_the_recipe_s(official):
+  built = paper_config("imagenet_r", "method=lora,recipe=official,split=stratified")
+  assert (built.tasks.split, built.tasks.order) == ("stratified", "natural")
+
+
+@pytest.mark.parametrize(
+  ("name", "variant", "message"),
+  [
+    ("cifar100", "recipe=best", "recipe is 'best': must be one of unified, official"),
+    ("cub200", "recipe=official", "recipe is 'official': must be unified, lora has none for 'cub2"),
+    (
+      "domainnet_dil",
+      "recipe=official",
+      "learn new classes in each task (cil), and the scenario i",
+    ),
+    ("cub200", "recpe=official", "the key must be one of method, tasks, split, recipe"),
+  ],
+)
+def test_a_recipe_that_there_is_not_is_refused(official, name, variant, message):
+  with pytest.raises(config.ConfigError) as error:
+    paper_config(name, f"method=lora,{variant}")
+  assert message in str(error.value)
+
+
+def test_a_method_without_official_settings_says_so(monkeypatch):
+  monkeypatch.delattr(linear_probe, "OFFICIAL", raising=False)
+  with pytest.raises(config.ConfigError, match="must be unified, linear_probe has none$"):
+    paper_config("cub200", "method=linear_probe,recipe=official")
+
+
+def test_every_config_of_the_paper_takes_a_recipe_and_its_own_number_of_tasks():
+  counts = {path.stem: paper_config(path.stem, "recipe=unified").tasks.num_tasks for path in PAPER}
+  assert counts == {
+    "cifar100": 10,
+    "cub200": 10,
+    "domainnet": 5,
+    "domainnet_dil": 6,
+    "imagenet_r": 10,
+  }

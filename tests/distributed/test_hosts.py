@@ -1,0 +1,178 @@
+"""Processes that meet, agree, disagree, and end before the others."""
+
+import os
+import sys
+import time
+from unittest import mock
+
+import jax
+import processes
+import pytest
+
+from fmlora_jax.config import ConfigError
+from fmlora_jax.distributed import hosts
+
+# what a program does with its hosts, and in which way each process ends
+PROGRAM = """
+import os, signal, sys, time
+import jax, jax.numpy as jnp, numpy as np
+from fmlora_jax.cli import program
+from fmlora_jax.distributed import hosts
+from fmlora_jax.config import ConfigError
+
+def refused(do):
+  try:
+    return do()
+  except ConfigError as error:
+    return str(error)
+
+def decide():
+  raise ConfigError(f"refused by {jax.process_index()}")
+
+def main(argv):
+  program.join_hosts()
+  index = jax.process_index()
+  config = {"seed": 1 + index, "weights": {"path": f"/{index}"}}
+  print(hosts.is_first(), hosts.gather("word" * (1 + index)))
+  print(refused(lambda: hosts.agree({"config": config}, besides=("weights.path",))))
+  print(refused(lambda: hosts.agree({"config": config}, besides=("weights.path", "seed"))))
+  print(hosts.decided_by_first(lambda: {"index": index}))
+  print(refused(lambda: hosts.decided_by_first(decide)))
+  sys.stdout.flush()
+  if argv[1] == "killed" and index == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  if argv[1] == "killed":
+    hosts.gather("")  # for ever
+  if argv[1] == "wrong" and index == 1:
+    raise ConfigError("config.seed is -1: must be >= 0")
+  if argv[1] == "wrong":
+    time.sleep(60)  # away from any exchange
+
+program.CONFIG = program.DEBUG = type("Flag", (), {"value": None})
+program.guarded(main, sys.argv)
+"""
+
+
+def call(*arguments, count=2, **changes):
+  environments = processes.environment(count, **changes)
+  return processes.start([sys.executable, "-c", PROGRAM, *arguments], environments)
+
+
+def test_processes_meet_agree_and_end_together():
+  first, second = processes.ended(call("well"))
+  assert (first[0], second[0]) == (0, 0), (first[2], second[2])
+  difference = "processes differ (config.seed: 1 in process 0, 2 in 1): start all with one command"
+  for index, (_, shown, _) in enumerate((first, second)):
+    lines = [line for line in shown.splitlines() if "Gloo" not in line]
+    assert lines[0] == f"{index == 0} ['word', 'wordword']"
+    assert lines[1].startswith(difference) and lines[2] == "None"
+    assert lines[3:] == ["{'index': 0}", "refused by 0"]
+
+
+@pytest.mark.parametrize(("how", "code"), [("killed", -9), ("wrong", 2)])
+def test_when_one_ends_so_do_the_others_with_one_line(how, code):
+  first, second = processes.ended(call(how))
+  assert (first[0], second[0]) == (hosts.ENDED, code)
+  assert first[2] == (
+    "error: process 1 ended before its work was done, its own last lines say why: start all again "
+    "with the same command to resume\n"
+  )
+  if how == "wrong":
+    assert second[2] == "error: config.seed is -1: must be >= 0\n"
+
+
+def test_of_three_the_second_ends_and_the_third_hears_which():
+  started = call("killed", count=3)
+  began = time.monotonic()
+  first, second, third = processes.ended(started)
+  assert second[0] == -9
+  for code, _, errors in (first, third):
+    assert code == hosts.ENDED and "process 1 ended" in errors and errors.count("\n") == 1
+  assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_meets_nobody_gives_up_in_one_line(index):
+  environment = processes.environment(2, FMLORA_JAX_LAUNCH_TIMEOUT="4")[index]
+  program = "from fmlora_jax.distributed import hosts; hosts.start()"
+  ((code, shown, errors),) = processes.ended(
+    processes.start([sys.executable, "-c", program], [environment])
+  )
+  assert code == 2 and not shown
+  address = environment["JAX_COORDINATOR_ADDRESS"]
+  assert errors == (
+    f"error: the processes did not meet at JAX_COORDINATOR_ADDRESS={address} within 4 s: as many "
+    "as JAX_NUM_PROCESSES=2 must be started, each with its own number, and reach process 0; "
+    "FMLORA_JAX_LAUNCH_TIMEOUT is the limit in seconds\n"
+  )
+
+
+THREE = {
+  "JAX_COORDINATOR_ADDRESS": "127.0.0.1:80",
+  "JAX_NUM_PROCESSES": "2",
+  "JAX_PROCESS_ID": "1",
+}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is not set: must be, beside JAX_COORDINATOR_ADDR"),
+    ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2: must be below JAX_NUM_PROCESSES, 2"),
+    ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1': must be a whole number >= 0"),
+    ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two': must be a whole number >= 1"),
+    ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS is 'here': must be HOST:PORT"),
+    ({"FMLORA_JAX_LAUNCH_TIMEOUT": "0"}, "FMLORA_JAX_LAUNCH_TIMEOUT is '0': must be a whole"),
+  ],
+)
+def test_a_wrong_launch_is_refused_by_the_name_of_the_variable(monkeypatch, changes, message):
+  for name, value in (THREE | changes).items():
+    if value is None:
+      monkeypatch.delenv(name, raising=False)
+    else:
+      monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError, match=message):
+    hosts.start()
+
+
+@pytest.mark.parametrize(
+  ("variables", "several"),
+  [
+    ({}, False),
+    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, False),  # in the script, before srun
+    ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"FMLORA_JAX_CLUSTER": "auto"}, True),
+    ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:80"}, False),  # of a shell that had a job
+  ],
+)
+def test_only_one_of_several_joins(monkeypatch, variables, several):
+  joined = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+  monkeypatch.setattr(hosts, "several", lambda: False)
+  for name in list(os.environ):
+    if name.startswith(("SLURM_", "OMPI_", "TPU_", "JAX_COORD", "JAX_NUM_P", "JAX_PROCESS")):
+      monkeypatch.delenv(name)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  hosts.start()
+  assert bool(joined) == several
+  assert not joined or set(joined[0]) == {"initialization_timeout", "heartbeat_timeout_seconds"}
+
+
+def test_a_program_of_one_process_asks_nobody():
+  hosts.agree({"config": {"seed": 1}})
+  assert hosts.is_first() and hosts.gather("x") == ["x"]
+  assert hosts.decided_by_first(lambda: 3) == 3
+  hosts.finish()
+
+
+def test_a_signal_from_before_the_watch_was_there_is_told_later(monkeypatch):
+  watched = mock.Mock(**{"stops.return_value": 0})
+  monkeypatch.setattr(hosts, "_watch", watched)
+  assert hosts.stops(0) == 0 and not watched.ask.called
+  hosts.stops(15)
+  watched.ask.assert_called_once_with(15)

@@ -1,0 +1,301 @@
+"""The comparison of runs and the pictures, from made-up results."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_up import result, run_report, save
+from matplotlib.image import imread
+from rich.console import Console
+
+from fmlora_jax.config import FREE_FIELDS
+from fmlora_jax.report import plots, tables
+from fmlora_jax.workdir import log
+
+
+def text_of(results, width=200, **options):
+  console = Console(file=io.StringIO(), width=width, force_terminal=False, **options)
+  tables.show(results, console)
+  return console.file.getvalue()
+
+
+def test_runs_that_differ_in_the_seed_only_are_one_row():
+  runs = [result(seed=1993), result(seed=1994), result(seed=1993, config={"prompt.num_tokens": 0})]
+  (groups,) = tables.group(runs).values()
+  assert {label: len(group) for label, group in groups.items()} == {
+    "fm_lora prompt.num_tokens=10": 2,
+    "fm_lora prompt.num_tokens=0": 1,
+  }
+
+
+def test_settings_that_change_no_number_do_not_split_a_row():
+  free = {name: 1 for name in FREE_FIELDS if "." in name}
+  runs = [result(), result(seed=1994, config=free), result(seed=1995)]
+  runs[2]["config"]["eval_batch_size"] = 8
+  (groups,) = tables.group(runs).values()
+  assert {label: len(group) for label, group in groups.items()} == {"fm_lora": 3}
+
+
+def test_accuracies_on_validation_images_have_their_own_table():
+  val = {"tasks.evaluate_on": "val"}
+  headings = list(tables.group([result(), result(config=val)]))
+  assert headings == ["domainnet (cil), 5 tasks", "domainnet (cil), 5 tasks, validation images"]
+
+
+def test_another_method_needs_no_settings_in_its_label():
+  runs = [result("l2p", config={"optim.learning_rate": 5e-3}), result("fm_lora")]
+  (groups,) = tables.group(runs).values()
+  assert list(groups) == ["l2p", "fm_lora"]
+
+
+def test_labels_state_settings_that_only_one_side_has():
+  runs = [result(), result(config={"method.ranks": [4, 8], "optim.learning_rate": 5e-3})]
+  (groups,) = tables.group(runs).values()
+  assert list(groups) == [
+    "fm_lora method.ranks=None optim.learning_rate=0.001",
+    "fm_lora method.ranks=(4,8) optim.learning_rate=0.005",
+  ]
+
+
+def test_equal_settings_with_other_weights_or_split_are_told_apart():
+  other = {"tag": "augreg2", "sha256": "0f" * 32}
+  (groups,) = tables.group([result(), result(weights=other)]).values()
+  assert list(groups) == ["fm_lora weights=augreg2:cdcdcdcd", "fm_lora weights=augreg2:0f0f0f0f"]
+  (groups,) = tables.group([result(), result(split_id="x")]).values()
+  assert list(groups) == ["fm_lora split_id=domainnet/cil5", "fm_lora split_id=x"]
+
+
+def test_other_benchmarks_and_numbers_of_tasks_get_their_own_table():
+  runs = [result(), result(tasks=1, ranks=[8]), result(benchmark="cub200"), result(scenario="til")]
+  assert list(tables.group(runs)) == [
+    "domainnet (cil), 5 tasks",
+    "domainnet (cil), 1 task",
+    "cub200 (cil), 5 tasks",
+    "domainnet (til), 5 tasks",
+  ]
+
+
+def test_a_row_holds_mean_and_deviation_over_seeds():
+  runs = [result(seed=s) for s in (1993, 1994, 1995)]
+  accs = [run["acc"] for run in runs]
+  text = text_of(runs)
+  row = next(line for line in text.splitlines() if line.startswith("fm_lora"))
+  assert re.split(r"\s{2,}", row.strip())[:3] == [
+    "fm_lora",
+    "3",
+    f"{np.mean(accs):.2f} ± {np.std(accs, ddof=1):.2f}",
+  ]
+  costs = ["1.23M", "346k", "0", "B", "1/1"]
+  assert row.split()[-12:] == [*costs, "8", "8", "4", "4", "4", "13:32", "min"]
+
+
+@pytest.mark.parametrize(
+  ("values", "text"),
+  [([1.0, 2.0], "1.50 ± 0.71"), ([1.0], "1.00 ±    -"), ([None], "-"), ([1.0, None], "-")],
+)
+def test_mean_and_deviation_as_text(values, text):
+  assert tables.mean_std(values) == text
+
+
+def test_one_task_has_no_forgetting_in_the_table():
+  (cells,) = tables.rows({"fm_lora": [result(tasks=1, ranks=[8])]})
+  assert cells[tables.HEADER.index("forgetting")] == ("-", False)
+  assert cells[tables.HEADER.index("rank")] == ("8", False)
+
+
+def test_only_the_best_accuracy_is_marked_and_only_among_rivals():
+  good, bad = result("fm_lora", lost=5), result("l2p", lost=20)
+  (groups,) = tables.group([bad, good]).values()
+  marks = [[best for _, best in cells] for cells in tables.rows(groups)]
+  assert [sum(row) for row in marks] == [0, 2]
+  assert sum(best for _, best in tables.rows({"l2p": [bad]})[0]) == 0
+
+
+def test_ranks_are_modes_over_seeds_and_long_lists_are_summed_up():
+  runs = [result(ranks=r) for r in ([8, 4, 4, 4, 4], [8, 4, 4, 4, 8], [4, 4, 4, 4, 8])]
+  (cells,) = tables.rows({"fm_lora": runs})
+  assert cells[tables.HEADER.index("rank")][0] == "8 4 4 4 8"
+  (cells,) = tables.rows({"fm_lora": [result(tasks=20, ranks=[4] * 10 + [8] * 10)]})
+  assert cells[tables.HEADER.index("rank")][0] == "4..8, mean 6.0"
+  (cells,) = tables.rows({"l2p": [result("l2p", ranks=None)]})
+  assert cells[tables.HEADER.index("rank")][0] == "-"
+
+
+def test_unfair_comparisons_are_warned_about():
+  other = result("l2p", weights={"tag": "orig", "sha256": "0f" * 32}, epochs=5, split_id="x")
+  (groups,) = tables.group([result(), other]).values()
+  lines = tables.warnings(groups)
+  assert [line.split(" differ")[0] for line in lines] == ["weights", "split", "epochs"]
+  assert lines[0] == "weights differ: augreg2 cdcdcdcd (fm_lora); orig 0f0f0f0f (l2p)"
+  assert tables.warnings({"fm_lora": [result(), result(seed=1994)]}) == []
+
+
+def test_heads_that_differ_are_warned_about():
+  plain = {"head.kind": "linear", "head.start": "class_mean"}
+  ours, theirs = (
+    result(name, config=plain | {"head.alignment": {"epochs": epochs}})
+    for name, epochs in (("fm_lora", 30), ("lora", 0))
+  )
+  (line,) = tables.warnings({"fm_lora": [ours], "lora": [theirs], "old": [result(config=plain)]})
+  assert line == (
+    "heads differ: linear from class_mean and aligned (fm_lora); linear from class_mean (lora, old)"
+  )
+  assert tables.warnings({"lora": [theirs], "old": [result(config=plain)]}) == []
+  own = {"method.name": "hide_prompt", "method.alignment": {"epochs": 9}}  # not the head's
+  assert tables.warnings({"fm_lora": [ours], "hide": [result(config=plain | own)]}) == []
+
+
+def test_the_same_seed_twice_is_warned_about():
+  (line,) = tables.warnings({"fm_lora": [result(), result()]})
+  assert line == "fm_lora has several runs of seed 1993: ± is not over seeds alone"
+
+
+def test_what_a_method_keeps_and_computes_besides_has_its_columns():
+  passes = {"train": 1, "test": 2, "between": 3}
+  (cells,) = tables.rows({"hide": [result(passes=passes, rehearsal_bytes=61_440)]})
+  assert cells[tables.HEADER.index("statistics")][0] == "61.4 kB"
+  assert cells[tables.HEADER.index("passes")][0] == "1/2 +3"
+
+
+def test_caveats_stand_below_the_table_once():
+  odd = [result("hide", seed=seed, caveats=["the batch votes"]) for seed in (1, 2)]
+  text = text_of([result(), *odd])
+  assert text.count("warning: hide: the batch votes\n") == 1
+  assert "> warning: hide: the batch votes" in tables.markdown([result(), *odd])
+
+
+def test_costs_are_three_lines():
+  assert tables.costs(result(tasks=2)) == [
+    "parameters 346k trained in the last task, 1.23M stored beside the backbone; added by each "
+    "task: 12.3k 12.3k",
+    "keeps      no image and no statistics of the data (rehearsal-free); forward passes 1/1",
+    "time       13:32 min: import 2.1 s, train 13:20 min, other 10.2 s",
+  ]
+  passes = {"train": 2, "test": 2, "between": 1}
+  line = tables.costs(result(passes=passes, rehearsal_bytes=2_500_000))[1]
+  assert line == "keeps      no image, but 2.5 MB of statistics of the data; forward passes 2/2 +1"
+
+
+def test_plain_text_is_never_cut():
+  runs = [result(), result(config={"prompt.num_tokens": 0}), result("l2p", ranks=None)]
+  assert text_of(runs, width=40) == text_of(runs, width=200)
+  assert "…" not in text_of(runs, width=40)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 100])
+def test_a_narrow_terminal_gets_several_tables_and_loses_nothing(width):
+  console = Console(file=io.StringIO(), width=width, force_terminal=True)
+  tables.show([result(seed=s) for s in (1, 2)] + [result(config={"prompt.num_tokens": 0})], console)
+  text = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
+  assert "…" not in text
+  for word in ("fm_lora prompt.num_tokens=10", "Acc", "wall time", "13:32 min"):
+    assert word in text
+  assert len(re.findall(r"^run ", text, re.MULTILINE)) >= 2
+
+
+def test_markdown_is_a_table_with_the_best_in_bold():
+  text = tables.markdown([result("fm_lora", lost=5), result("l2p", lost=20)], ["left out: x"])
+  lines = text.splitlines()
+  assert lines[0] == "### domainnet (cil), 5 tasks"
+  assert lines[2].split(" | ")[1:3] == ["seeds", "Acc"]
+  assert {line.count("|") for line in lines[2:6]} == {len(tables.HEADER) + 1}
+  assert lines[4].count("**") == 4
+  assert lines[-1] == "> left out: x"
+
+
+def test_a_folder_is_searched_and_what_is_left_out_is_said(tmp_path):
+  save(tmp_path / "a" / "one", result())
+  save(tmp_path / "b", result(seed=1994))
+  save(tmp_path / "broken", {"finished": False})
+  (tmp_path / "wip").mkdir()
+  (tmp_path / "wip" / "metrics.jsonl").touch()
+  results, notes = tables.load([tmp_path, tmp_path / "b" / "result.json", tmp_path / "b"])
+  assert sorted(run["seed"] for run in results) == [1993, 1994]  # each run once
+  assert [note.split(": ")[0] for note in notes] == ["left out"] * 2
+  assert "broken/result.json: not the result of a finished run" in notes[0]
+  assert "wip is not finished" in notes[1]
+
+
+def test_paths_without_a_result_are_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"no result.json in this folder or below"):
+    tables.load([tmp_path])
+  with pytest.raises(ValueError, match=r"nowhere: no such file or folder"):
+    tables.load([tmp_path / "nowhere"])
+  for name in "ab":
+    save(tmp_path / name, {})
+  with pytest.raises(ValueError, match=r"no readable result.json: left out: .*a/result.json"):
+    tables.load([tmp_path])
+
+
+def test_the_command_prints_a_table_markdown_and_a_picture(tmp_path):
+  save(tmp_path / "run", result())
+  table = run_report(tmp_path)
+  assert (table.returncode, table.stderr) == (0, "")
+  assert "fm_lora" in table.stdout
+  assert "\x1b" not in table.stdout
+  done = run_report(tmp_path / "run", "--markdown", f"--plot={tmp_path / 'x.png'}")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.startswith("### domainnet (cil), 5 tasks\n\n| run | seeds | Acc |")
+  assert imread(tmp_path / "x.png").size
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+  save(tmp_path / "run", result())
+  for argv in (
+    [tmp_path / "nowhere"],
+    [],
+    [tmp_path, "--plot=x.pdf"],
+    [tmp_path, "--plot=/no/x.png"],
+  ):
+    done = run_report(*argv)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_pictures_need_no_pyplot():
+  code = "import sys, fmlora_jax.report; assert 'matplotlib.pyplot' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("tasks", [1, 5, 30])
+def test_a_run_with_everything_gets_all_pictures(tmp_path, tasks):
+  cosines = np.cos(np.subtract.outer(np.arange(tasks), np.arange(tasks)))
+  everything = result(
+    tasks=tasks, ranks=[8] * tasks, complexity=[None, *[0.5] * (tasks - 1)], interference=cosines
+  )
+  log.write_result(tmp_path, everything)
+  paths = plots.write_plots(log.read_result(tmp_path), tmp_path)
+  names = ["accuracy_matrix", "accuracy_over_tasks", "ranks", "interference"]
+  assert paths == [tmp_path / "plots" / f"{name}.png" for name in names]
+  for path in paths:
+    assert imread(path)[..., :3].std() > 0.01  # not a blank page
+
+
+def test_a_run_without_ranks_gets_the_pictures_that_it_can(tmp_path):
+  paths = plots.write_plots(result("l2p", ranks=None), tmp_path)
+  assert [path.stem for path in paths] == ["accuracy_matrix", "accuracy_over_tasks"]
+
+
+def test_the_drawn_curve_is_the_pooled_accuracy():
+  runs = [result(seed=1993), result(seed=1994)]
+  curves = plots.accuracy_over_tasks(json.loads(json.dumps(runs)))
+  assert curves.shape == (2, 5)
+  np.testing.assert_allclose(curves[:, -1], [run["acc"] for run in runs])
+  np.testing.assert_allclose(curves.mean(axis=1), [run["aaa"] for run in runs])
+
+
+@pytest.mark.parametrize("name", [r"\$5 or $\broken{$", "a\0\n\ud800"])
+def test_any_name_can_stand_in_a_picture(name):
+  names = [name] * 5
+  costly = result(task_names=names, benchmark=names[0], complexity=[None, 0.1, 0.2, 0.3, 0.4])
+  for draw in (plots.plot_accuracy_matrix, plots.plot_ranks):
+    draw(costly, picture := io.BytesIO())
+    assert imread(io.BytesIO(picture.getvalue())).size
+  groups = {names[0]: [costly], "other": [costly]}
+  plots.plot_accuracy_over_tasks({names[0]: groups}, picture := io.BytesIO())
+  assert imread(io.BytesIO(picture.getvalue())).size

@@ -1,0 +1,97 @@
+"""The configs of the paper's benchmarks, end to end on small data that TFDS's builders wrote."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+
+import pytest
+
+from fmlora_jax import config, tasks
+from fmlora_jax.experiment.run import run
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+  "epochs": 1,
+  "batch_size": 16,
+  "eval_batch_size": 16,
+  "compute_dtype": "float32",
+  "weights": {"tag": "random", "architecture": "micro", "depth": 1},
+  "input": {"image_size": 16, "source_size": 20},
+  "bases": {"max_rank": 4},
+  "drs": {"strategy": "fixed", "rank": 2},
+  "prompt": {"num_tokens": 2},
+}
+
+
+def settings(name: str, variant: str | None, data_dir) -> config.Config:
+  """Returns what configs/<name>.py says, on the data in `data_dir` and with a tiny ViT."""
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  values = module.get_config(variant)
+  values.update(TINY)
+  values.tasks.data_dir = str(data_dir)
+  return config.build(config.Config, values.to_dict())
+
+
+@pytest.mark.parametrize(
+  ("name", "variant", "num_tasks", "split_id"),
+  [
+    ("imagenet_r", "tasks=5,split=slice80", 5, "imagenet_r/slice80"),
+    ("imagenet_r", "method=linear_probe", 10, "imagenet_r/slice"),
+    ("imagenet_r", "method=inflora,tasks=5,recipe=official", 5, "imagenet_r/slice80"),
+    ("cifar100", "method=linear_probe", 10, "cifar100/official"),
+    ("cifar100", "method=sd_lora,recipe=official", 10, "cifar100/full"),
+    ("cub200", "method=linear_probe", 10, "cub200/paper"),
+    ("domainnet", "method=linear_probe", 5, "domainnet/official"),
+    ("domainnet_dil", "method=linear_probe", 6, "domainnet/official"),
+  ],
+)
+def test_a_config_runs_end_to_end(prepared, tmp_path, name, variant, num_tasks, split_id):
+  result = run(settings(name, variant, prepared), tmp_path)
+  assert result["finished"]
+  assert result["split_id"] == split_id
+  assert len(result["accuracy"]) == num_tasks
+  assert result["normalisation"] == "zero_one"
+  assert result["n_test"] == [n for n in result["n_test"] if n > 0]
+  if name == "domainnet_dil":
+    assert result["scenario"] == "dil"
+    assert result["task_names"][:2] == ["clipart", "infograph"]
+
+
+def test_without_validation_images_no_rank_is_selected(prepared, tmp_path):
+  chosen = settings("imagenet_r", "split=slice80", prepared)
+  chosen = dataclasses.replace(chosen, drs=config.DrsConfig(candidate_ranks=(2, 4)))
+  with pytest.raises(config.ConfigError, match=r"no validation images: .*drs.strategy=fixed"):
+    run(chosen, tmp_path)
+
+
+REAL = os.environ.get("FMLORA_DATA_DIR")  # prepared from the published archives
+SIZES = {  # imagenet_r/slice, class order of seed 1993
+  5: {
+    "train": [4727, 4072, 4222, 4302, 3677],
+    "val": [642, 585, 603, 642, 528],
+    "test": [1318, 1156, 1162, 1294, 1070],
+  },
+  10: {
+    "train": [2477, 2250, 2065, 2007, 1884, 2338, 1861, 2441, 1707, 1970],
+    "val": [354, 288, 289, 296, 257, 346, 280, 362, 241, 287],
+    "test": [662, 656, 595, 561, 521, 641, 552, 742, 478, 592],
+  },
+  20: {
+    "test": [
+      *(306, 356, 339, 317, 272, 323, 285, 276, 331, 190),
+      *(310, 331, 254, 298, 371, 371, 237, 241, 322, 270),
+    ]
+  },
+}
+
+
+@pytest.mark.skipif(REAL is None, reason="FMLORA_DATA_DIR names no folder with the published data")
+@pytest.mark.parametrize("num_tasks", SIZES)
+def test_the_published_imagenet_r_is_cut_as_it_always_was(num_tasks):
+  chosen = config.TasksConfig(benchmark="imagenet_r", num_tasks=num_tasks, data_dir=REAL)
+  made = tasks.make(chosen, seed=1993, source_size=1)
+  for part, sizes in SIZES[num_tasks].items():
+    assert [len(getattr(task, part)) for task in made.tasks] == sizes

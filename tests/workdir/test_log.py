@@ -1,0 +1,272 @@
+"""What a run writes and shows: on a terminal, in a log file, after a crash."""
+
+import errno
+import io
+import json
+import os
+import re
+import struct
+import types
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+from fmlora_jax.train import metrics
+from fmlora_jax.workdir import log as writer
+
+PLAN = writer.TaskPlan(
+  index=1,
+  num_tasks=5,
+  name="bird[0-9] :cat:",
+  num_classes=2,
+  num_train=1000,
+  epochs=3,
+  steps_per_epoch=10,
+  batch_size=100,
+)
+
+
+def plain_console(width=80):
+  return Console(file=io.StringIO(), width=width, force_terminal=False)
+
+
+def terminal(width=100):
+  return Console(file=io.StringIO(), width=width, force_terminal=True)
+
+
+def shown(log):
+  return log.console.file.getvalue()
+
+
+def lines_of(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events_of(workdir):
+  """Returns the events of all files, oldest file first."""
+  events = []
+  for path in sorted((workdir / "events").iterdir()):
+    data = path.read_bytes()
+    while data:  # a TFRecord: length, its checksum, the event, its checksum
+      (length,) = struct.unpack("<Q", data[:8])
+      events.append(Event.FromString(data[12 : 12 + length]))
+      data = data[16 + length :]
+  return events
+
+
+def matrix(tasks):
+  n_test = np.arange(50, 50 + tasks)
+  return metrics.accuracy_matrix(np.tile(n_test - 7, (tasks, 1)), n_test), n_test
+
+
+def test_scalars_become_json_lines_and_events(tmp_path):
+  with writer.open_run(tmp_path / "new" / "run", console=plain_console()) as log:
+    log.scalars(0, 7, {"train/loss": np.float32(0.5), "lr": 1})
+    log.scalars(1, 8, {"train/loss": float("nan")})
+  assert lines_of(tmp_path / "new" / "run") == [
+    {"task": 0, "step": 7, "name": "train/loss", "value": 0.5},
+    {"task": 0, "step": 7, "name": "lr", "value": 1.0},
+    {"task": 1, "step": 8, "name": "train/loss", "value": None},
+  ]
+  values = [
+    (e.step, v.simple_value) for e in events_of(tmp_path / "new" / "run") for v in e.summary.value
+  ]
+  assert values[:2] == [(7, 0.5), (7, 1.0)]
+
+
+def test_events_that_the_disk_refuses_stop_and_the_run_goes_on(tmp_path, monkeypatch):
+  refused = []
+
+  def refuse(self, event):
+    refused.append(event)
+    raise OSError(errno.ENOSPC, "no space")
+
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 0)
+    log.scalars(0, 0, {"loss": 0.0})
+    monkeypatch.setattr(EventsWriter, "write_event", refuse)
+    for step in range(1, 40):
+      log.scalars(0, step, {"loss": step})
+  assert len(refused) == 1 and len(lines_of(tmp_path)) == 40
+  assert [v.simple_value for e in events_of(tmp_path) for v in e.summary.value] == [0.0]
+
+
+def test_a_resumed_run_logs_nothing_twice(tmp_path):
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 0)
+    for task, step in [(0, 0), (0, 1), (0, 2), (1, 2), (1, 3)]:
+      log.scalars(task, step, {"loss": step})
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"task": 0, "st')  # killed while writing
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(1, 2)
+    log.scalars(1, 2, {"loss": -1})
+  assert [(x["task"], x["step"], x["value"]) for x in lines_of(tmp_path)] == [
+    (0, 0, 0),
+    (0, 1, 1),
+    (0, 2, 2),
+    (1, 2, -1),
+  ]
+  starts = [e.step for e in events_of(tmp_path) if e.HasField("session_log")]
+  assert starts == [0, 2]  # TensorBoard hides older events from these steps on
+
+
+def test_what_was_said_of_a_tasks_end_is_said_once_if_it_comes_again(tmp_path):
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    for name in ("train/loss", "test/task_1", "method/rank"):
+      log.scalars(0, 1, {name: 1})
+    log.truncate(0, 2)  # resumed after the last step of task 0, before its end
+    assert [line["name"] for line in lines_of(tmp_path)] == ["train/loss"]
+    log.scalars(0, 1, {"test/task_1": 1})
+    log.truncate(1, 2)  # resumed after task 0
+    assert [line["name"] for line in lines_of(tmp_path)] == ["train/loss", "test/task_1"]
+
+
+def test_a_fresh_run_drops_the_log_of_another(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"task": 0, "step": 0, "name": "a", "value": 1}\n')
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 0)
+  assert lines_of(tmp_path) == []
+
+
+def test_a_log_file_gets_few_plain_lines(tmp_path, monkeypatch):
+  clock = types.SimpleNamespace(now=0.0)
+  clock.monotonic = lambda: clock.now
+  monkeypatch.setattr(writer, "time", clock)
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.task_started(PLAN)
+    log.phase("decoding 1,000 images")
+    for done in range(1, 31):
+      clock.now += 6.0
+      log.progress(done, loss=2.0 / done, images_per_second=50.0)
+    log.task_ended(*matrix(2), facts={"rank": 8, "complexity": np.float32(0.51234)})
+  text = shown(log)
+  assert "\x1b" not in text
+  assert "task 2/5 bird[0-9] :cat:: 2 classes, 1,000 training images, 3 epochs of 10 steps" in text
+  assert "  decoding 1,000 images\n" in text
+  assert len(re.findall("images/s", text)) == 15  # every second step: 10 s apart at least
+  assert "  step 2/30  epoch 1/3  loss 1.0000  50 images/s  56.0 s left\n" in text
+  assert "  step 30/30  epoch 3/3  loss 0.0667  50 images/s\n" in text
+  assert "done in 3:00 min" in text
+  assert "  rank 8, complexity 0.5123\n" in text
+  assert re.search(r"accuracy 86\.\d\d, mean so far 86\.\d\d, forgetting 0\.00", text)
+
+
+def test_a_slow_task_still_shows_a_line_a_minute(tmp_path, monkeypatch):
+  clock = types.SimpleNamespace(now=0.0)
+  clock.monotonic = lambda: clock.now
+  monkeypatch.setattr(writer, "time", clock)
+  long = writer.TaskPlan(**{**vars(PLAN), "steps_per_epoch": 100_000})
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.task_started(long)
+    for done in range(1, 61):
+      clock.now += 5.0
+      log.progress(done, loss=1.0, images_per_second=1.0)
+  assert len(re.findall("images/s", shown(log))) == 5
+
+
+def test_a_terminal_gets_a_bar_that_is_gone_after_an_error(tmp_path):
+  with (
+    pytest.raises(KeyboardInterrupt),
+    writer.open_run(tmp_path, console=terminal()) as log,
+  ):
+    log.task_started(PLAN)
+    log.phase("decoding")
+    log.progress(15, loss=0.25, images_per_second=1234.0)
+    log._bar.refresh()
+    raise KeyboardInterrupt
+  text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(log))
+  assert "task 2/5 bird[0-9] :cat:" in text
+  assert "epoch 2/3  loss 0.2500  1,234 images/s  1.2 s left" in text
+  assert log._bar is None
+  assert shown(log).count("\x1b[?25h") == 1  # the cursor is back
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 10, 20, 100])
+@pytest.mark.parametrize("width", [80, 40])
+def test_the_matrix_fits_the_console_and_cuts_no_number(tasks, width):
+  console = plain_console(width)
+  console.print(writer.matrix_table(*matrix(tasks), console))
+  text = console.file.getvalue()
+  assert all(len(line) <= width for line in text.splitlines())
+  assert not re.search(r"\d…|a…", text)
+  assert text.splitlines()[-1].split()[0] == str(tasks)
+  assert len(text.splitlines()) < 30
+
+
+def test_the_matrix_shows_the_right_cell_when_columns_are_left_out():
+  console = plain_console(80)
+  accuracy = np.tril((np.arange(30)[:, None] + np.arange(30)) / 100)
+  accuracy[np.triu_indices(30, 1)] = np.nan
+  console.print(writer.matrix_table(accuracy, np.full(30, 10), console))
+  last = console.file.getvalue().splitlines()[-1].split()
+  assert last == ["30", *map(str, range(29, 36)), "…", *map(str, range(52, 59)), "43.50"]
+
+
+def test_a_result_is_read_back_as_plain_values(tmp_path):
+  result = dict.fromkeys(writer.FIELDS) | {"finished": True}
+  result |= {"acc": np.float32(0.5), "seed": np.int64(3), "accuracy": np.array([[1.0, np.nan]])}
+  result |= {"config": {"path": tmp_path, "ranks": (4, 8)}, "aaa": float("inf"), "own": True}
+  path = writer.write_result(tmp_path, result)
+  assert path == tmp_path / "result.json"
+  assert "NaN" not in path.read_text()
+  back = writer.read_result(tmp_path)
+  assert back == writer.read_result(path)
+  assert (back["acc"], back["seed"], back["aaa"], back["own"]) == (0.5, 3, None, True)
+  assert back["accuracy"] == [[1.0, None]]
+  assert back["config"] == {"path": str(tmp_path), "ranks": [4, 8]}
+
+
+def test_a_value_that_json_cannot_hold_is_refused_with_its_path(tmp_path):
+  with pytest.raises(TypeError, match=r"config\.a\[1\] is of type object"):
+    writer.write_result(tmp_path, {"config": {"a": [1, object()]}})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_while_writing_leaves_the_old_result(tmp_path, monkeypatch):
+  writer.write_result(tmp_path, {"seed": 1})
+
+  def crash(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(os, "replace", crash)
+  with pytest.raises(OSError, match="disk full"):
+    writer.write_result(tmp_path, {"seed": 2})
+  assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 1}
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (None, "no result.json; a run writes it at its very end"),
+    ('{"acc": 1', "can't be read as a result"),
+    ("\udcff", "can't be read as a result"),
+    ("[1]", "not the result of a finished run"),
+    ('{"acc": 1}', "not the result of a finished run"),
+    ('{"finished": true}', "lacks method, benchmark"),
+    ('{"finished": true}', "delete the file, and the command of the run makes it again"),
+  ],
+)
+def test_a_missing_or_damaged_result_gives_one_clear_line(tmp_path, text, message):
+  if text is not None:
+    (tmp_path / "result.json").write_text(text, errors="surrogateescape")
+  with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    writer.read_result(tmp_path)
+  assert str(tmp_path) in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r"nowhere: no such file or folder"):
+    writer.read_result(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"),
+  [(8.14, "8.1 s"), (59.99, "1:00 min"), (125.0, "2:05 min"), (3725.4, "1:02:05 h")],
+)
+def test_durations_are_easy_to_read(seconds, text):
+  assert writer.duration(seconds) == text
