@@ -36,7 +36,7 @@ HEADS = {
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, head=plain|aligned."""
   chosen = config_files.parse_variant(variant, "method", "tasks", "head")
-  method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
+  method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   return config_files.defaults(
     batch_size=32,
     compute_dtype="float32",

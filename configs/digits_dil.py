@@ -35,7 +35,7 @@ HEADS = {  # hide_prompt has an alignment of its own
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, head=plain|aligned."""
   chosen = config_files.parse_variant(variant, "method", "head")
-  method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
+  method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   rate, factor = LEARNING_RATES.get(method, 1e-3), 1.0
   if method == "fm_lora" and "alignment" in head:
     # where the head follows the features, the first domain may move them more, the others less

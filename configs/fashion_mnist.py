@@ -35,7 +35,7 @@ HEADS = {
 def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, head=plain|aligned."""
   chosen = config_files.parse_variant(variant, "method", "head")
-  method, head = chosen.get("method", "fm_lora"), config_files.head_of(chosen, HEADS)
+  method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   return config_files.defaults(
     epochs=1,
     batch_size=64,

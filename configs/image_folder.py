@@ -26,5 +26,5 @@ def get_config(variant: str | None = None):
       "num_tasks": int(chosen.get("tasks", 5)),
     },
     input={"source_size": 256},
-    head=config_files.head_of(chosen, HEADS, default),
+    head=config_files.head_settings(chosen, HEADS, default),
   )

@@ -210,16 +210,16 @@ def main(argv: list[str]) -> None:
   if values.dry_run:
     return
   from fmlora_jax.experiment.run import run
-  from fmlora_jax.experiment.setup import Workshop
+  from fmlora_jax.experiment.setup import SetupCache
   from fmlora_jax.report import plots, tables
 
-  workshop = Workshop(keeps_images=True)
+  workshop = SetupCache(keeps_images=True)
 
   def run_one(one):  # of a finished run no more is said than that it is
     return run(one.config, one.workdir, Console(quiet=one.state == "finished"), workshop)
 
   program.keep_programs()
-  with lock.held(folder):
+  with lock.hold_lock(folder):
     results, problems = run_all(planned, run_one, note)
     if results:
       tables.show(results, console, problems)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   program.keep_programs()
   config = config_lib.build(config_lib.Config, program.CONFIG.value.to_dict())
   # before anything is loaded: on other meshes, say, exchanges would never end
-  hosts.agree({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
+  hosts.assert_same_on_all({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
   if flags.FLAGS.dry_run:
     found = estimate.estimate(config)
     if hosts.is_first():

@@ -47,7 +47,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be done, and do n
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class File:
+class DownloadFile:
   """One file that a builder asks for; `local` where it need not be downloaded."""
 
   url: str
@@ -88,12 +88,12 @@ def builder_names(benchmark: str, domains: Sequence[str] = ()) -> list[str]:
   return [name for name in module.BUILDERS if not domains or name.split("/")[1] in domains]
 
 
-def wanted(builder: tfds.core.DatasetBuilder, archives: pathlib.Path | None) -> list[File]:
+def wanted(builder: tfds.core.DatasetBuilder, archives: pathlib.Path | None) -> list[DownloadFile]:
   """Returns what a builder will ask for, as far as published checksums name it."""
   files = {}
   for url, info in url_infos(builder).items():
     local = archives / info.filename if archives else None
-    file = File(url=url, info=info, local=local if local and local.is_file() else None)
+    file = DownloadFile(url=url, info=info, local=local if local and local.is_file() else None)
     files.setdefault(info.filename, file)  # some are listed again under a second address
   return list(files.values())
 
@@ -114,7 +114,7 @@ def missing_packages(builders: Sequence[str]) -> list[str]:
   return [NEEDED[name] for name in modules if importlib.util.find_spec(name) is None]
 
 
-def describe(name: str, files: Sequence[File]) -> None:
+def describe(name: str, files: Sequence[DownloadFile]) -> None:
   """Says where each file comes from."""
   _log.info("%s: to be built from", name)
   for file in files:
@@ -184,7 +184,7 @@ def prepare(
   _log.info("ready: %s, %d classes, %s", made.split_id, made.num_classes, counts)
 
 
-def _check_room(root: pathlib.Path, files: Sequence[File]) -> None:
+def _check_room(root: pathlib.Path, files: Sequence[DownloadFile]) -> None:
   needed = ROOM * sum(file.info.size for file in files)
   there = root
   while not there.exists():

@@ -101,7 +101,7 @@ class Adapters:
   prefix: tuple[Prefix | None, ...] = ()
   bottlenecks: Mapping[str, Bottleneck] = flax.struct.field(default_factory=dict)
 
-  def of_layer(self, layer: int) -> "LayerAdapters":
+  def at_layer(self, layer: int) -> "LayerAdapters":
     """Returns what changes block `layer`: a row of each stacked array."""
     stacked = jax.tree.map(lambda leaf: leaf[layer], (self.deltas, self.bottlenecks))
     prefix = self.prefix[layer] if layer < len(self.prefix) else None
@@ -284,9 +284,9 @@ class TaskView:
       there on; K steps at a time, -1 where there are fewer.
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
-    fetch: arrays on the devices -> NumPy arrays, the same on all hosts; for what has a batch axis,
+    gather: arrays on the devices -> NumPy arrays, the same on all hosts; for what has a batch axis,
       which is split over the devices. What has none is on each and needs no fetching.
-    share: arrays made on the host -> the first host's, on all devices: another CPU may round
+    replicate: arrays made on the host -> the first host's, on all devices: another CPU may round
       otherwise, and what is computed from them must not drift apart.
     key: PRNG key of (run seed, task, name of the stream).
     seed: the run's, for what takes no key. Not the config's: runs of other seeds share a method.
@@ -301,8 +301,8 @@ class TaskView:
   train_chunks: Callable[[int], Iterator[tuple[Examples, Any]]]
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
-  fetch: Callable[[Any], Any]
-  share: Callable[[Any], Any]
+  gather: Callable[[Any], Any]
+  replicate: Callable[[Any], Any]
   key: Callable[[str], PRNGKeyArray]
   seed: int
 

@@ -32,10 +32,10 @@ from fmlora_jax.cli import config_files
 from fmlora_jax.input import augment, resident
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
-from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
+from fmlora_jax.tasks.sequence import DataSource, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
-from fmlora_jax.train.rng import stream_key
+from fmlora_jax.train.rng import named_key
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.types import Adapters, Batch, Sizes, TaskView, Variables
 from fmlora_jax.workdir import checkpoint
@@ -125,7 +125,7 @@ def made_up_sequence(
     tasks.append(Task(index=index, name=f"task {index}", lo=lo, hi=hi, **parts))
   images = np.stack(images)
   labels = np.asarray(labels, np.int32)
-  source = Source(
+  source = DataSource(
     name="made_up",
     labels=labels,
     class_names=tuple(f"class {c}" for c in range(num_classes)),
@@ -172,7 +172,7 @@ class Lab:
     sizes = dataclasses.replace(SIZES, depth=self.config.weights.depth or SIZES.depth)
     self.backbone = _backbone(sizes, self.config.compute_dtype)
     self.weights = random_weights(sizes)
-    self.method = methods.make(self.config, self.backbone, self.spec)
+    self.method = methods.make_method(self.config, self.backbone, self.spec)
     self.trainer = Trainer(
       self.config,
       self.method,
@@ -180,11 +180,11 @@ class Lab:
       self.weights,
       normalisation="half",
       image_size=SIZES.image_size,
-      mesh=mesh.make(),
+      mesh=mesh.make_mesh(),
       streams=self.config.input.mode == "stream",
     )
     self.stages: list[Stage] = []
-    self.variables = self.method.init(stream_key(self.trainer.root, "init", task=0), self.weights)
+    self.variables = self.method.init(named_key(self.trainer.root, "init", task=0), self.weights)
 
   def learn(self, num: int | None = None) -> list[Stage]:
     """Learns until `num` tasks are learned, None means all; returns them all."""
@@ -214,7 +214,7 @@ class Lab:
   def batch(self, count: int = 8, part: str = "train", task: int = 0) -> Batch:
     """Returns the first images of a split of a task as the ViT sees them at test time."""
     records = getattr(self.sequence.tasks[task], part)[:count]
-    examples = resident.load(self.sequence, records, count)
+    examples = resident.load_examples(self.sequence, records, count)
     return _center(self.trainer.put(examples), np.arange(count), **self.trainer.center.keywords)
 
   def images(self, count: int = 8, part: str = "train", task: int = 0) -> jax.Array:
@@ -240,13 +240,13 @@ class Lab:
 
 
 _center = jax.jit(
-  augment.test_batch, static_argnames=("size", "augmentation", "normalisation", "dtype", "take")
+  augment.test_batch, static_argnames=("size", "augmentation", "normalisation", "dtype", "gather")
 )
 
 
 @functools.lru_cache(maxsize=8)
 def _backbone(sizes: Sizes, dtype: str):
-  return vit.make(sizes, jnp.dtype(dtype))
+  return vit.make_vit(sizes, jnp.dtype(dtype))
 
 
 @functools.lru_cache(maxsize=64)
@@ -262,7 +262,7 @@ def _predict(method):
 @contextlib.contextmanager
 def tiny_vit_loaded() -> Iterator[None]:
   """Runs within load the ViT of the labs, whatever their config names."""
-  info = registry.Info(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
+  info = registry.WeightsInfo(tag="tiny", file=None, sha256="ab" * 32, normalisation="half")
   loaded = random_weights(), SIZES, info
   with mock.patch.object(registry, "load", lambda weights, image_size=None: loaded):
     yield
@@ -277,7 +277,7 @@ def tiny_vit():
 
 @functools.lru_cache(maxsize=2)
 def random_weights(sizes: Sizes = SIZES):
-  return jax.jit(vit.make(sizes).init)(jax.random.key(0))
+  return jax.jit(vit.make_vit(sizes).init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

@@ -86,12 +86,12 @@ def test_a_local_archive_is_checked_against_its_published_hash(tmp_path):
   path = tmp_path / "real.zip"
   path.write_bytes(b"some bytes")
   right = prepare.UrlInfo(10, hashlib.sha256(b"some bytes").hexdigest(), "real.zip")
-  assert prepare.File(url="u", info=right, local=path).found(unverified=False) == right
-  wrong = prepare.File(url="u", info=prepare.UrlInfo(10, "0" * 64, "real.zip"), local=path)
+  assert prepare.DownloadFile(url="u", info=right, local=path).found(unverified=False) == right
+  wrong = prepare.DownloadFile(url="u", info=prepare.UrlInfo(10, "0" * 64, "real.zip"), local=path)
   with pytest.raises(ConfigError, match="real.zip has 10 bytes and sha256 .*--unverified"):
     wrong.found(unverified=False)
   assert wrong.found(unverified=True) == right
-  assert prepare.File(url="u", info=right, local=None).found(unverified=False) is right
+  assert prepare.DownloadFile(url="u", info=right, local=None).found(unverified=False) is right
 
 
 def test_a_folder_without_room_is_refused(tmp_path, monkeypatch):

@@ -25,14 +25,16 @@ from absl import flags
 from rich.console import Console
 
 from fmlora_jax.bench import peer, programs, speed
-from fmlora_jax.bench.lab import Setting
+from fmlora_jax.bench.lab import BenchSettings
 from fmlora_jax.cli import overrides, program
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 140)
-  setting = Setting(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Setting)})
+  setting = BenchSettings(
+    **{f.name: getattr(values, f.name) for f in dataclasses.fields(BenchSettings)}
+  )
   if values.methods:
     result = programs.count_methods(setting, overrides.parse_methods(values.methods), console.print)
     shown = programs.methods_table(result)
@@ -49,12 +51,16 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   program.drop_flags(*program.OF_RUNS)
   flags.adopt_module_key_flags(program)
-  flags.DEFINE_string("architecture", Setting.architecture, "A name in models/vit.py.")
-  flags.DEFINE_integer("batch", Setting.batch, "Images in a step.", lower_bound=1)
-  flags.DEFINE_enum("dtype", Setting.dtype, ("float32", "bfloat16"), "What is computed in.")
-  flags.DEFINE_integer("rank", Setting.rank, "Rank of the tasks from the second on.", lower_bound=1)
-  flags.DEFINE_integer("prompts", Setting.prompts, "Prompt tokens.", lower_bound=0)
-  flags.DEFINE_integer("tasks", Setting.tasks, "Task 2 and this one are measured.", lower_bound=2)
+  flags.DEFINE_string("architecture", BenchSettings.architecture, "A name in models/vit.py.")
+  flags.DEFINE_integer("batch", BenchSettings.batch, "Images in a step.", lower_bound=1)
+  flags.DEFINE_enum("dtype", BenchSettings.dtype, ("float32", "bfloat16"), "What is computed in.")
+  flags.DEFINE_integer(
+    "rank", BenchSettings.rank, "Rank of the tasks from the second on.", lower_bound=1
+  )
+  flags.DEFINE_integer("prompts", BenchSettings.prompts, "Prompt tokens.", lower_bound=0)
+  flags.DEFINE_integer(
+    "tasks", BenchSettings.tasks, "Task 2 and this one are measured.", lower_bound=2
+  )
   flags.DEFINE_integer("repeats", 5, "Timed rounds; medians are shown.", lower_bound=1)
   flags.DEFINE_string("methods", None, "Count the FLOPs of these, as in fmlora_jax.compare.")
   flags.DEFINE_bool("peers", False, "Time PyTorch beside it; needs torch, transformers and peft.")

@@ -1,6 +1,6 @@
 """The least that FM-LoRA's training step can cost: FLOPs, seconds, bytes."""
 
-from fmlora_jax.bench.lab import Setting
+from fmlora_jax.bench.lab import BenchSettings
 
 PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as the makers state; first match
   ("H100 PCIe", 756e12),
@@ -15,7 +15,7 @@ PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as the makers s
 )
 
 
-def flops(setting: Setting) -> dict[str, float]:
+def flops(setting: BenchSettings) -> dict[str, float]:
   """Returns the FLOPs per image of the matrix products that cannot be left out.
 
   "forward": the plain ViT, of whose last block only the class token is wanted. "step": forward with
@@ -54,12 +54,12 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
   return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
-def seconds(setting: Setting, product_rate: float) -> dict[str, float]:
+def seconds(setting: BenchSettings, product_rate: float) -> dict[str, float]:
   """Returns the seconds that the products of `flops` take for a batch at `product_rate` FLOP/s."""
   return {name: count * setting.batch / product_rate for name, count in flops(setting).items()}
 
 
-def kept_bytes(setting: Setting) -> int:
+def kept_bytes(setting: BenchSettings) -> int:
   """Returns the bytes that the backward pass must find if no block is computed again.
 
   For each token of each block but the last: the two normalised inputs (2 widths), query, key and

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.bench import kernels, speed
-from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.cli import program
 from fmlora_jax.experiment import run
 from fmlora_jax.tasks.benchmarks import random_images
@@ -54,9 +54,9 @@ class Plan:
   def main_batch(self) -> int:
     return MAIN_BATCH if MAIN_BATCH in self.batches else self.batches[-1]
 
-  def setting(self, batch: int) -> Setting:
+  def setting(self, batch: int) -> BenchSettings:
     # two tasks: their second is measured, and no later one
-    return Setting(architecture=self.architecture, dtype=self.dtype, batch=batch, tasks=2)
+    return BenchSettings(architecture=self.architecture, dtype=self.dtype, batch=batch, tasks=2)
 
 
 class Report:
@@ -103,9 +103,9 @@ def show_speed(found: Mapping[str, Any]) -> list:
   return [speed.table(found)]
 
 
-def trace_step(setting: Setting) -> dict[str, Any]:
+def trace_step(setting: BenchSettings) -> dict[str, Any]:
   """Returns the kernels of ten steps."""
-  lab = Lab(setting)
+  lab = Workload(setting)
   step = lab.training_step(lab.weights(), 1)
   step(2)
   return kernels.trace(lambda: step(10))
@@ -202,7 +202,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("peers_python", sys.executable, "The Python that has torch.")
   flags.DEFINE_float("seconds", 520.0, "Time for all of it.", lower_bound=1.0)
   flags.DEFINE_list("batches", ["64", "128", "256", "512"], "Images in a step.")
-  flags.DEFINE_string("architecture", Setting.architecture, "A name in models/vit.py.")
+  flags.DEFINE_string("architecture", BenchSettings.architecture, "A name in models/vit.py.")
   flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16"), "What is computed in.")
   flags.DEFINE_integer("epochs", 30, "Of the whole run.", lower_bound=1)
   # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device

@@ -19,8 +19,8 @@ from fmlora_jax.methods.common import base
 from fmlora_jax.models import products, vit
 from fmlora_jax.train import mesh
 from fmlora_jax.train.labels import num_trained
-from fmlora_jax.train.rng import stream_key
-from fmlora_jax.train.step import Fixed, Stepper, TrainState
+from fmlora_jax.train.rng import named_key
+from fmlora_jax.train.step import StepContext, TrainState, TrainStep
 from fmlora_jax.types import (
   Batch,
   Examples,
@@ -37,7 +37,7 @@ FM_LORA = Choice("fm_lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
+class BenchSettings:
   """What is measured; the flags of the same names."""
 
   architecture: str = "vit_b16"
@@ -101,13 +101,13 @@ class Program:
     return time.monotonic() - began
 
 
-class Lab:
+class Workload:
   """A method on tasks of 10 new classes, at the start of any of them.
 
   Tasks are counted from 0 here.
   """
 
-  def __init__(self, setting: Setting, choice: Choice = FM_LORA):
+  def __init__(self, setting: BenchSettings, choice: Choice = FM_LORA):
     self.setting, self.config = setting, setting.config(choice)
     starts = range(0, setting.tasks * TASK_CLASSES, TASK_CLASSES)
     self.spec = SequenceSpec(
@@ -116,8 +116,8 @@ class Lab:
       num_classes=setting.tasks * TASK_CLASSES,
       class_ranges=tuple((lo, lo + TASK_CLASSES) for lo in starts),
     )
-    self.backbone = vit.make(setting.sizes, jnp.dtype(setting.dtype))
-    self.method = methods.make(self.config, self.backbone, self.spec)
+    self.backbone = vit.make_vit(setting.sizes, jnp.dtype(setting.dtype))
+    self.method = methods.make_method(self.config, self.backbone, self.spec)
     self._root = jax.random.key(0)
     pixels = {
       "size": setting.sizes.image_size,
@@ -171,21 +171,21 @@ class Lab:
       train_chunks=lambda first: iter([(examples, rows[None])]),
       augment=self._augment,
       center=self._center,
-      fetch=mesh.fetch,
-      share=lambda tree: tree,  # one process
-      key=lambda name: stream_key(self._root, name, task=task),
+      gather=mesh.gather_to_host,
+      replicate=lambda tree: tree,  # one process
+      key=lambda name: named_key(self._root, name, task=task),
       seed=0,
     )
 
   def _arrays(self, task: int) -> TaskArrays:
     return TaskArrays(*map(jnp.int32, (task, *self.spec.class_ranges[task])))
 
-  def stepper(self, task: int) -> Stepper:
-    return Stepper(self.method, self.config, self.method.rules(task))
+  def stepper(self, task: int) -> TrainStep:
+    return TrainStep(self.method, self.config, self.method.rules(task))
 
   def arguments(self, weights: Params, variables: Variables, task: int) -> tuple:
     """Returns (state, fixed, batch) of the first training step of a task."""
-    fixed = Fixed(
+    fixed = StepContext(
       frozen=self.method.freeze(weights, variables),
       mem=variables.mem,
       task=self._arrays(task),

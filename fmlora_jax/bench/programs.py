@@ -9,10 +9,10 @@ from rich.table import Table
 from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.bench import tables
-from fmlora_jax.bench.lab import Lab, Program, Setting
+from fmlora_jax.bench.lab import BenchSettings, Program, Workload
 from fmlora_jax.cli.overrides import Choice
 from fmlora_jax.config import Config
-from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.models import vit
 from fmlora_jax.types import Params
 
@@ -20,27 +20,27 @@ RANKS = (32, 4, 8, 16, 32, 4, 8, 16, 32, 4)  # of the ten tasks whose programs a
 
 
 def count_methods(
-  setting: Setting, choices: Sequence[Choice], note: Callable[[str], None] = lambda line: None
+  setting: BenchSettings, choices: Sequence[Choice], note: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
   """Returns what XLA says of each method's compiled training step at two tasks; none is run.
 
   "left_out" says why of those whose settings can't be, at this size for instance; `note` is told
   which method's turn it is: some train a while before their first step.
   """
-  plain = Lab(setting)
+  plain = Workload(setting)
   weights = plain.weights()
   base = plain.plain_forward(weights).facts
   counted, left_out = {}, {}
   for choice in choices:
     note(f"counting {choice}")
     try:
-      counted[str(choice)] = _count_method(Lab(setting, choice), weights, base)
+      counted[str(choice)] = _count_method(Workload(setting, choice), weights, base)
     except config_lib.ConfigError as error:
       left_out[str(choice)] = str(error)
   return tables.circumstances(setting) | {"forward": base, "methods": counted, "left_out": left_out}
 
 
-def _count_method(lab: Lab, weights: Params, base: Mapping[str, Any]) -> dict[str, dict]:
+def _count_method(lab: Workload, weights: Params, base: Mapping[str, Any]) -> dict[str, dict]:
   rows, programs = {}, {}
   for task in lab.setting.measured:
     shapes = lab.shapes(weights, task - 1)
@@ -57,7 +57,7 @@ def methods_table(result: Mapping[str, Any]) -> Table:
   """Returns what `count_methods` counted for people."""
   lines = [tables.where(result), "x: over the plain forward; as written: before XLA's passes"]
   lines += [f"left out: {label}: {reason}" for label, reason in result["left_out"].items()]
-  early, late = Setting(**result["setting"]).measured
+  early, late = BenchSettings(**result["setting"]).measured
   columns = "trained", "GFLOP/image", f"x at task {early}", f"x at task {late}", "as written"
   shown = tables.empty(result, "\n".join(lines), (*columns, "temp MiB"))
   shown.add_row("plain forward", "-", f"{result['forward']['flops_per_image'] / 1e9:.2f}")
@@ -94,13 +94,15 @@ def count_programs(ranks: Sequence[int] = RANKS) -> int:
       "drs": {"strategy": "fixed", "rank": max(ranks)},
     },
   )
-  parts = Workshop().parts(config)
-  trainer, backbone = parts.trainer, vit.make(parts.sizes)
+  parts = SetupCache().parts(config)
+  trainer, backbone = parts.trainer, vit.make_vit(parts.sizes)
   method = trainer.method
 
   def with_rank(rank):
     drs = dataclasses.replace(config.drs, rank=rank)
-    return methods.make(dataclasses.replace(config, drs=drs), backbone, trainer.sequence.spec)
+    return methods.make_method(
+      dataclasses.replace(config, drs=drs), backbone, trainer.sequence.spec
+    )
 
   variables = method.init(trainer.root, trainer.weights)
   for index, rank in enumerate(ranks):

@@ -11,7 +11,7 @@ import jax
 from rich.table import Table
 
 from fmlora_jax.bench import floor, tables
-from fmlora_jax.bench.lab import TASK_CLASSES, Lab, Setting
+from fmlora_jax.bench.lab import TASK_CLASSES, BenchSettings, Workload
 from fmlora_jax.bench.peer import VARIANTS, Peer
 from fmlora_jax.bench.programs import RANKS
 
@@ -41,7 +41,7 @@ def take_turns(
 
 
 def measure(
-  setting: Setting,
+  setting: BenchSettings,
   repeats: int,
   variants: Sequence[str] = (),
   peers_python: str | None = None,
@@ -54,7 +54,7 @@ def measure(
     variants: peers, of peer.VARIANTS; none starts no PyTorch.
     peers_python: the interpreter that has them.
   """
-  lab = Lab(setting)
+  lab = Workload(setting)
   weights = lab.weights()
   programs = {"forward": lab.plain_forward(weights)}
   programs |= {
@@ -79,12 +79,14 @@ def measure(
   return result
 
 
-def _request(setting: Setting, variants: Sequence[str]) -> dict[str, Any]:
+def _request(setting: BenchSettings, variants: Sequence[str]) -> dict[str, Any]:
   sizes = dataclasses.asdict(setting.sizes) | {"num_classes": TASK_CLASSES}
   return dataclasses.asdict(setting) | sizes | {"variants": list(variants)}
 
 
-def _floor(setting: Setting, product: Mapping[str, Any], seconds: list[float]) -> dict[str, Any]:
+def _floor(
+  setting: BenchSettings, product: Mapping[str, Any], seconds: list[float]
+) -> dict[str, Any]:
   """Returns the least that a step can cost here, at the rate of one large product."""
   least = floor.flops(setting)
   rate = product["flops_per_image_as_written"] * setting.batch / statistics.median(seconds)
@@ -114,7 +116,7 @@ def _beside_floor(
 
 
 def _beside_ours(
-  seconds: Mapping[str, list[float]], setting: Setting, variants: Sequence[str]
+  seconds: Mapping[str, list[float]], setting: BenchSettings, variants: Sequence[str]
 ) -> dict[str, Any]:
   """Returns each peer's speed and our time over its; beside the stack ours is the late task's."""
   early, late = (seconds[f"task_{task}"] for task in setting.measured)
@@ -134,7 +136,7 @@ def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> Table:
   """Returns the result for people."""
   shown = tables.empty(result, _caption(result), COLUMNS)
-  setting = Setting(**result["setting"])
+  setting = BenchSettings(**result["setting"])
   rows = {"plain forward": "forward"} | {
     f"step at task {t} of {setting.tasks}": f"task_{t}" for t in setting.measured
   }
@@ -169,12 +171,12 @@ def table(result: Mapping[str, Any]) -> Table:
   return shown
 
 
-def _timing(seconds: float, setting: Setting, over_floor: str) -> tuple[str, str, str]:
+def _timing(seconds: float, setting: BenchSettings, over_floor: str) -> tuple[str, str, str]:
   return f"{seconds * 1e3:.1f}", over_floor, f"{setting.batch / seconds:.1f}"
 
 
 def _caption(result: Mapping[str, Any]) -> str:
-  early, late = Setting(**result["setting"]).measured
+  early, late = BenchSettings(**result["setting"]).measured
   first, last = result[f"task_{early}"], result[f"task_{late}"]
   rate = result["floor"]["product_flops_per_second"]
   lines = [

@@ -10,10 +10,10 @@ import jax
 from rich import box
 from rich.table import Table
 
-from fmlora_jax.bench.lab import Setting
+from fmlora_jax.bench.lab import BenchSettings
 
 
-def circumstances(setting: Setting) -> dict[str, Any]:
+def circumstances(setting: BenchSettings) -> dict[str, Any]:
   """Returns what every result says of its making."""
   kind = jax.devices()[0].device_kind
   return {

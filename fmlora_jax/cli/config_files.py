@@ -99,7 +99,7 @@ def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
   return tree
 
 
-def head_of(
+def head_settings(
   chosen: dict[str, str], heads: dict[str, dict], default: str | None = None
 ) -> dict[str, Any]:
   """Returns the settings of the head that a variant names; for config files that have several.

@@ -44,16 +44,16 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
   """Runs `main`; what a user can mend is one last line and exit code 2, a stop one with its own."""
   try:
     main(argv)
-    hosts.finish()
+    hosts.barrier()
   except stop.Stopped as stopped:
-    hosts.finish()  # several processes stop together
+    hosts.barrier()  # several processes stop together
     sys.stderr.write(f"{stopped}; the same command resumes\n")
-    hosts.leave(stopped.code)
+    hosts.exit_process(stopped.code)
   except Exception as error:
     if not isinstance(error, (ConfigError, app.UsageError)):
-      hosts.await_bad_news()
+      hosts.wait_for_peer_failure()
     if DEBUG.value:
-      hosts.leave_with_trace()
+      hosts.exit_with_trace()
       raise
     line = reason(error, _batch_size())
     fail(line or bug(error), code=2 if line else 1)
@@ -130,7 +130,7 @@ def join_hosts() -> None:
     # a CPU that plays several devices waits for each in a thread, in up to 32 programs at a time:
     # with fewer threads, which XLA counts by this variable, programs block each other for ever
     os.environ.setdefault("NPROC", str(32 * int(fake[1])))
-  hosts.start()
+  hosts.join_processes()
   if not hosts.is_first():
     logging.getLogger("fmlora_jax").setLevel(logging.ERROR)
 
@@ -172,4 +172,4 @@ def reason(error: Exception, batch_size: int | None) -> str | None:
 def fail(message: str, code: int = 2):
   """Ends the program with one line on the standard error."""
   sys.stderr.write(f"error: {message}\n")
-  hosts.leave(code)
+  hosts.exit_process(code)

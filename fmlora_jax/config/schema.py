@@ -113,7 +113,7 @@ class InputConfig:
     image_size: side in pixels that the ViT sees; None takes the architecture's.
     source_size: shorter side in pixels that images are kept at; None takes image_size, which
       augmentations that crop should not (they would enlarge).
-    augmentation: a name in fmlora_jax/tasks/augment.py.
+    augmentation: a name in fmlora_jax/input/augment.py.
     normalisation: of pixels; None takes what the weights were trained with.
     steps_per_dispatch: training steps in one device program.
   """
@@ -137,7 +137,7 @@ class WeightsConfig:
   """Which pre-trained ViT.
 
   Attributes:
-    tag: a name in fmlora_jax/models/pretrained.py; "" for a file of your own at `path`.
+    tag: a name in fmlora_jax/models/weights/registry.py; "" for a file of your own at `path`.
     path: a file, local or gs://, in any format of the tag; None takes the tag's own, downloaded
       from the Hugging Face Hub if huggingface_hub is installed.
     depth: use the first blocks only; None takes all.
@@ -408,7 +408,7 @@ class Config:
   """One run. `epochs` are per task; `batch_size` is over all devices.
 
   Attributes:
-    seeds: in place of `seed`: one run with each, in one process; see fmlora_jax/seeds.py.
+    seeds: in place of `seed`: one run with each, in one process; see experiment/seeds.py.
   """
 
   seed: int = 1993

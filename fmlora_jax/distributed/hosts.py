@@ -19,7 +19,7 @@ import numpy as np
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.config.diff import differences
-from fmlora_jax.distributed.watchdog import HEARTBEAT_S, Watch
+from fmlora_jax.distributed.watchdog import HEARTBEAT_S, Watchdog
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 CLUSTER = "FMLORA_JAX_CLUSTER"  # "auto": jax finds out, on a TPU pod say
@@ -28,10 +28,10 @@ GRACE_S = 5.0  # an exchange may fail before the connection to the process that 
 ENDED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 
 _ending = threading.Lock()
-_watch: Watch | None = None
+_watch: Watchdog | None = None
 
 
-def start() -> None:
+def join_processes() -> None:
   """Joins the other processes where this one was launched as one of several.
 
   To be called before jax uses a device. Slurm, Open MPI and TPU pods on GKE are told by their
@@ -59,7 +59,7 @@ def start() -> None:
       initialization_timeout=limit + 60,
       heartbeat_timeout_seconds=3 * HEARTBEAT_S,  # the watch is first: jax dumps its C++ stack
     )
-    if several():
+    if is_multi_process():
       _connect()
   except (ValueError, RuntimeError, OSError, EOFError) as error:
     reason = " ".join(str(error).split())
@@ -110,7 +110,7 @@ def _not_met(found: Mapping[str, Any], limit: int) -> str:
   )
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
   """Returns whether this process has joined others."""
   jax = sys.modules.get("jax")  # what never imported it joined nobody
   return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
@@ -118,10 +118,10 @@ def several() -> bool:
 
 def is_first() -> bool:
   """Returns whether this process is the one that writes."""
-  return not several() or sys.modules["jax"].process_index() == 0
+  return not is_multi_process() or sys.modules["jax"].process_index() == 0
 
 
-def agree(
+def assert_same_on_all(
   values: Mapping[str, Any],
   besides: Sequence[str] = (),
   mend: str = "start all with one command on the same data",
@@ -148,7 +148,7 @@ def agree(
       raise ConfigError(f"processes differ ({shown}): {mend}")
 
 
-def decided_by_first(decide: Callable[[], Any]) -> Any:
+def run_on_first(decide: Callable[[], Any]) -> Any:
   """Returns what `decide` returns in the first process, a JSON-able value; raises what it raises.
 
   Raises:
@@ -159,10 +159,10 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
     try:
       answer = {"value": decide()}
     except ConfigError as error:
-      if not several():
+      if not is_multi_process():
         raise
       answer = {"error": str(error)}
-  if not several():
+  if not is_multi_process():
     return answer["value"]
   answer = json.loads(gather(json.dumps(answer))[0])
   if "error" in answer:
@@ -172,7 +172,7 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
 
 def gather(text: str) -> list[str]:
   """Returns the text that each process gave, in their order."""
-  if not several():
+  if not is_multi_process():
     return [text]
   from jax.experimental import multihost_utils
 
@@ -184,20 +184,20 @@ def gather(text: str) -> list[str]:
   return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
-def finish() -> None:
+def barrier() -> None:
   """Waits until all have done their work: from here on each may end."""
   if _watch:
     _watch.finish()
     gather("")
 
 
-def ask_to_stop(signum: int) -> None:
-  """Asks all processes to stop by a signal at a common call of `stops`; from any thread."""
+def request_stop(signum: int) -> None:
+  """Asks all processes to stop at a common call of `requested_stop`; safe from any thread."""
   if _watch:
     _watch.ask(signum)
 
 
-def stops(asked: int) -> int:
+def requested_stop(asked: int) -> int:
   """Returns the signal by which this program stops here; 0 if it goes on.
 
   Args:
@@ -211,22 +211,22 @@ def stops(asked: int) -> int:
   return _watch.stops()
 
 
-def await_bad_news() -> None:
+def wait_for_peer_failure() -> None:
   """Gives the watch time to say that an error here is another process's end."""
-  if several():
+  if is_multi_process():
     time.sleep(GRACE_S)
 
 
-def leave_with_trace() -> None:
+def exit_with_trace() -> None:
   """Ends one of several processes by an error that is being handled; alone it does nothing."""
-  if several():
+  if is_multi_process():
     sys.stderr.write(traceback.format_exc())
-    leave(1)
+    exit_process(1)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
   """Ends the program; of several processes at once, without waiting for the others."""
-  if several():
+  if is_multi_process():
     _ending.acquire()  # never released: what the watch has to say now would be a second message
     _exit(code)
   sys.exit(code)
@@ -250,7 +250,7 @@ def _connect() -> None:
       gather(f"{listener.address[1]} {key.hex()}")
       accepted = [listener.accept() for _ in range(count)]
     connections = {int(connection.recv_bytes()): connection for connection in accepted}
-  _watch = Watch(connections, lambda message: _end(message, ENDED))
+  _watch = Watchdog(connections, lambda message: _end(message, ENDED))
   _watch.start()
 
 

@@ -73,7 +73,7 @@ def awaited() -> Iterator[None]:
 
 def check() -> None:
   """Raises `Stopped` if the program is to stop; of several processes all must call it."""
-  if signum := hosts.stops(_asked):
+  if signum := hosts.requested_stop(_asked):
     raise Stopped(signum)
 
 
@@ -97,7 +97,7 @@ class _Handler:
     if self._calls > 1:
       _end_at_once(signum)
     _asked = signum
-    if not _awaited and not hosts.several():
+    if not _awaited and not hosts.is_multi_process():
       raise Stopped(signum)
 
 
@@ -112,7 +112,7 @@ def _listen(signals: socket.socket) -> None:
       heard += 1
       if heard > 1:
         _end_at_once(signum)
-      hosts.ask_to_stop(signum)
+      hosts.request_stop(signum)
       if _awaited:
         name = signal.Signals(signum).name
         _log.info("%s: stops at the next step and saves; a second one stops at once", name)

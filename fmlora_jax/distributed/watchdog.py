@@ -2,8 +2,8 @@
 
 Each has a connection to the first process. A process that ends or falls silent leaves the others
 waiting in an exchange for ever: they hear of it here, and end too. A process that is asked to stop
-must not do so alone: all agree here on the same call of `Watch.stops`, without any exchange where
-nobody asks.
+must not do so alone: all agree here on the same call of `Watchdog.stops`, without any exchange
+where nobody asks.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ BEAT_S = 2.0
 AGAIN = "start all again with the same command to resume"
 
 
-class Watch:
+class Watchdog:
   """The connections of this process, and the threads that listen to them.
 
   Args:

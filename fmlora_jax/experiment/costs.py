@@ -42,7 +42,7 @@ class Cost:
     return sum(self.bytes.values())
 
 
-def of_step(trainer: Trainer, variables: Variables, index: int, limit: int) -> Cost:
+def measure_train_step(trainer: Trainer, variables: Variables, index: int, limit: int) -> Cost:
   """Returns what a training step of task `index` takes.
 
   Args:
@@ -87,13 +87,15 @@ def of_step(trainer: Trainer, variables: Variables, index: int, limit: int) -> C
   return dataclasses.replace(cost, seconds=run(num))
 
 
-def of_test(trainer: Trainer, variables: Variables, limit: int) -> Cost:
-  """Returns what it takes to classify a batch of test images; arguments as of `of_step`."""
+def measure_test_step(trainer: Trainer, variables: Variables, limit: int) -> Cost:
+  """Measures the classification of a batch of test images; arguments as `measure_train_step`."""
   size, spec, method = trainer.config.eval_batch_size, trainer.sequence.spec, trainer.method
   model = jax.jit(method.fold)(trainer.weights, variables)
   own = trainer.share.rows(size)
   records = trainer.sequence.tasks[0].train[:size][own]  # any: no image is looked at
-  examples = trainer.assemble(resident.load(trainer.sequence, records, own.stop - own.start))
+  examples = trainer.assemble(
+    resident.load_examples(trainer.sequence, records, own.stop - own.start)
+  )
   owner = trainer.put(np.zeros(size, np.int32))
   masks = trainer.put(np.ones((spec.num_tasks, spec.num_classes), bool))
   functions = {"predict": method.predict, "center": trainer.center}
@@ -119,7 +121,7 @@ def of_test(trainer: Trainer, variables: Variables, limit: int) -> Cost:
 
 def forward_gflops(config: Config, sizes: Sizes) -> float:
   """Returns the cost of the plain ViT for an image."""
-  backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
+  backbone = vit.make_vit(sizes, jnp.dtype(config.compute_dtype))
   weights = jax.eval_shape(backbone.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, sizes.image_size, sizes.image_size, 3), config.compute_dtype)
   return _gflops(jax.jit(backbone.apply).lower(weights, image), 1)

@@ -23,7 +23,7 @@ from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import costs
 from fmlora_jax.experiment.costs import Cost
-from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.input import resident
 from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train.labels import num_trained
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class ProgramCost:
   """Tasks that run one program.
 
   Attributes:
@@ -73,7 +73,7 @@ class Estimate:
   """
 
   config: Config
-  stages: list[Stage]
+  stages: list[ProgramCost]
   test: Cost
   forward_gflops: float
   stored: dict[str, Any]
@@ -90,26 +90,26 @@ def estimate(config: Config) -> Estimate:
   Raises:
     ConfigError: as the run.
   """
-  settled, workshop = settle(config), Workshop()
+  settled, workshop = settle(config), SetupCache()
   trainer = _without_images(workshop, settled)
   begun, facts = _begin_tasks(workshop, settled)
   limit = memory.device_memory() or memory.host_memory()
   num_tasks = len(trainer.sequence.tasks)
   stages = [
-    Stage(
+    ProgramCost(
       first=first,
       last=end - 1,
       trained=_num_trained(trainer, begun[first], first),
-      step=costs.of_step(trainer, begun[first], first, limit),
+      step=costs.measure_train_step(trainer, begun[first], first, limit),
     )
     for first, end in itertools.pairwise((*begun, num_tasks))
   ]
   last, step = stages[-1].first, stages[-1].step
-  test = costs.of_test(trainer, begun[last], limit)
+  test = costs.measure_test_step(trainer, begun[last], limit)
 
   def needed(batch_size):
     other = _without_images(workshop, dataclasses.replace(settled, batch_size=batch_size))
-    return costs.of_step(other, begun[last], last, limit=0).total
+    return costs.measure_train_step(other, begun[last], last, limit=0).total
 
   most = resident.capacity(trainer.sequence, "train")
   known, multiple = (settled.batch_size, step.total), trainer.mesh.size
@@ -143,7 +143,7 @@ def _caveats(config: Config, facts: list[dict]) -> list[str]:
   return [f"ranks are selected task by task: all have {rank} here, and selecting takes no time"]
 
 
-def _without_images(workshop: Workshop, config: Config) -> Trainer:
+def _without_images(workshop: SetupCache, config: Config) -> Trainer:
   """Returns the run's trainer, with one image of noise in place of all."""
   trainer = workshop.parts(config).trainer
   sequence = trainer.sequence
@@ -158,7 +158,7 @@ def _repeat(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
   return np.broadcast_to(image, (len(rows), *image.shape)), sizes
 
 
-def _begin_tasks(workshop: Workshop, config: Config) -> tuple[dict[int, Variables], list[dict]]:
+def _begin_tasks(workshop: SetupCache, config: Config) -> tuple[dict[int, Variables], list[dict]]:
   """Returns the variables with which a task begins, by its index, and what its hooks said of it.
 
   They are of task 0, and of task 1 if that one runs another program; facts are of both.
@@ -225,7 +225,7 @@ def largest_batch(
   return max(fitting, default=None)
 
 
-def _seconds(trainer: Trainer, stages: list[Stage], test: Cost) -> dict[str, float] | None:
+def _seconds(trainer: Trainer, stages: list[ProgramCost], test: Cost) -> dict[str, float] | None:
   """Returns the time of all steps, of all tests, and of passes between tasks."""
   if None in (test.seconds, *(stage.step.seconds for stage in stages)):
     return None

@@ -12,7 +12,7 @@ from fmlora_jax.types import FrozenError, NonFiniteError, Params
 from fmlora_jax.workdir import digest
 
 
-class Frozen:
+class FrozenGuard:
   """Tells by their digests whether leaves that must not train have changed.
 
   These are the pre-trained weights, from the start of the session to its end, and what the rules
@@ -50,11 +50,11 @@ class Frozen:
       )
 
   def _of_weights(self) -> dict[str, str]:
-    return digest.of_tree({"weights": self._trainer.weights})
+    return digest.tree_digests({"weights": self._trainer.weights})
 
   def _of_params(self, index: int, params: Params) -> dict[str, str]:
     _, frozen = partition(params, label_leaves(params, self._trainer.method.rules(index)))
-    return digest.of_tree(frozen)
+    return digest.tree_digests(frozen)
 
 
 def require_finite(arrays: Mapping[str, Array], when: str) -> None:

@@ -42,8 +42,8 @@ def _check_method(config: Config, sizes: Sizes, memory: int) -> None:
     num_classes=num_classes,
     class_ranges=tuple(ranges),
   )
-  backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
-  _check_memory(config, methods.make(config, backbone, spec), backbone, memory)
+  backbone = vit.make_vit(sizes, jnp.dtype(config.compute_dtype))
+  _check_memory(config, methods.make_method(config, backbone, spec), backbone, memory)
 
 
 def _check_memory(config: Config, method: Method, backbone: Backbone, memory: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fmlora_jax.experiment import provenance
-from fmlora_jax.experiment.setup import Parts
+from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Variables
 
@@ -57,8 +57,8 @@ class Progress:
     return metrics.accuracy_matrix(self.counts(len(n_test)), n_test, len(self.correct))
 
 
-def of(
-  parts: Parts,
+def build_result(
+  parts: RunSetup,
   progress: Progress,
   variables: Variables,
   n_test: Int[np.ndarray, " T"],

@@ -17,16 +17,16 @@ from fmlora_jax.experiment import guards, provenance
 from fmlora_jax.experiment import result as results
 from fmlora_jax.experiment.clock import Clock
 from fmlora_jax.experiment.result import Progress
-from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.input import resident, streaming
-from fmlora_jax.input.prefetch import Ahead
+from fmlora_jax.input.prefetch import Prefetcher
 from fmlora_jax.report import tables
 from fmlora_jax.tasks import task_file
 from fmlora_jax.train import mesh as mesh_lib
-from fmlora_jax.train.evaluator import Evaluator, allowed, batches_of
+from fmlora_jax.train.evaluator import Evaluator, allowed_classes, test_batches
 from fmlora_jax.train.labels import num_trained
 from fmlora_jax.train.loop import Trainer
-from fmlora_jax.train.rng import stream_key
+from fmlora_jax.train.rng import named_key
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.types import NonFiniteError, Variables
 from fmlora_jax.workdir import checkpoint, disk, lock
@@ -39,7 +39,7 @@ def run(
   config: Config,
   workdir: pathlib.Path,
   console: Console | None = None,
-  workshop: Workshop | None = None,
+  workshop: SetupCache | None = None,
   began: float | None = None,
 ) -> dict[str, Any]:
   """Runs, resumes or re-reads the experiment in `workdir`; returns what result.json holds.
@@ -56,31 +56,31 @@ def run(
     Stopped: if the program was asked to stop; what was trained is saved.
     FrozenError: if training changes what it must leave alone.
   """
-  hosts.decided_by_first(lambda: checkpoint.check_folder(workdir))
-  with Clock(time.monotonic() if began is None else began) as clock, lock.held_by_first(workdir):
-    return _run(config, workdir, console, workshop or Workshop(), clock)
+  hosts.run_on_first(lambda: checkpoint.check_folder(workdir))
+  with Clock(time.monotonic() if began is None else began) as clock, lock.lock_on_first(workdir):
+    return _run(config, workdir, console, workshop or SetupCache(), clock)
 
 
 def _run(
   config: Config,
   workdir: pathlib.Path,
   console: Console | None,
-  workshop: Workshop,
+  workshop: SetupCache,
   clock: Clock,
 ) -> dict[str, Any]:
   parts = workshop.parts(config, clock.kind)
   trainer, info = parts.trainer, parts.info
   method, sequence, mesh = trainer.method, trainer.sequence, trainer.mesh
-  stream_json = task_file.dump(sequence)
+  stream_json = task_file.dump_task_file(sequence)
   identity = {
     "config": dataclasses.asdict(config),
     "weights_sha256": info.sha256,
     "manifest_sha256": sequence.manifest_sha256,
     "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
   }
-  hosts.agree(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
+  hosts.assert_same_on_all(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
   is_first = hosts.is_first()
-  finished = hosts.decided_by_first(lambda: _claim(workdir, identity, stream_json))
+  finished = hosts.run_on_first(lambda: _claim(workdir, identity, stream_json))
   if not (workdir / task_file.FILE).exists():
     raise ConfigError(f"workdir {workdir} is not the first process's: must be a folder all share")
   with writer.open_run(workdir, console=console, writes=is_first) as log:
@@ -97,7 +97,7 @@ def _run(
       log.note("finished before; its result:")
       result = writer.read_result(workdir)
     else:
-      store = checkpoint.Store(
+      store = checkpoint.CheckpointStore(
         workdir,
         mesh_lib.replicated(mesh),
         identity=identity,
@@ -108,7 +108,7 @@ def _run(
       experiment.learn()
       alone = experiment.batch_of_one()
       reached = experiment.progress, experiment.variables, experiment.n_test
-      result = results.of(parts, *reached, alone=alone)
+      result = results.build_result(parts, *reached, alone=alone)
       if is_first:
         from fmlora_jax.report import plots  # matplotlib takes a second to import
 
@@ -126,7 +126,7 @@ def _run(
 def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) -> bool:
   """Makes the workdir this run's; returns whether the run has finished there."""
   lock.refuse_links(workdir, workdir.glob("*"))
-  checkpoint.claim(workdir, identity)
+  checkpoint.claim_workdir(workdir, identity)
   writer.replace(workdir / task_file.FILE, stream_json)
   return (workdir / writer.RESULT).exists()
 
@@ -134,10 +134,10 @@ def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) ->
 def _agree_on(snapshot: checkpoint.Snapshot | None) -> None:
   """Refuses checkpoints that are not the same in all processes."""
   mend = "--workdir must be a folder that all share"
-  hosts.agree({"checkpoint.step": snapshot and snapshot.record["step"]}, mend=mend)
+  hosts.assert_same_on_all({"checkpoint.step": snapshot and snapshot.record["step"]}, mend=mend)
   if snapshot:
     found = {name: snapshot.record[name] for name in ("progress", "digests")}
-    hosts.agree({"checkpoint": found}, mend=mend)
+    hosts.assert_same_on_all({"checkpoint": found}, mend=mend)
 
 
 class Experiment:
@@ -147,7 +147,7 @@ class Experiment:
     self,
     config: Config,
     trainer: Trainer,
-    store: checkpoint.Store,
+    store: checkpoint.CheckpointStore,
     log: writer.RunLog,
     clock: Clock,
   ):
@@ -157,9 +157,9 @@ class Experiment:
     measured = [getattr(task, config.tasks.evaluate_on) for task in self.sequence.tasks]
     self.n_test = np.asarray([len(indices) for indices in measured])
     self._tests = self._measured_images(np.concatenate(measured))
-    self._clock, self._ahead = clock, Ahead()
+    self._clock, self._ahead = clock, Prefetcher()
     self._fold = jax.jit(self.method.fold)
-    self._frozen = guards.Frozen(trainer)
+    self._frozen = guards.FrozenGuard(trainer)
     self.progress = Progress()
     self.variables = None
     self._unsaved: tuple[Variables, TrainState] | None = None  # trained since the last checkpoint
@@ -260,7 +260,7 @@ class Experiment:
     if self.trainer.streams:
       return None
     num_images = sum(self.n_test[: self._num_tests(index)])
-    tests = self._ahead.submit(self._kept.fetch, self._tests.indices[:num_images])
+    tests = self._ahead.submit(self._kept.decode, self._tests.indices[:num_images])
     if index + 1 < len(self.sequence.tasks):
       self.trainer.load_ahead(index + 1, self._ahead)
     return tests
@@ -302,25 +302,27 @@ class Experiment:
       self.log.note(f"warning    predictions depend on the batch they are in: {found}")
     return found
 
-  def _count(self, model, learned: int, tests: streaming.Stream, sizes: np.ndarray) -> np.ndarray:
+  def _count(
+    self, model, learned: int, tests: streaming.StreamingReader, sizes: np.ndarray
+  ) -> np.ndarray:
     """Returns right answers of the model that learned tasks 0..learned.
 
     Args:
       model: folded.
       sizes: of the images the first sizes[0] are of test set 0, and so on.
     """
-    masks = allowed(self.sequence.spec, learned)
-    batches = batches_of(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
+    masks = allowed_classes(self.sequence.spec, learned)
+    batches = test_batches(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
     return self.evaluator.correct(model, batches, self.trainer.put(masks))
 
-  def _measured_images(self, records: np.ndarray) -> streaming.Stream:
+  def _measured_images(self, records: np.ndarray) -> streaming.StreamingReader:
     """Returns what reads the images that fill the matrix; decoded once unless all is streamed."""
     sequence, workers = self.sequence, self.config.input.workers
     if not self.trainer.streams:
-      sequence, workers = resident.keep(sequence, np.sort(records)), 0
+      sequence, workers = resident.cache_decoded(sequence, np.sort(records)), 0
       self._kept = sequence.source.decode
     put, share = self.trainer.assemble, self.trainer.share
-    return streaming.Stream(
+    return streaming.StreamingReader(
       sequence=sequence, indices=records, put=put, share=share, workers=workers
     )
 
@@ -364,7 +366,7 @@ class Experiment:
       before.append(now)
 
   def _fresh(self):
-    key = stream_key(self.trainer.root, "init", task=0)
+    key = named_key(self.trainer.root, "init", task=0)
     # on all devices, as later tasks' and restored ones are: no program compiles once more for them
     self.variables = self.trainer.share_out(self.method.init(key, self.trainer.weights))
     spec = self.sequence.spec
@@ -400,7 +402,7 @@ class Experiment:
     groups = self.variables.shared, self.variables.cur, self.variables.mem
     left = len(self.sequence.tasks) - self.progress.task
     need = (left + 1) * checkpoint.num_bytes(groups)
-    hosts.decided_by_first(
+    hosts.run_on_first(
       lambda: disk.require_room(self.store.folder, need, f"checkpoints of {left} tasks")
     )
 

@@ -18,8 +18,8 @@ from rich.text import Text
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment.run import run
-from fmlora_jax.experiment.setup import Workshop
-from fmlora_jax.report.runs import Result
+from fmlora_jax.experiment.setup import SetupCache
+from fmlora_jax.report.runs import RunResult
 from fmlora_jax.workdir import checkpoint, lock, log
 
 SUMMARY = "seeds.json"
@@ -53,7 +53,7 @@ def run_each(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
     )
-  with lock.held_by_first(workdir):
+  with lock.lock_on_first(workdir):
     results = _run_each(config, workdir, console, began)
     if hosts.is_first():
       text = json.dumps(log.plain(summary(results), SUMMARY), indent=1)
@@ -63,7 +63,7 @@ def run_each(
 
 def _run_each(config, workdir, console, began):
   console = (console or Console()) if hosts.is_first() else Console(quiet=True)
-  workshop, results = Workshop(keeps_images=True), []
+  workshop, results = SetupCache(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
     place, own = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
     finished = (place / log.RESULT).exists()
@@ -74,7 +74,7 @@ def _run_each(config, workdir, console, began):
   return results
 
 
-def summary(results: Sequence[Result]) -> dict[str, Any]:
+def summary(results: Sequence[RunResult]) -> dict[str, Any]:
   """Returns what seeds.json holds: of each score the mean, the std (ddof 1) and every seed's.
 
   Mean and std are None where a seed has no such score, the std also where there is one seed.

@@ -24,7 +24,7 @@ IMAGES_SHARE = 0.5  # of the memory, for images; the rest is the model's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parts:
+class RunSetup:
   """What a run is made of.
 
   Attributes:
@@ -36,11 +36,11 @@ class Parts:
 
   trainer: Trainer
   sizes: Sizes
-  info: registry.Info
+  info: registry.WeightsInfo
   normalisation: str
 
 
-class Workshop:
+class SetupCache:
   """Makes the parts of runs, and what several of them have in common only once.
 
   That is the weights on the devices, the source of the images and, where runs differ in the seed
@@ -52,11 +52,11 @@ class Workshop:
 
   def __init__(self, *, keeps_images: bool = False):
     self._keeps_images = keeps_images
-    self._weights: dict[Any, tuple[Params, Sizes, registry.Info]] = {}
+    self._weights: dict[Any, tuple[Params, Sizes, registry.WeightsInfo]] = {}
     self._sources: dict[Any, tasks.Source] = {}
     self._trainers: dict[Any, Trainer] = {}
 
-  def parts(self, config: Config, kind: Callable = contextlib.nullcontext) -> Parts:
+  def parts(self, config: Config, kind: Callable = contextlib.nullcontext) -> RunSetup:
     """Returns what a run of `config` needs.
 
     Args:
@@ -66,7 +66,7 @@ class Workshop:
       ConfigError: if a setting or a file can't be used.
     """
     preflight.check(config, memory.host_memory())
-    mesh = mesh_lib.make(config.mesh.fsdp)
+    mesh = mesh_lib.make_mesh(config.mesh.fsdp)
     with kind("weights"):
       weights, sizes, info = self._load(config, mesh)
     with kind("data"):
@@ -77,10 +77,10 @@ class Workshop:
     if alike in self._trainers:
       trainer = self._trainers[alike].reseeded(config.seed, sequence)
     else:
-      backbone = vit.make(sizes, jnp.dtype(config.compute_dtype))
+      backbone = vit.make_vit(sizes, jnp.dtype(config.compute_dtype))
       trainer = Trainer(
         config,
-        methods.make(config, backbone, sequence.spec),
+        methods.make_method(config, backbone, sequence.spec),
         sequence,
         weights,
         normalisation=normalisation,
@@ -89,14 +89,16 @@ class Workshop:
         streams=mode == "stream",
       )
     self._trainers[alike] = trainer
-    return Parts(trainer=trainer, sizes=sizes, info=info, normalisation=normalisation)
+    return RunSetup(trainer=trainer, sizes=sizes, info=info, normalisation=normalisation)
 
-  def _load(self, config: Config, mesh: jax.sharding.Mesh) -> tuple[Params, Sizes, registry.Info]:
+  def _load(
+    self, config: Config, mesh: jax.sharding.Mesh
+  ) -> tuple[Params, Sizes, registry.WeightsInfo]:
     """Returns the weights, which are on the devices, and what `pretrained.load` says of them."""
     wanted = config.weights, config.input.image_size, config.mesh
     if wanted not in self._weights:
       weights, *facts = registry.load(config.weights, config.input.image_size)
-      weights = mesh_lib.put(weights, mesh_lib.spread(mesh, weights))
+      weights = mesh_lib.place(weights, mesh_lib.fsdp_sharding(mesh, weights))
       self._weights[wanted] = weights, *facts
     return self._weights[wanted]
 
@@ -111,13 +113,13 @@ class Workshop:
     )
     own = memory.device_memory()
     device = None if own is None else int(IMAGES_SHARE * own * jax.device_count())
-    mode = hosts.decided_by_first(
+    mode = hosts.run_on_first(
       lambda: resident.choose_mode(
         sequence, config.tasks.evaluate_on, config.input.mode, device=device, host=host
       )
     )
     count = len(sequence.labels)
     if self._keeps_images and mode == "resident" and resident.num_bytes(sequence, count) <= host:
-      sequence = resident.keep(sequence, range(count))
+      sequence = resident.cache_decoded(sequence, range(count))
     self._sources[wanted] = sequence.source
     return sequence, mode

@@ -63,13 +63,13 @@ def check(augmentation: str, normalisation: str) -> None:
       raise ConfigError(f"config.input.{field} is {name!r}: must be one of {', '.join(known)}")
 
 
-def take(examples: Examples, rows: Int[Array, " B"]) -> Examples:
+def gather_rows(examples: Examples, rows: Int[Array, " B"]) -> Examples:
   """Returns the examples of `rows`; -1 is padding, any example that is not valid."""
-  taken = jax.tree.map(lambda leaf: leaf[jnp.maximum(rows, 0)], examples)
-  return taken.replace(valid=taken.valid & (rows >= 0))
+  gathered = jax.tree.map(lambda leaf: leaf[jnp.maximum(rows, 0)], examples)
+  return gathered.replace(valid=gathered.valid & (rows >= 0))
 
 
-Take = Callable[[Examples, Int[Array, " B"]], Examples]
+Gather = Callable[[Examples, Int[Array, " B"]], Examples]
 
 
 def train_batch(
@@ -81,7 +81,7 @@ def train_batch(
   augmentation: str,
   normalisation: str,
   dtype: Any = jnp.float32,
-  take: Take = take,
+  gather: Gather = gather_rows,
 ) -> Batch:
   """Returns the images of `rows`, each with its own random crop and flip.
 
@@ -93,7 +93,7 @@ def train_batch(
     augmentation: a name in `PRESETS`.
     normalisation: a name in `NORMALISATIONS`.
     dtype: of the images; computed in float32.
-    take: what `take` above does, where the examples lie.
+    gather: what `gather_rows` above does, where the examples lie.
 
   Raises:
     ConfigError: if either name is unknown.
@@ -102,7 +102,7 @@ def train_batch(
   preset = PRESETS[augmentation]
   if preset.scale is None:
     settings = {"size": size, "augmentation": augmentation, "normalisation": normalisation}
-    return test_batch(examples, rows, dtype=dtype, take=take, **settings)
+    return test_batch(examples, rows, dtype=dtype, gather=gather_rows, **settings)
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
 
   def view(extent, key):
@@ -112,8 +112,8 @@ def train_batch(
     return down, jnp.where(flip, across[::-1], across)
 
   canvas = examples.images.shape[1:3]
-  taken = take(examples, rows)
-  return _batch(taken, lambda extents: jax.vmap(view)(extents, keys), normalisation, dtype)
+  gathered = gather_rows(examples, rows)
+  return _batch(gathered, lambda extents: jax.vmap(view)(extents, keys), normalisation, dtype)
 
 
 def test_batch(
@@ -124,7 +124,7 @@ def test_batch(
   augmentation: str,
   normalisation: str,
   dtype: Any = jnp.float32,
-  take: Take = take,
+  gather: Gather = gather_rows,
 ) -> Batch:
   """Returns the images of `rows`, resized and cropped at the centre; arguments as above."""
   check(augmentation, normalisation)
@@ -143,7 +143,7 @@ def test_batch(
       for axis in (0, 1)
     )
 
-  return _batch(take(examples, rows), jax.vmap(view), normalisation, dtype)
+  return _batch(gather(examples, rows), jax.vmap(view), normalisation, dtype)
 
 
 def random_box(
@@ -225,18 +225,20 @@ def cubic(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 KERNELS = {"bilinear": triangle, "bicubic": cubic}
 
 
-def _batch(taken: Examples, views, normalisation: str, dtype) -> Batch:
+def _batch(gathered: Examples, views, normalisation: str, dtype) -> Batch:
   """Returns the batch under the matrices (down, across) that `views` makes of sizes."""
-  down, across = views(taken.sizes)
+  down, across = views(gathered.sizes)
   # highest: on GPU and TPU the default would round pixels to ten or seven bits of mantissa.
   # Columns first and clipped between, as Pillow before 12.3 does: bicubic overshoots at edges.
   resample = functools.partial(jnp.einsum, precision="highest")
-  pixels = resample("bxw,bhwc->bhxc", across, taken.images.astype(jnp.float32))
+  pixels = resample("bxw,bhwc->bhxc", across, gathered.images.astype(jnp.float32))
   pixels = resample("byh,bhxc->byxc", down, jnp.clip(pixels, 0.0, 255.0))
   mean, std = (
     jnp.asarray(m, jnp.float32).reshape(1, 1, 1, -1) for m in NORMALISATIONS[normalisation]
   )
   images = (jnp.clip(pixels, 0.0, 255.0) / 255.0 - mean) / std
   return Batch(
-    images=images.astype(dtype), labels=jnp.where(taken.valid, taken.labels, 0), valid=taken.valid
+    images=images.astype(dtype),
+    labels=jnp.where(gathered.valid, gathered.labels, 0),
+    valid=gathered.valid,
   )

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Ahead:
+class Prefetcher:
   """A thread that decodes; a context manager, which gives up what is not done when it is left."""
 
   def __init__(self):
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "decode ahead")
     self._stop = threading.Event()
 
-  def __enter__(self) -> "Ahead":
+  def __enter__(self) -> "Prefetcher":
     return self
 
   def __exit__(self, *error) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fmlora_jax.config import ConfigError
-from fmlora_jax.tasks.sequence import Source, TaskSequence
+from fmlora_jax.tasks.sequence import DataSource, TaskSequence
 from fmlora_jax.types import Examples
 
 # images decoded at a time, so that memory holds one copy of the task and a stop comes through
@@ -17,7 +17,7 @@ CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class ProcessShard:
   """The part of each array of images that this process decodes: one of `count` equal parts."""
 
   index: int = 0
@@ -29,7 +29,7 @@ class Share:
     return slice(self.index * each, (self.index + 1) * each)
 
 
-WHOLE = Share()
+WHOLE = ProcessShard()
 
 
 def capacity(sequence: TaskSequence, split: str) -> int:
@@ -41,7 +41,7 @@ def capacity(sequence: TaskSequence, split: str) -> int:
 
 
 def num_bytes(sequence: TaskSequence, capacity: int) -> int:
-  """Returns the memory that what `load` returns takes."""
+  """Returns the memory that what `load_examples` returns takes."""
   height, width = sequence.source.canvas
   return capacity * (height * width * 3 + 2 * 4 + 4 + 1)
 
@@ -96,7 +96,7 @@ def _lacking(sequence: TaskSequence, measured: str, *, device: int | None, host:
   return None
 
 
-def load(
+def load_examples(
   sequence: TaskSequence,
   indices: Int[np.ndarray, " k"],
   capacity: int,
@@ -111,7 +111,7 @@ def load(
     stop: set by who wants the result no more.
 
   Raises:
-    ConfigError: of `Source.decode`.
+    ConfigError: of `DataSource.decode`.
     CancelledError: soon after `stop` is set.
   """
   if len(indices) > capacity:
@@ -137,7 +137,7 @@ def _chunks(count: int, stop: threading.Event | None) -> Iterator[slice]:
     yield slice(lo, min(lo + CHUNK, count))
 
 
-def read(
+def read_resident(
   examples: Examples, blocks: Iterable[Int[np.ndarray, "*K B"]]
 ) -> Iterator[tuple[Examples, Int[np.ndarray, "*K B"]]]:
   """Yields (examples, rows) of each block of rows: what `stream.Stream.read` does, from memory."""
@@ -145,32 +145,32 @@ def read(
     yield examples, rows
 
 
-def keep(sequence: TaskSequence, records: Sequence[int]) -> TaskSequence:
+def cache_decoded(sequence: TaskSequence, records: Sequence[int]) -> TaskSequence:
   """Returns the sequence with a source that decodes each of `records` once, and no other.
 
   A source that already does so for other runs stays as it is.
   """
-  if isinstance(sequence.source.decode, Kept):
+  if isinstance(sequence.source.decode, DecodedCache):
     return sequence
-  kept = Kept(sequence.source, np.asarray(records))
+  kept = DecodedCache(sequence.source, np.asarray(records))
   return dataclasses.replace(sequence, source=dataclasses.replace(sequence.source, decode=kept))
 
 
-class Kept:
-  """A `Source.decode` that decodes each of some records once and keeps its pixels on the host.
+class DecodedCache:
+  """A `DataSource.decode` that decodes each of some records once and keeps its pixels on the host.
 
   Args:
     source: decodes them.
     records: the only ones that may be asked for, ascending.
   """
 
-  def __init__(self, source: Source, records: Int[np.ndarray, " n"]):
+  def __init__(self, source: DataSource, records: Int[np.ndarray, " n"]):
     self._decode, self._records = source.decode, records
     self._images = np.empty((len(records), *source.canvas, 3), np.uint8)
     self._sizes = np.zeros((len(records), 2), np.int32)  # 0: not decoded yet
 
-  def fetch(self, rows: Int[np.ndarray, " k"], stop: threading.Event | None = None) -> None:
-    """Decodes those of `rows` that are not kept yet; `stop` and errors as of `load`."""
+  def decode(self, rows: Int[np.ndarray, " k"], stop: threading.Event | None = None) -> None:
+    """Decodes those of `rows` that are not kept yet; `stop` and errors as of `load_examples`."""
     places = np.searchsorted(self._records, rows)
     new = self._sizes[places, 0] == 0
     rows, places = rows[new], places[new]
@@ -178,6 +178,6 @@ class Kept:
       self._images[places[part]], self._sizes[places[part]] = self._decode(rows[part])
 
   def __call__(self, rows: Int[np.ndarray, " k"]) -> tuple[np.ndarray, np.ndarray]:
-    self.fetch(rows)
+    self.decode(rows)
     places = np.searchsorted(self._records, rows)
     return self._images[places], self._sizes[places]

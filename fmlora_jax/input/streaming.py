@@ -49,7 +49,7 @@ def steps_per_block(sequence: TaskSequence, batch_size: int, at_most: int) -> in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream:
+class StreamingReader:
   """Reads some records of a task sequence, those of a task's split, say.
 
   Attributes:
@@ -64,7 +64,7 @@ class Stream:
   sequence: TaskSequence
   indices: Int[np.ndarray, " n"]
   put: Callable[[Examples], Examples]
-  share: resident.Share = resident.WHOLE
+  share: resident.ProcessShard = resident.WHOLE
   workers: int = 0
 
   def read(self, blocks: Blocks) -> Iterator[tuple[Examples, Rows]]:
@@ -105,7 +105,7 @@ class _Decoded:
     sequence: TaskSequence,
     indices: Int[np.ndarray, " n"],
     blocks: Blocks,
-    share: resident.Share,
+    share: resident.ProcessShard,
   ):
     self._sequence, self._indices, self._blocks, self._share = sequence, indices, blocks, share
 
@@ -117,7 +117,7 @@ class _Decoded:
     used = rows >= 0
     part = self._share.rows(rows.size)
     wanted = self._indices[rows[used]][part]
-    examples = resident.load(self._sequence, wanted, part.stop - part.start)
+    examples = resident.load_examples(self._sequence, wanted, part.stop - part.start)
     own = np.full_like(rows, -1)
     own[used] = np.arange(np.sum(used))
     return examples, own

@@ -15,7 +15,7 @@ def variants(name: str) -> tuple[dict, ...]:
   return getattr(module, "VARIANTS", ({},))
 
 
-def make(config, backbone, spec):
+def make_method(config, backbone, spec):
   """Returns the Method that `config.method.name` names, for a Backbone and a SequenceSpec.
 
   Raises:

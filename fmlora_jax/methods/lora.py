@@ -82,11 +82,11 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
       return weights
     # tasks to come are zero; their ranks are stacked next to those of the past
     stacked = jax.tree.map(low_rank.join_ranks, variables.mem["lora"])
-    return low_rank.fold(weights, deltas(stacked))
+    return low_rank.fold_deltas(weights, deltas(stacked))
 
   def folded(weights, variables):
     if home == "shared":
-      return low_rank.fold(weights, deltas(variables.shared["lora"])), Adapters()
+      return low_rank.fold_deltas(weights, deltas(variables.shared["lora"])), Adapters()
     return past(weights, variables), Adapters()
 
   def stored(facts):

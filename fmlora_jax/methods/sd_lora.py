@@ -102,7 +102,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     scales = variables.mem["scales"]
     last = jnp.count_nonzero(scales.any(axis=1)) - 1
     everything = weighted(variables.mem["directions"], scales[last], last)
-    return low_rank.fold(weights, everything), Adapters()
+    return low_rank.fold_deltas(weights, everything), Adapters()
 
   def stored(facts):
     each = low_rank.num_parameters(sizes, settings.targets, settings.rank) + 1

@@ -35,7 +35,7 @@ class Head:
   needs_means: bool = False
 
 
-def make(kind: str, num_classes: int, width: int) -> Head:
+def make_head(kind: str, num_classes: int, width: int) -> Head:
   """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear."""
 
   def zeros(key):

@@ -71,7 +71,7 @@ def dense(delta: LowRank) -> Float[Array, "L D_in D_out"]:
   return a @ jnp.swapaxes(delta.b, -1, -2)
 
 
-def fold(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
+def fold_deltas(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
   """Returns the ViT's parameters with W + dW in place of W; other leaves are shared, not copied."""
   return add(backbone, {name: dense(delta) for name, delta in deltas.items()})
 

@@ -220,11 +220,11 @@ class ViT(nn.Module):
     for layer in range(sizes.depth):
       wanted = num_queries if layer == sizes.depth - 1 else None
       block = Block(sizes, self.dtype, name=f"block_{layer}")
-      parts = (block(parts, adapters.of_layer(layer), wanted),)
+      parts = (block(parts, adapters.at_layer(layer), wanted),)
     return LayerNorm(self.dtype, name="norm")(*parts)
 
 
-def make(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
+def make_vit(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
   """Returns the ViT of the given sizes as pure functions; compute in `dtype`, features float32."""
   module = ViT(sizes, dtype)
 

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(flags.FLAGS.output)
   try:
     recipe = config_lib.build(training.Recipe, flags.FLAGS.config.to_dict())
-    backbone = vit.make(vit.architecture(recipe.architecture))
+    backbone = vit.make_vit(vit.architecture(recipe.architecture))
   except (TypeError, ValueError) as error:  # TypeError: a field that the config lacks
     raise config_lib.ConfigError(str(error)) from error
   if not output.parent.is_dir():

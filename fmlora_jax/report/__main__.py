@@ -16,10 +16,10 @@ from rich.console import Console
 from fmlora_jax.cli import program
 from fmlora_jax.config import ConfigError
 from fmlora_jax.report import paper, tables
-from fmlora_jax.report.runs import Result, group, load
+from fmlora_jax.report.runs import RunResult, group, load
 
 
-def _report_on_paper(results: Iterable[Result], notes: Iterable[str], html: str | None) -> None:
+def _report_on_paper(results: Iterable[RunResult], notes: Iterable[str], html: str | None) -> None:
   comparison = paper.compare(results)
   if html:
     from fmlora_jax.report import paper_html  # draws, as below

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fmlora_jax.report import runs
-from fmlora_jax.report.runs import Group, Result
+from fmlora_jax.report.runs import Group, RunResult
 from fmlora_jax.workdir.log import printable
 
 SCORES = ("acc", "aaa")
@@ -92,7 +92,7 @@ def tables() -> Mapping[str, Any]:
   return json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
 
 
-def compare(results: Iterable[Result]) -> Comparison:
+def compare(results: Iterable[RunResult]) -> Comparison:
   """Puts each run beside its cell of the paper; those that fit none are named."""
   grouped = runs.group(results)
   groups = [found for section in grouped.values() for found in section.values()]
@@ -173,7 +173,7 @@ def _lines(
   ]
 
 
-def _fits(run: Result, rule: Mapping[str, Any], column: str) -> bool:
+def _fits(run: RunResult, rule: Mapping[str, Any], column: str) -> bool:
   """Returns whether a run is the paper's row on the paper's tasks, measured on test images."""
   place = tables()["columns"][column]
   return (
@@ -209,7 +209,7 @@ def _own_flags(group: Group, column: str) -> list[str]:
   return flags + [key for key, holds in is_ours.items() if holds]
 
 
-def _field(run: Result, path: str) -> Any:
+def _field(run: RunResult, path: str) -> Any:
   value = run
   for name in path.split("."):
     if not isinstance(value, Mapping) or name not in value:

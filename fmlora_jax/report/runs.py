@@ -13,12 +13,12 @@ from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.config.diff import leaves
 from fmlora_jax.workdir.log import METRICS, RESULT, read_result
 
-Result = Mapping[str, Any]
-Group = list[Result]  # runs that differ in the seed only
+RunResult = Mapping[str, Any]
+Group = list[RunResult]  # runs that differ in the seed only
 Numbers = Sequence[int | float | None]
 
 
-def load(paths: Iterable[str | os.PathLike]) -> tuple[list[Result], list[str]]:
+def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]]:
   """Returns the results found at `paths`, each once, and a line for every run left out.
 
   Raises:
@@ -45,7 +45,7 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[Result], list[str]]:
   return results, notes
 
 
-def group(results: Iterable[Result]) -> dict[str, dict[str, Group]]:
+def group(results: Iterable[RunResult]) -> dict[str, dict[str, Group]]:
   """Returns {heading: {label: runs that differ in the seed only}}, in order of appearance."""
   sections = collections.defaultdict(lambda: collections.defaultdict(list))
   for result in results:
@@ -89,7 +89,7 @@ def mean(values: Numbers) -> float:
   return float(np.mean(np.array(values, float)))  # None becomes NaN
 
 
-def weights(run: Result) -> tuple[str, str]:
+def weights(run: RunResult) -> tuple[str, str]:
   """Returns the tag of the pre-trained weights and the start of their sha256."""
   return run["weights"]["tag"], str(run["weights"]["sha256"])[:8]
 
@@ -100,18 +100,18 @@ def repeated_seeds(group: Group) -> list[int]:
   return [seed for seed, count in seeds.items() if count > 1]
 
 
-def _heading(run: Result) -> str:
+def _heading(run: RunResult) -> str:
   tasks, measured = len(run["n_test"]), _settings(run).get("tasks.evaluate_on", "test")
   images = ", validation images" if measured == "val" else ""
   return f"{run['benchmark']} ({run['scenario']}), {tasks} task{'s' if tasks > 1 else ''}{images}"
 
 
-def _fingerprint(run: Result) -> str:
+def _fingerprint(run: RunResult) -> str:
   tag_and_hash = [run["weights"]["tag"], run["weights"]["sha256"]]
   return json.dumps([run["method"], run["split_id"], tag_and_hash, _settings(run)], sort_keys=True)
 
 
-def _settings(run: Result) -> dict[str, Any]:
+def _settings(run: RunResult) -> dict[str, Any]:
   """Returns the config as {"group.field": value}, without the seed and what changes no number."""
   return {
     name: value for name, value in leaves(run["config"]) if name not in ("seed", *FREE_FIELDS)
@@ -125,7 +125,7 @@ def _labels(groups: Sequence[Group]) -> list[str]:
 
 
 def _differences(
-  runs: Sequence[Result], fields: Sequence[Mapping[str, Any]], always: Iterable[str]
+  runs: Sequence[RunResult], fields: Sequence[Mapping[str, Any]], always: Iterable[str]
 ) -> list[str]:
   texts = []
   for run, own in zip(runs, fields, strict=True):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fmlora_jax.report.runs import Group, Result, group, mean, mean_std, repeated_seeds, weights
+from fmlora_jax.report.runs import Group, RunResult, group, mean, mean_std, repeated_seeds, weights
 from fmlora_jax.workdir.log import duration
 
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
@@ -81,7 +81,7 @@ def warnings(groups: Mapping[str, Group]) -> list[str]:
   return lines
 
 
-def _head(run: Result) -> str:
+def _head(run: RunResult) -> str:
   """Returns the head in words; older results know less of it."""
   head, method = run["config"].get("head", {}), run["config"]["method"]
   aligned = any(group.get("alignment", {}).get("epochs") for group in (head, method))
@@ -89,7 +89,7 @@ def _head(run: Result) -> str:
   return " ".join([*words, "and aligned"] if aligned else words)
 
 
-def costs(run: Result) -> list[str]:
+def costs(run: RunResult) -> list[str]:
   """Returns what a run costs and keeps, in three lines."""
   params, passes = run["params"], run["passes"]
   added = " ".join(map(_count, params["stored_per_task"]))
@@ -113,7 +113,7 @@ def protocols(groups: Mapping[str, Group]) -> list[str]:
   ]
 
 
-def _protocol(run: Result) -> str:
+def _protocol(run: RunResult) -> str:
   card, tag_and_hash = run["protocol"], " ".join(weights(run))
   copies, alone = card["copies"], card["checks"]["batch_of_one"]
   num_copies = "not looked for"
@@ -135,7 +135,7 @@ def _protocol(run: Result) -> str:
   return "; ".join(parts)
 
 
-def show(results: Iterable[Result], console: Console, notes: Iterable[str] = ()) -> None:
+def show(results: Iterable[RunResult], console: Console, notes: Iterable[str] = ()) -> None:
   """Prints one table for each heading, with its warnings, to a terminal or as plain text."""
   for heading, groups in group(results).items():
     line(console, f"\n{heading}", "bold")
@@ -175,7 +175,7 @@ def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
     console.print(_table(cells, columns))
 
 
-def markdown(results: Iterable[Result], notes: Iterable[str] = ()) -> str:
+def markdown(results: Iterable[RunResult], notes: Iterable[str] = ()) -> str:
   """Returns the tables, warnings and notes as Markdown."""
   parts = []
   for heading, groups in group(results).items():

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import task_file
-from fmlora_jax.tasks.sequence import Source, Task, TaskSequence, check_divides, cut, report_copies
+from fmlora_jax.tasks.sequence import (
+  DataSource,
+  Task,
+  TaskSequence,
+  check_divides,
+  make_sequence,
+  report_copies,
+)
 
 __all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "check", "make", "num_classes"]
 
@@ -20,14 +27,14 @@ def benchmark_names() -> list[str]:
 
 
 def make(
-  config: TasksConfig, *, seed: int, source_size: int, source: Source | None = None
+  config: TasksConfig, *, seed: int, source_size: int, source: DataSource | None = None
 ) -> TaskSequence:
   """Returns the task sequence that `config` asks for.
 
   Args:
     config: names the benchmark, which is a file of that name in benchmarks/ with a function
       `make(config, source_size) -> Source` and, where they apply, tables of the names that
-      config.split (CUTS) and config.domains (DOMAINS) may have, or NUM_CLASSES where it is known
+      config.split (SPLITS) and config.domains (DOMAINS) may have, or NUM_CLASSES where it is known
       without the data.
     seed: the run's; orders classes or domains where config.order_seed is None, unless
       config.stream names a file that says all.
@@ -42,9 +49,9 @@ def make(
     check(config)
     source = find(config.benchmark).make(config, source_size)
   if config.stream is not None:
-    sequence = task_file.read(config.stream, source, config)
+    sequence = task_file.read_task_file(config.stream, source, config)
   else:
-    sequence = cut(source, config, seed=seed)
+    sequence = make_sequence(source, config, seed=seed)
   report_copies(sequence, config, warn=is_first_look)
   return sequence
 
@@ -57,7 +64,7 @@ def check(config: TasksConfig) -> None:
       file declares can't be cut into so many tasks.
   """
   wanted = [] if config.split is None else [config.split]
-  check_names(config.benchmark, "CUTS", wanted, "config.tasks.split is")
+  check_names(config.benchmark, "SPLITS", wanted, "config.tasks.split is")
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
   count = num_classes(config.benchmark)
   if count and config.scenario != "dil":

@@ -94,7 +94,7 @@ def decode(file: io.BytesIO, max_pixels: int) -> Image.Image:
     return to_rgb(image)
 
 
-def size_of(file: io.BytesIO, max_pixels: int) -> tuple[int, int]:
+def image_size(file: io.BytesIO, max_pixels: int) -> tuple[int, int]:
   """Returns (width, height) in pixels from the head of a file; raises as `decode`."""
   with _opened(file, max_pixels) as image:
     return image.size
@@ -155,8 +155,10 @@ def _to_bytes(values: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
   return np.rint(values * scale).astype(np.uint8)
 
 
-def kept(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-  """Returns what `keep` makes of a (width, height): its own, and the box of the image it shows."""
+def resized_size(
+  size: tuple[int, int], side: int
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+  """Returns the (width, height) after `resize_shorter_side`, and the box of the image it shows."""
   shorter = min(size)
   width, height = (min(length, MAX_ASPECT * shorter) for length in size)
   left, top = (size[0] - width) // 2, (size[1] - height) // 2
@@ -164,11 +166,11 @@ def kept(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[int, 
   return (side * width // shorter, side * height // shorter), box
 
 
-def keep(image: Image.Image, side: int) -> Image.Image:
+def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
   """Returns the image with its shorter side `side` pixels long, bicubic with antialias.
 
   The longer is in proportion, truncated as torchvision does; what is longer than `MAX_ASPECT` times
   the shorter is cropped at the centre first. Small images are enlarged: all fill one canvas.
   """
-  size, box = kept(image.size, side)
+  size, box = resized_size(image.size, side)
   return image.resize(size, Image.Resampling.BICUBIC, box=box)

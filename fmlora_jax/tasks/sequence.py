@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class DataSource:
   """Labelled images before any cut.
 
   Attributes:
@@ -31,7 +31,7 @@ class Source:
       ConfigError names the record that can't be decoded.
     digest: sha256 hex of what the data are (labels, names, contents), not of how they are cut.
     split: what the data say: TRAIN, VAL, TEST, or -1 where they say nothing; None says nothing.
-    cut: name of a `split` that is whole: nothing is drawn from it, even if it has no VAL.
+    split_name: name of a `split` that is whole: nothing is drawn from it, even if it has no VAL.
     domains: domain of each record; None where there are none.
     domain_names: by domain.
     group: records of equal value never land in different splits where a split is drawn; copies of
@@ -46,7 +46,7 @@ class Source:
   decode: Callable[[np.ndarray], tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]]
   digest: str
   split: Int8[np.ndarray, " n"] | None = None
-  cut: str | None = None
+  split_name: str | None = None
   domains: Int[np.ndarray, " n"] | None = None
   domain_names: tuple[str, ...] = ()
   group: Int[np.ndarray, " n"] | None = None
@@ -77,7 +77,7 @@ class TaskSequence:
     manifest_sha256: of the records and of that cut; not of the order of classes or tasks.
   """
 
-  source: Source
+  source: DataSource
   tasks: tuple[Task, ...]
   scenario: str
   class_order: list[int]
@@ -163,14 +163,14 @@ def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) ->
     )
 
 
-def order_of(count: int, order: str, seed: int) -> list[int]:
+def make_order(count: int, order: str, seed: int) -> list[int]:
   """Returns 0..count-1, "natural" or "shuffled" by numpy's frozen legacy stream, as SD-LoRA."""
   if order == "natural":
     return list(range(count))
   return np.random.RandomState(seed).permutation(count).tolist()
 
 
-def cut(source: Source, config: TasksConfig, *, seed: int) -> TaskSequence:
+def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> TaskSequence:
   """Returns the sequence that `config` asks for; `seed` orders it where order_seed is None.
 
   Raises:
@@ -218,7 +218,7 @@ def _class_tasks(source, config, seed):
       name = f"class {lo}" if size == 1 else f"classes {lo}-{lo + size - 1}"
       yield name, lo, lo + size, (labels >= lo) & (labels < lo + size)
 
-  return order_of(count, config.order, seed), members
+  return make_order(count, config.order, seed), members
 
 
 def check_divides(num_tasks: int, num_classes: int, name: str) -> None:
@@ -248,23 +248,23 @@ def _domain_tasks(source, config, seed):
 
   def members(labels):
     del labels  # all classes are in each domain
-    for domain in order_of(count, config.order, seed)[: config.num_tasks]:
+    for domain in make_order(count, config.order, seed)[: config.num_tasks]:
       yield source.domain_names[domain], 0, num_classes, source.domains == domain
 
   return list(range(num_classes)), members
 
 
-def _brings(source: Source, part: int) -> bool:
+def _brings(source: DataSource, part: int) -> bool:
   return source.split is not None and bool(np.any(source.split == part))
 
 
-def _split(source: Source, config: TasksConfig) -> Int8[np.ndarray, " n"]:
+def _split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   """Returns TRAIN, VAL or TEST of each record.
 
   What the source brings is taken. What it does not bring is cut, per class and domain, from the
   rest: first test, then val. The draw of a class depends on split_seed and on that class alone.
   """
-  if source.cut is not None:
+  if source.split_name is not None:
     return source.split
   split = np.full(len(source.labels), TRAIN, np.int8)
   if source.split is not None:
@@ -288,7 +288,9 @@ class Draw:
   seed: tuple[int, int]
 
 
-def _draw(source: Source, allowed: Bool[np.ndarray, " n"], draw: Draw) -> Bool[np.ndarray, " n"]:
+def _draw(
+  source: DataSource, allowed: Bool[np.ndarray, " n"], draw: Draw
+) -> Bool[np.ndarray, " n"]:
   """Returns a mask of the records drawn from the allowed ones: one of each class at the least.
 
   Groups are drawn whole, counted once, in the class and domain of their first record. Of a class
@@ -313,16 +315,16 @@ def _draw(source: Source, allowed: Bool[np.ndarray, " n"], draw: Draw) -> Bool[n
   return allowed & np.isin(group, np.concatenate(drawn))
 
 
-def _split_id(source: Source, config: TasksConfig) -> str:
-  if source.cut is not None:
-    return f"{source.name}/{source.cut}"
+def _split_id(source: DataSource, config: TasksConfig) -> str:
+  if source.split_name is not None:
+    return f"{source.name}/{source.split_name}"
   val = "own" if _brings(source, VAL) else f"{config.val_fraction:g}"
   test = "own" if _brings(source, TEST) else f"{config.test_fraction:g}"
   seed = "" if val == test == "own" else f"-seed{config.split_seed}"
   return f"{source.name}/val{val}-test{test}{seed}"
 
 
-def _manifest(source: Source, split: np.ndarray) -> str:
+def _manifest(source: DataSource, split: np.ndarray) -> str:
   def sha256(values):
     if values is None:
       return None

@@ -19,7 +19,7 @@ Codes = Int8[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pool:
+class Records:
   """Records of several published splits, one split after the other, each in its reading order.
 
   Attributes:
@@ -37,13 +37,13 @@ class Pool:
   root: pathlib.Path = pathlib.Path()
 
 
-Cut = Callable[[Pool], Codes]
+SplitRule = Callable[[Records], Codes]
 
 
-def sliced(val_from: int, test_from: int) -> Cut:
+def sliced(val_from: int, test_from: int) -> SplitRule:
   """Returns the cut of each published split at two percentages, rounded as TFDS slices are."""
 
-  def cut(pool: Pool) -> Codes:
+  def cut(pool: Records) -> Codes:
     rank, size = _ranks(pool.part)
     val, test = (np.rint(percent * size / 100) for percent in (val_from, test_from))
     return _codes(val=rank >= val, test=rank >= test)
@@ -51,7 +51,7 @@ def sliced(val_from: int, test_from: int) -> Cut:
   return cut
 
 
-def stratified(pool: Pool) -> Codes:
+def stratified(pool: Records) -> Codes:
   """Returns 70/10/20 of each class, in integers: its last fifth is test, a tenth before it val."""
   rank, size = _ranks(pool.stratum)
   test = (2 * size + 5) // 10
@@ -59,15 +59,15 @@ def stratified(pool: Pool) -> Codes:
   return _codes(val=rank >= size - test - val, test=rank >= size - test)
 
 
-def published(pool: Pool) -> Codes:
+def published(pool: Records) -> Codes:
   """Returns the published cut; without val if that has none."""
   return pool.official
 
 
-def official(one_in: int) -> Cut:
+def official(one_in: int) -> SplitRule:
   """Returns the published cut, with val the last 1/one_in of each class's training images."""
 
-  def cut(pool: Pool) -> Codes:
+  def cut(pool: Records) -> Codes:
     rank, size = _ranks_of_part(pool)
     val = (pool.official == TRAIN) & (rank >= size - size // one_in)
     return _codes(val=val, test=pool.official == TEST)
@@ -75,10 +75,10 @@ def official(one_in: int) -> Cut:
   return cut
 
 
-def val_from_test(one_in: int) -> Cut:
+def val_from_test(one_in: int) -> SplitRule:
   """Returns the published cut, with val the first 1/one_in of each class's test images."""
 
-  def cut(pool: Pool) -> Codes:
+  def cut(pool: Records) -> Codes:
     rank, size = _ranks_of_part(pool)
     held = pool.official == TEST
     return _codes(val=held, test=held & (rank >= size // one_in))
@@ -86,7 +86,7 @@ def val_from_test(one_in: int) -> Cut:
   return cut
 
 
-def listed(*, train: str, test: str, source: str) -> Cut:
+def listed(*, train: str, test: str, source: str) -> SplitRule:
   """Returns the cut that two lists of file names make; without val.
 
   Args:
@@ -95,7 +95,7 @@ def listed(*, train: str, test: str, source: str) -> Cut:
     source: where the user finds them, for messages.
   """
 
-  def cut(pool: Pool) -> Codes:
+  def cut(pool: Records) -> Codes:
     rows = {name: row for row, name in enumerate(pool.names())}
     codes = np.full(len(rows), -1, np.int8)
     for code, file in ((TRAIN, train), (TEST, test)):
@@ -130,7 +130,7 @@ def _read_list(path: pathlib.Path, source: str) -> list[str]:
   raise ConfigError(f"{path} can't be read ({reason}): put the list of {source} there")
 
 
-def _ranks_of_part(pool: Pool):
+def _ranks_of_part(pool: Records):
   return _ranks(pool.stratum * 3 + pool.official)
 
 

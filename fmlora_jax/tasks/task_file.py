@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Int
 
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
+from fmlora_jax.tasks.sequence import DataSource, Task, TaskSequence
 
 FILE = "stream.json"
-SPLITS = ("train", "val", "test")
+SPLIT_NAMES = ("train", "val", "test")
 
 
-def dump(sequence: TaskSequence) -> str:
-  """Returns the text of the file, of which `read` makes the same sequence, given the same data."""
+def dump_task_file(sequence: TaskSequence) -> str:
+  """Returns the file's text, of which `read_task_file` makes the same sequence on the same data."""
   stream = {
     "benchmark": sequence.source.name,
     "source_sha256": sequence.source.digest,
@@ -32,15 +32,15 @@ def dump(sequence: TaskSequence) -> str:
     "class_names": list(sequence.class_names),
     "tasks": [
       {"name": task.name, "lo": task.lo, "hi": task.hi}
-      | {f"num_{split}": len(getattr(task, split)) for split in SPLITS}
-      | {split: pack(getattr(task, split)) for split in SPLITS}
+      | {f"num_{split}": len(getattr(task, split)) for split in SPLIT_NAMES}
+      | {split: pack(getattr(task, split)) for split in SPLIT_NAMES}
       for task in sequence.tasks
     ],
   }
   return json.dumps(stream, indent=1) + "\n"
 
 
-def _sequence(stream: dict[str, Any], source: Source) -> TaskSequence:
+def _sequence(stream: dict[str, Any], source: DataSource) -> TaskSequence:
   """Returns what `stream` describes; a KeyError, TypeError or ValueError says that it is none."""
   order = [int(c) for c in stream["class_order"]]
   if sorted(order) != list(range(len(source.class_names))):
@@ -51,7 +51,7 @@ def _sequence(stream: dict[str, Any], source: Source) -> TaskSequence:
       name=str(task["name"]),
       lo=int(task["lo"]),
       hi=int(task["hi"]),
-      **{split: unpack(task[split], len(source.labels)) for split in SPLITS},
+      **{split: unpack(task[split], len(source.labels)) for split in SPLIT_NAMES},
     )
     for index, task in enumerate(stream["tasks"])
   )
@@ -66,7 +66,7 @@ def _sequence(stream: dict[str, Any], source: Source) -> TaskSequence:
   )
 
 
-def read(path: str, source: Source, config: TasksConfig) -> TaskSequence:
+def read_task_file(path: str, source: DataSource, config: TasksConfig) -> TaskSequence:
   """Returns the sequence that the file at `path` describes.
 
   Raises:

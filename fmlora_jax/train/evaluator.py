@@ -55,7 +55,7 @@ class Evaluator:
     return np.sum([np.asarray(count) for count in counts], axis=0)
 
 
-def allowed(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]:
+def allowed_classes(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]:
   """Returns which classes may be predicted for images of each test set after task `learned`.
 
   Those of all tasks so far; in til, where the task is given, those of the set's own. Source:
@@ -67,7 +67,7 @@ def allowed(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]:
   return np.stack([classes < seen] * spec.num_tasks)
 
 
-def batches_of(
+def test_batches(
   read: Callable, sizes: Sequence[int], batch_size: int, put: Callable
 ) -> Iterator[tuple[Examples, Int[Array, " B"]]]:
   """Yields the batches of test sets that follow each other in what `read` reads.

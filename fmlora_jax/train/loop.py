@@ -16,11 +16,11 @@ import numpy as np
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.distributed import stop
 from fmlora_jax.input import augment, order, resident, streaming
-from fmlora_jax.input.prefetch import Ahead
+from fmlora_jax.input.prefetch import Prefetcher
 from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train import mesh as mesh_lib
-from fmlora_jax.train.rng import stream_key
-from fmlora_jax.train.step import Fixed, Stepper, TrainState, make_chunk
+from fmlora_jax.train.rng import named_key
+from fmlora_jax.train.step import StepContext, TrainState, TrainStep, make_multi_step
 from fmlora_jax.types import (
   Examples,
   Method,
@@ -61,13 +61,13 @@ class Trainer:
     mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
     mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
     self.method, self.mesh, self.streams, self.weights = method, mesh, streams, weights
-    self.share = resident.Share(jax.process_index(), jax.process_count())
+    self.share = resident.ProcessShard(jax.process_index(), jax.process_count())
     pixels = {
       "size": image_size,
       "augmentation": config.input.augmentation,
       "normalisation": normalisation,
       "dtype": jnp.dtype(config.compute_dtype),
-      "take": mesh_lib.make_take(mesh),
+      "gather": mesh_lib.make_gather_rows(mesh),
     }
     self.augment = functools.partial(augment.train_batch, **pixels)
     self.center = functools.partial(augment.test_batch, **pixels)
@@ -115,15 +115,15 @@ class Trainer:
 
   def put(self, tree):
     """Places arrays, equal in all processes, on every device."""
-    return mesh_lib.put(tree, mesh_lib.replicated(self.mesh))
+    return mesh_lib.place(tree, mesh_lib.replicated(self.mesh))
 
   def share_out(self, tree):
     """Places what a method's hook returned on every device."""
-    return mesh_lib.share_out(tree, self.mesh)
+    return mesh_lib.replicate_from_host0(tree, self.mesh)
 
   def assemble(self, tree):
     """Places this process's share of arrays whose leading axis is split over the devices."""
-    return mesh_lib.assemble(tree, self.mesh)
+    return mesh_lib.shard_batch(tree, self.mesh)
 
   def view(self, index: int) -> TaskView:
     """Returns task `index`; its images are on the devices unless they are streamed."""
@@ -158,13 +158,13 @@ class Trainer:
       train_chunks=train_chunks,
       augment=self.augment,
       center=self.center,
-      fetch=mesh_lib.fetch,
-      share=self.share_out,
-      key=lambda name: stream_key(self.root, name, task=index),
+      gather=mesh_lib.gather_to_host,
+      replicate=self.share_out,
+      key=lambda name: named_key(self.root, name, task=index),
       seed=config.seed,
     )
 
-  def load_ahead(self, index: int, ahead: Ahead) -> None:
+  def load_ahead(self, index: int, ahead: Prefetcher) -> None:
     """Has the images of task `index` decoded in `ahead`, for a later `view` to take them."""
     if not self.streams:
       self._coming = {index: ahead.submit(self._load, index)}
@@ -174,7 +174,7 @@ class Trainer:
     loaded = {}
     for part, indices in self._splits(index).items():
       own = self.share.rows(self._capacity[part])
-      loaded[part] = resident.load(self.sequence, indices[own], own.stop - own.start, stop)
+      loaded[part] = resident.load_examples(self.sequence, indices[own], own.stop - own.start, stop)
     return loaded
 
   def _splits(self, index: int) -> dict[str, np.ndarray]:
@@ -187,12 +187,14 @@ class Trainer:
     if self.streams:
       place = {"put": self.assemble, "share": self.share, "workers": self.config.input.workers}
       return {
-        part: streaming.Stream(sequence=self.sequence, indices=indices, **place).read
+        part: streaming.StreamingReader(sequence=self.sequence, indices=indices, **place).read
         for part, indices in self._splits(index).items()
       }
     coming = self._coming.pop(index, None)
     loaded = self.assemble(coming.result() if coming else self._load(index))
-    return {part: functools.partial(resident.read, images) for part, images in loaded.items()}
+    return {
+      part: functools.partial(resident.read_resident, images) for part, images in loaded.items()
+    }
 
   def steps_per_epoch(self, index: int) -> int:
     """Returns the steps of one epoch of task `index`; the last batch may be padded."""
@@ -202,20 +204,20 @@ class Trainer:
     """Returns the state at the start of task `index`."""
     return self.stepper(index).init(variables)
 
-  def stepper(self, index: int) -> Stepper:
+  def stepper(self, index: int) -> TrainStep:
     """Returns the step of task `index`."""
     return self._programs(index)[0]
 
   def chunk(self, index: int) -> Callable:
-    """Returns the jitted program that does several steps of task `index`; see `make_chunk`."""
+    """Returns the jitted program that does several steps of task `index`; see `make_multi_step`."""
     return self._programs(index)[1]
 
-  def fixed(self, variables: Variables, view: TaskView) -> Fixed:
+  def fixed(self, variables: Variables, view: TaskView) -> StepContext:
     """Returns what the steps of a task only read, on the devices."""
     total = self.config.epochs * self.steps_per_epoch(view.index)
     frozen = self.method.freeze(self.weights, variables)
-    return Fixed(
-      frozen=mesh_lib.put(frozen, mesh_lib.spread(self.mesh, frozen)),
+    return StepContext(
+      frozen=mesh_lib.place(frozen, mesh_lib.fsdp_sharding(self.mesh, frozen)),
       mem=self.put(variables.mem),
       task=view.arrays,
       total_steps=self.put(jnp.int32(total)),
@@ -226,8 +228,8 @@ class Trainer:
     """Returns the stepper and its jitted chunk; tasks with the same rules share them."""
     rules = self.method.rules(index)
     if rules not in self._chunks:
-      stepper = Stepper(self.method, self.config, rules)
-      chunk = make_chunk(stepper, self.augment, self.mesh)
+      stepper = TrainStep(self.method, self.config, rules)
+      chunk = make_multi_step(stepper, self.augment, self.mesh)
       self._chunks[rules] = stepper, chunk
     return self._chunks[rules]
 

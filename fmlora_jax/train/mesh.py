@@ -22,7 +22,7 @@ AXES = ("data", "fsdp")
 SMALL = 2**14  # arrays of fewer numbers are on each device: gathering costs more than it saves
 
 
-def make(fsdp: int = 1) -> Mesh:
+def make_mesh(fsdp: int = 1) -> Mesh:
   """Returns the mesh of all devices; those of a process follow each other.
 
   Args:
@@ -48,12 +48,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose leading axis is split over all devices."""
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def spread(mesh: Mesh, tree: Any) -> Any:
+def fsdp_sharding(mesh: Mesh, tree: Any) -> Any:
   """Returns the shardings of a frozen backbone: large leaves by the longest axis that divides."""
   size = mesh.shape["fsdp"]
 
@@ -67,7 +67,7 @@ def spread(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map(sharding, tree)
 
 
-def put(tree: Any, shardings: Any) -> Any:
+def place(tree: Any, shardings: Any) -> Any:
   """Places arrays on the mesh; what lies on the host or one device must be equal on all processes.
 
   Args:
@@ -93,7 +93,7 @@ def _is_global(leaf: Any) -> bool:
   return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
-def share_out(tree: Any, mesh: Mesh) -> Any:
+def replicate_from_host0(tree: Any, mesh: Mesh) -> Any:
   """Places what a method left behind on all devices; what it made on the host is the first one's.
 
   The same program may round otherwise on another host's CPU, and copies must not drift apart.
@@ -104,29 +104,29 @@ def share_out(tree: Any, mesh: Mesh) -> Any:
       return leaf
     return multihost_utils.broadcast_one_to_all(np.asarray(leaf))
 
-  return put(jax.tree.map(leaf_of_first, tree), replicated(mesh))
+  return place(jax.tree.map(leaf_of_first, tree), replicated(mesh))
 
 
-def assemble(tree: Any, mesh: Mesh) -> Any:
+def shard_batch(tree: Any, mesh: Mesh) -> Any:
   """Returns arrays split over all devices, of which each process gives its own rows."""
-  sharding = split(mesh)
+  sharding = batch_sharding(mesh)
   return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 
-def fetch(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
   """Returns NumPy arrays of the whole arrays, the same in all processes."""
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def make_take(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
-  """Returns `augment.take` for examples that are split over the devices; so is what comes back.
+def make_gather_rows(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
+  """Returns `augment.gather_rows` for examples split over the devices; the result is split too.
 
   Each device picks the rows that it holds, zeros for the others, and a sum that leaves each device
   its part of the batch brings every row where it is needed: as many bytes per device as the batch
   has.
   """
   if mesh.size == 1:
-    return augment.take
+    return augment.gather_rows
 
   def exchange(leaf, held):
     picked = jnp.where(held.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
@@ -137,7 +137,7 @@ def make_take(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
     count = len(examples.valid)
     own = jnp.maximum(rows, 0) - jax.lax.axis_index(AXES) * count  # padding shows the first image
     held = (own >= 0) & (own < count)
-    taken = augment.take(examples, jnp.where(held, own, 0))
+    taken = augment.gather_rows(examples, jnp.where(held, own, 0))
     taken = taken.replace(valid=taken.valid & (rows >= 0))
     return jax.tree.map(lambda leaf: exchange(leaf, held), taken)
 

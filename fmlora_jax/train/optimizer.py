@@ -13,7 +13,7 @@ from fmlora_jax.types import Params
 GROUPS = ("adapter", "bases", "prompt", "scale", "head", "frozen")
 
 
-def make(config: Config, labels: Params) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Config, labels: Params) -> optax.GradientTransformationExtraArgs:
   """Returns the optimiser of one task over leaves labelled with GROUPS.
 
   Its update takes `progress` in [0, 1), the part of the task that is done, and `epoch` from 0:
@@ -42,7 +42,7 @@ def _group(
   return optax.chain(
     *_direction(config.optim, weight_decay),
     optax.scale(-learning_rate),
-    _scheduled(schedules.make(config, learning_rate)),
+    _scheduled(schedules.make_schedule(config, learning_rate)),
   )
 
 

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 
-def stream_key(
+def named_key(
   root: PRNGKeyArray, name: str, *, task: Int[Array, ""] | int, step: Int[Array, ""] | int = 0
 ) -> PRNGKeyArray:
   """Returns the key of the stream `name` at (task, step); works inside jit. Source: ours."""

@@ -14,7 +14,7 @@ from fmlora_jax.config import Config
 Schedule = Callable[[Float[Array, ""], Int[Array, ""]], Float[Array, ""]]
 
 
-def make(config: Config, learning_rate: float) -> Schedule:
+def make_schedule(config: Config, learning_rate: float) -> Schedule:
   """Returns the function (progress in [0, 1), epoch from 0) -> factor of `learning_rate`."""
   optim, epochs = config.optim, config.epochs
 

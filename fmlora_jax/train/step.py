@@ -11,7 +11,7 @@ from fmlora_jax.models import heads
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train import optimizer as optim
 from fmlora_jax.train.labels import combine, label_leaves, partition
-from fmlora_jax.train.rng import stream_key
+from fmlora_jax.train.rng import named_key
 from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays, Variables
 
 
@@ -31,7 +31,7 @@ class TrainState:
 
 
 @flax.struct.dataclass
-class Fixed:
+class StepContext:
   """What a step only reads.
 
   Attributes:
@@ -48,7 +48,7 @@ class Fixed:
   root: PRNGKeyArray
 
 
-class Stepper:
+class TrainStep:
   """The step of a method under one table of rules; pure functions, made once.
 
   Attributes:
@@ -61,7 +61,7 @@ class Stepper:
 
   def _optimizer(self, params: Params) -> tuple[optax.GradientTransformationExtraArgs, Params]:
     labels = label_leaves(params, self.rules)
-    return optim.make(self.config, labels), labels
+    return optim.make_optimizer(self.config, labels), labels
 
   def init(self, variables: Variables) -> TrainState:
     """Returns the state at the start of a task: a fresh optimiser."""
@@ -69,10 +69,10 @@ class Stepper:
     optimizer, _ = self._optimizer(params)
     return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
 
-  def step(self, state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, dict]:
+  def step(self, state: TrainState, fixed: StepContext, batch: Batch) -> tuple[TrainState, dict]:
     optimizer, labels = self._optimizer(state.params)
     trained, still = partition(state.params, labels)
-    key = stream_key(fixed.root, "method", task=fixed.task.index, step=state.step)
+    key = named_key(fixed.root, "method", task=fixed.task.index, step=state.step)
 
     def loss_fn(trained):
       params = combine(trained, still)
@@ -102,7 +102,7 @@ def is_finite(tree) -> Bool[Array, ""]:
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def make_chunk(stepper: Stepper, augment, mesh: jax.sharding.Mesh):
+def make_multi_step(stepper: TrainStep, augment, mesh: jax.sharding.Mesh):
   """Returns the jitted (state, fixed, examples, rows [K, B], num) -> (state, stats of K numbers).
 
   It does the first `num` of K steps, or those before one that is not finite; `num` is traced, so a
@@ -111,7 +111,9 @@ def make_chunk(stepper: Stepper, augment, mesh: jax.sharding.Mesh):
   """
   whole = mesh_lib.replicated(mesh)
 
-  def chunk(state: TrainState, fixed: Fixed, examples: Examples, rows: Int[Array, "K B"], num):
+  def chunk(
+    state: TrainState, fixed: StepContext, examples: Examples, rows: Int[Array, "K B"], num
+  ):
     stats = {name: jnp.zeros(rows.shape[0]) for name in ("loss", "grad_norm")}
     first = state.step
 
@@ -121,9 +123,9 @@ def make_chunk(stepper: Stepper, augment, mesh: jax.sharding.Mesh):
 
     def body(carry):
       i, state, stats = carry
-      key = stream_key(fixed.root, "augment", task=fixed.task.index, step=state.step)
+      key = named_key(fixed.root, "augment", task=fixed.task.index, step=state.step)
       batch = jax.lax.with_sharding_constraint(
-        augment(examples, rows[i], key), mesh_lib.split(mesh)
+        augment(examples, rows[i], key), mesh_lib.batch_sharding(mesh)
       )
       gathered = jax.lax.with_sharding_constraint(fixed.frozen, whole)
       state, now = stepper.step(state, fixed.replace(frozen=gathered), batch)

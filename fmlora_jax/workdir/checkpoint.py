@@ -83,13 +83,13 @@ class DamagedError(ConfigError):
   """A checkpoint that can't be used; the message says why."""
 
 
-class Store:
+class CheckpointStore:
   """The checkpoints of one workdir.
 
   Args:
     workdir: of the run.
     sharding: that restored arrays get.
-    identity: of the run, as `claim` takes it; checkpoints of others are none.
+    identity: of the run, as `claim_workdir` takes it; checkpoints of others are none.
     on_damage: as CheckpointConfig has it.
     note: shows a line.
   """
@@ -122,7 +122,7 @@ class Store:
     arrays = {name: jnp.asarray(leaf) for name, leaf in snapshot.arrays.items()}
     kept = [*self._kept, step] if keep else self._kept
     own = {"step": step, "kept": kept, "identity": self._identity}
-    record = snapshot.record | own | {"digests": digest.of_tree(arrays)}
+    record = snapshot.record | own | {"digests": digest.tree_digests(arrays)}
     with disk.writing(target, num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
       ocp.save(target, arrays, overwrite=True, custom_metadata=metadata)
@@ -205,9 +205,9 @@ class Store:
     if record["step"] != step:
       raise DamagedError(f"it is that of step {record['step']}")
     digests = record["digests"]
-    template = {name: digest.template(text, self._sharding) for name, text in digests.items()}
+    template = {name: digest.abstract_array(text, self._sharding) for name, text in digests.items()}
     arrays = ocp.load(path, template)
-    found = digest.of_tree(arrays)
+    found = digest.tree_digests(arrays)
     if wrong := sorted(name for name in digests if found[name] != digests[name]):
       more = f" and {len(wrong) - 3} others" if len(wrong) > 3 else ""
       raise DamagedError(f"{', '.join(wrong[:3])}{more} in it: not what was saved")
@@ -295,7 +295,7 @@ def check_folder(workdir: pathlib.Path) -> None:
     )
 
 
-def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+def claim_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Writes `identity` into a new workdir, or checks that the workdir belongs to it.
 
   Args:

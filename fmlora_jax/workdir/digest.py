@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt32
 LANES = np.uint32((0, 0x9E3779B9))  # independent sums, which make a digest of 64 bits
 
 
-def of_tree(tree: Any) -> dict[str, str]:
+def tree_digests(tree: Any) -> dict[str, str]:
   """Returns the digest of each leaf by its path, such as "float32[2,3] 0123456789abcdef".
 
   Args:
@@ -29,7 +29,7 @@ def of_tree(tree: Any) -> dict[str, str]:
   }
 
 
-def template(text: str, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+def abstract_array(text: str, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
   """Returns what an array with the digest `text` looks like, placed by `sharding`."""
   dtype, _, shape = text.partition("]")[0].partition("[")
   sizes = tuple(int(size) for size in shape.split(",") if size)

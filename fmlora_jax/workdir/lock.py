@@ -25,19 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def held_by_first(folder: pathlib.Path) -> Iterator[None]:
+def lock_on_first(folder: pathlib.Path) -> Iterator[None]:
   """Has the first process hold the lock of a folder for all.
 
   Raises:
-    ConfigError: in all processes, where `held` raises it in the first.
+    ConfigError: in all processes, where `hold_lock` raises it in the first.
   """
   with contextlib.ExitStack() as stack:
-    hosts.decided_by_first(lambda: stack.enter_context(held(folder)))
+    hosts.run_on_first(lambda: stack.enter_context(hold_lock(folder)))
     yield
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path) -> Iterator[None]:
+def hold_lock(folder: pathlib.Path) -> Iterator[None]:
   """Holds the lock of a folder, which is made if need be; leaves nothing where nothing was written.
 
   On a file system that has no locks one line warns, and nothing is held.

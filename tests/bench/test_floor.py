@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from fmlora_jax.bench import floor
-from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.bench.lab import BenchSettings, Workload
 
 
 def lowered(setting, task):
   """The step and the plain forward of abstract arrays: nothing is computed."""
-  lab = Lab(setting)
+  lab = Workload(setting)
   params = jax.eval_shape(lab.backbone.init, jax.random.key(0))
 
   def arguments(params):
@@ -25,7 +25,7 @@ def lowered(setting, task):
 
 @pytest.mark.parametrize(("prompts", "most"), [(10, 2.15), (0, 2.03)])
 def test_a_step_of_vit_b16_costs_little_more_than_twice_the_forward(prompts, most):
-  setting = Setting(batch=2, prompts=prompts)
+  setting = BenchSettings(batch=2, prompts=prompts)
   flops = [program.cost_analysis()["flops"] / 2 for program in lowered(setting, task=1)]
   assert flops[0] / flops[1] < most
   least = floor.flops(setting)
@@ -34,7 +34,7 @@ def test_a_step_of_vit_b16_costs_little_more_than_twice_the_forward(prompts, mos
 
 
 def test_xla_adds_nothing_to_the_step_of_vit_b16():
-  step, forward = lowered(Setting(batch=2), task=1)
+  step, forward = lowered(BenchSettings(batch=2), task=1)
   flops = [program.compile().cost_analysis()["flops"] for program in (step, forward)]
   assert flops[0] / flops[1] < 2.15
 
@@ -49,11 +49,11 @@ def test_the_peak_is_known_of_some_chips_in_bfloat16():
 
 def test_what_the_backward_pass_must_find_is_counted_by_hand():
   # 16 patches, class token, 3 prompts; 10 widths and 6 x 2 ranks in 5 blocks, 3 widths in the last
-  setting = Setting(architecture="micro", batch=2, rank=4, prompts=3)
+  setting = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
   assert floor.kept_bytes(setting) == 2 * 20 * (5 * (10 * 96 + 6 * 2 * 4) + 3 * 96) * 4
   assert floor.kept_bytes(dataclasses.replace(setting, dtype="bfloat16")) == 2 * 20 * 5328 * 2
 
 
 def test_the_least_time_is_that_of_the_products():
-  setting = Setting(batch=3)
+  setting = BenchSettings(batch=3)
   assert floor.seconds(setting, 1e12)["step"] == 3 * floor.flops(setting)["step"] / 1e12

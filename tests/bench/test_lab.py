@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.cli.overrides import Choice, parse_methods
 
-MICRO = Setting(architecture="micro", batch=2, rank=4, prompts=3)
+MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 
 
 def test_task_20_runs_the_program_of_task_2():
-  lab = Lab(MICRO)
+  lab = Workload(MICRO)
   params = lab.weights()
   early, late = (
     jax.jit(lab.stepper(task).step).lower(*lab.arguments(params, lab.variables(params, task), task))
@@ -21,7 +21,7 @@ def test_task_20_runs_the_program_of_task_2():
 
 
 def test_the_past_that_a_late_step_trains_on_is_folded_in():
-  lab = Lab(MICRO)
+  lab = Workload(MICRO)
   params = lab.weights()
   kernels = [
     lab.arguments(params, lab.variables(params, task), task)[1].frozen["backbone"]["block_0"][
@@ -37,7 +37,7 @@ def test_the_past_that_a_late_step_trains_on_is_folded_in():
 @pytest.mark.parametrize("text", ["fm_lora", "lora", "lora:mode=sequential", "finetune"])
 def test_shapes_are_those_of_a_task_behind_others(text):
   (choice,) = parse_methods(text)
-  lab = Lab(MICRO, choice)
+  lab = Workload(MICRO, choice)
   params = lab.weights()
   real = lab.arguments(params, lab.variables(params, 2), 2)
 
@@ -50,7 +50,7 @@ def test_shapes_are_those_of_a_task_behind_others(text):
 
 def test_a_method_may_look_at_images_before_its_shapes_are_known():
   """Here the head's rows start at class means; a decomposition on the host would do too."""
-  lab = Lab(MICRO, Choice("lora", (("head.start", "class_mean"),)))
+  lab = Workload(MICRO, Choice("lora", (("head.start", "class_mean"),)))
   params = lab.weights()
   variables = lab.begin(params, lab.method.init(jax.random.key(0), params), 1)
   seen = variables.cur["head"]["kernel"][:2]  # rows of the two classes that have an image

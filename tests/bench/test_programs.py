@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 
 from fmlora_jax.bench import programs
-from fmlora_jax.bench.lab import Setting
+from fmlora_jax.bench.lab import BenchSettings
 from fmlora_jax.cli.overrides import parse_methods
 
-MICRO = Setting(architecture="micro", batch=2, rank=4, prompts=3)
+MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 
 
 def test_a_run_compiles_one_step_for_task_1_and_one_for_each_rank_after_it():

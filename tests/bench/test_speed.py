@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from fmlora_jax.bench import speed
-from fmlora_jax.bench.lab import Setting
+from fmlora_jax.bench.lab import BenchSettings
 
-MICRO = Setting(architecture="micro", batch=2, rank=4, prompts=3)
+MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 
 
 def test_the_result_is_json_and_a_table(monkeypatch, capsys):

@@ -50,7 +50,7 @@ def test_every_config_file_fits_its_vit(path):
   built = config.build(config.Config, load(path).get_config().to_dict())
   tag = built.weights.tag
   name = (registry.WEIGHTS[tag].architecture if tag else None) or built.weights.architecture
-  backbone = vit.make(vit.architecture(name), jnp.dtype(built.compute_dtype))
+  backbone = vit.make_vit(vit.architecture(name), jnp.dtype(built.compute_dtype))
   count = built.tasks.num_tasks
   shared = built.tasks.scenario == "dil"
   spec = SequenceSpec(
@@ -59,7 +59,7 @@ def test_every_config_file_fits_its_vit(path):
     num_classes=2 if shared else 2 * count,
     class_ranges=tuple((0, 2) if shared else (2 * i, 2 * i + 2) for i in range(count)),
   )
-  method = methods.make(built, backbone, spec)
+  method = methods.make_method(built, backbone, spec)
   weights = jax.eval_shape(backbone.init, jax.random.key(0))
   variables = jax.eval_shape(method.init, jax.random.key(0), weights)
   images = jax.ShapeDtypeStruct((3, *[backbone.sizes.image_size] * 2, 3), jnp.float32)
@@ -138,14 +138,14 @@ def test_the_head_is_aligned_for_fm_lora_alone_unless_a_variant_names_one():
   heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}, "hide_prompt": {}}
 
   def named(default=None, **chosen):
-    found = config_files.head_of(chosen, heads, default)
+    found = config_files.head_settings(chosen, heads, default)
     return next(name for name, head in heads.items() if head is found)
 
   assert named() == named(method="fm_lora") == named(method="lora", head="aligned") == "aligned"
   assert named(method="lora") == named(head="plain") == named("plain") == "plain"
   assert named(method="hide_prompt", head="aligned") == "hide_prompt"
   with pytest.raises(config.ConfigError, match="head is 'flat': must be plain or aligned"):
-    config_files.head_of({"head": "flat"}, heads)
+    config_files.head_settings({"head": "flat"}, heads)
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_dil", "fashion_mnist", "image_folder"])

@@ -34,10 +34,10 @@ def main(argv):
   index = jax.process_index()
   config = {"seed": 1 + index, "weights": {"path": f"/{index}"}}
   print(hosts.is_first(), hosts.gather("word" * (1 + index)))
-  print(refused(lambda: hosts.agree({"config": config}, besides=("weights.path",))))
-  print(refused(lambda: hosts.agree({"config": config}, besides=("weights.path", "seed"))))
-  print(hosts.decided_by_first(lambda: {"index": index}))
-  print(refused(lambda: hosts.decided_by_first(decide)))
+  for besides in (("weights.path",), ("weights.path", "seed")):
+    print(refused(lambda: hosts.assert_same_on_all({"config": config}, besides=besides)))
+  print(hosts.run_on_first(lambda: {"index": index}))
+  print(refused(lambda: hosts.run_on_first(decide)))
   sys.stdout.flush()
   if argv[1] == "killed" and index == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_of_three_the_second_ends_and_the_third_hears_which():
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_meets_nobody_gives_up_in_one_line(index):
   environment = processes.environment(2, FMLORA_JAX_LAUNCH_TIMEOUT="4")[index]
-  program = "from fmlora_jax.distributed import hosts; hosts.start()"
+  program = "from fmlora_jax.distributed import hosts; hosts.join_processes()"
   ((code, shown, errors),) = processes.ended(
     processes.start([sys.executable, "-c", program], [environment])
   )
@@ -132,7 +132,7 @@ def test_a_wrong_launch_is_refused_by_the_name_of_the_variable(monkeypatch, chan
     else:
       monkeypatch.setenv(name, value)
   with pytest.raises(ConfigError, match=message):
-    hosts.start()
+    hosts.join_processes()
 
 
 @pytest.mark.parametrize(
@@ -152,27 +152,27 @@ def test_a_wrong_launch_is_refused_by_the_name_of_the_variable(monkeypatch, chan
 def test_only_one_of_several_joins(monkeypatch, variables, several):
   joined = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
-  monkeypatch.setattr(hosts, "several", lambda: False)
+  monkeypatch.setattr(hosts, "is_multi_process", lambda: False)
   for name in list(os.environ):
     if name.startswith(("SLURM_", "OMPI_", "TPU_", "JAX_COORD", "JAX_NUM_P", "JAX_PROCESS")):
       monkeypatch.delenv(name)
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  hosts.start()
+  hosts.join_processes()
   assert bool(joined) == several
   assert not joined or set(joined[0]) == {"initialization_timeout", "heartbeat_timeout_seconds"}
 
 
 def test_a_program_of_one_process_asks_nobody():
-  hosts.agree({"config": {"seed": 1}})
+  hosts.assert_same_on_all({"config": {"seed": 1}})
   assert hosts.is_first() and hosts.gather("x") == ["x"]
-  assert hosts.decided_by_first(lambda: 3) == 3
-  hosts.finish()
+  assert hosts.run_on_first(lambda: 3) == 3
+  hosts.barrier()
 
 
 def test_a_signal_from_before_the_watch_was_there_is_told_later(monkeypatch):
   watched = mock.Mock(**{"stops.return_value": 0})
   monkeypatch.setattr(hosts, "_watch", watched)
-  assert hosts.stops(0) == 0 and not watched.ask.called
-  hosts.stops(15)
+  assert hosts.requested_stop(0) == 0 and not watched.ask.called
+  hosts.requested_stop(15)
   watched.ask.assert_called_once_with(15)

@@ -20,7 +20,7 @@ class Group:
     ends += [{0: pipe[1]} for pipe in pipes.values()]
     self.ended: dict[int, str] = {}
     self.connections = ends
-    self.watches = [watchdog.Watch(end, self._ends(index)) for index, end in enumerate(ends)]
+    self.watches = [watchdog.Watchdog(end, self._ends(index)) for index, end in enumerate(ends)]
     for one in self.watches:
       one.start()
 
@@ -112,7 +112,7 @@ def test_one_whose_work_is_done_hears_of_one_that_ends_before_its_own_is(group):
 def test_one_that_is_silent_ends_all(monkeypatch):
   monkeypatch.setattr(watchdog, "HEARTBEAT_S", 2)
   monkeypatch.setattr(watchdog, "BEAT_S", 0.5)
-  monkeypatch.setattr(watchdog.Watch, "_beat", lambda self: None)  # a process that was suspended
+  monkeypatch.setattr(watchdog.Watchdog, "_beat", lambda self: None)  # a process that was suspended
   group = Group(count=2)
   ended = group.wait(2)
   group.close()

@@ -76,7 +76,7 @@ def test_parameters_are_those_of_a_run_with_the_largest_rank(found, tmp_path):
 
 
 def test_the_time_is_that_of_all_steps_tests_and_passes_between(found):
-  made = setup.Workshop().parts(dry_run.settle(small())).trainer
+  made = setup.SetupCache().parts(dry_run.settle(small())).trainer
   steps = [made.steps_per_epoch(i) for i in range(5)]
   first, later = (stage.step.seconds for stage in found.stages)
   assert found.seconds["train"] == pytest.approx(steps[0] * first + sum(steps[1:]) * later)
@@ -100,11 +100,11 @@ def test_the_estimate_is_shown_with_what_it_leaves_open(found, capsys):
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_the_program_of_the_estimate_is_the_run_s(mode):
   settings = small("linear_probe", input={"mode": mode})
-  made = setup.Workshop().parts(settings).trainer
+  made = setup.SetupCache().parts(settings).trainer
   variables = made.method.init(made.root, made.weights)
   view = made.view(0)
   variables, _ = made.method.begin_task(variables, view)
-  cost = costs.of_step(made, variables, 0, limit=2**40)
+  cost = costs.measure_train_step(made, variables, 0, limit=2**40)
   assert cost.compiling > 0 and cost.seconds > 0
   lowered = []
   chunk = made.chunk(0)

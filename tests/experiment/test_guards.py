@@ -17,7 +17,7 @@ def watched():
   method = types.SimpleNamespace(rules=lambda task: RULES)
   trainer = types.SimpleNamespace(method=method, weights={"a": jnp.ones(2), "b": jnp.ones(2)})
   params = {"shared": {"c": jnp.ones(3), "d": jnp.ones(3)}, "cur": {"head": jnp.ones(2)}}
-  frozen = guards.Frozen(trainer)
+  frozen = guards.FrozenGuard(trainer)
   frozen.begin(0, params)
   return frozen, trainer, params
 

@@ -37,7 +37,7 @@ SMALL = {
 }
 # of runs that are stopped and resumed here: a config is traced once; test_main.py resumes one in a
 # process of its own
-WORKSHOP = parts.Workshop()
+WORKSHOP = parts.SetupCache()
 SAME = ("params_sha256", "accuracy", "acc", "aaa", "ranks", "interference", "params", "class_order")
 
 
@@ -103,7 +103,7 @@ def assert_same_run(finished, workdir, result):
 )
 def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, saves):
   settings, workdir = finished[0], tmp_path / "run"
-  before = stop(settings, workdir, checkpoint.Store, "save", saves)
+  before = stop(settings, workdir, checkpoint.CheckpointStore, "save", saves)
   assert not (workdir / "result.json").exists()
   began = time.monotonic()
   result = run(settings, workdir, workshop=WORKSHOP)
@@ -157,14 +157,14 @@ def test_what_a_selection_read_is_known_after_a_resume(tmp_path):
   """The session that reads validation images is killed within the task."""
   settings = small(drs={"strategy": "gumbel", "candidate_ranks": (1, 2), "selector_steps": 2})
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-    save = checkpoint.Store.save
+    save = checkpoint.CheckpointStore.save
 
     def save_and_die(self, step, *args, keep, **kwargs):
       save(self, step, *args, keep=keep, **kwargs)
       if step > 10 and not keep:
         raise Killed
 
-    patch.setattr(checkpoint.Store, "save", save_and_die)
+    patch.setattr(checkpoint.CheckpointStore, "save", save_and_die)
     run(settings, tmp_path / "run")
   result = run(settings, tmp_path / "run")
   assert result["protocol"]["validation_read_by_method"]
@@ -261,13 +261,13 @@ def streamed(settings, **changes):
 
 @of_one_method
 def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monkeypatch, capsys):
-  loaded, load = set(), resident.load
+  loaded, load = set(), resident.load_examples
 
   def recorded(sequence, indices, capacity):
     loaded.add(capacity)
     return load(sequence, indices, capacity)
 
-  monkeypatch.setattr(resident, "load", recorded)
+  monkeypatch.setattr(resident, "load_examples", recorded)
   result = run(streamed(finished[0]), tmp_path / "run")
   assert_same_run(finished, tmp_path / "run", result)
   assert loaded == {3 * 64, 256}  # steps of a dispatch, a batch of test images
@@ -281,7 +281,7 @@ def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monke
 def test_a_streamed_run_resumes_within_a_task_whatever_it_was_before(finished, tmp_path, first):
   settings, workdir = finished[0], tmp_path / "run"
   before = settings if first == "resident" else streamed(settings)
-  stop(before, workdir, checkpoint.Store, "save", 1)
+  stop(before, workdir, checkpoint.CheckpointStore, "save", 1)
   assert_same_run(finished, workdir, run(streamed(settings), workdir, workshop=WORKSHOP))
 
 
@@ -322,21 +322,21 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_
 @of_one_method
 def test_a_run_may_be_stopped_twice_and_resumed_with_other_free_settings(finished, tmp_path):
   settings, workdir = finished[0], tmp_path / "run"
-  stop(settings, workdir, checkpoint.Store, "save", 2)
+  stop(settings, workdir, checkpoint.CheckpointStore, "save", 2)
   free = dataclasses.replace(
     settings,
     eval_batch_size=32,
     input=dataclasses.replace(settings.input, steps_per_dispatch=32),
     checkpoint=dataclasses.replace(settings.checkpoint, every_steps=3),
   )
-  stop(free, workdir, checkpoint.Store, "save", 2)
+  stop(free, workdir, checkpoint.CheckpointStore, "save", 2)
   assert_same_run(finished, workdir, run(free, workdir, workshop=WORKSHOP))
 
 
 @of_one_method
 def test_a_resumed_run_does_not_learn_a_finished_task_again(finished, tmp_path, monkeypatch):
   settings, workdir = finished[0], tmp_path / "run"
-  stop(settings, workdir, checkpoint.Store, "save", 3)
+  stop(settings, workdir, checkpoint.CheckpointStore, "save", 3)
   seen = []
   train = Trainer.train
 

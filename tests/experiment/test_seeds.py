@@ -118,7 +118,7 @@ def test_reports_read_the_folder_as_one_row(together):
 
 def test_what_was_killed_in_the_second_seed_goes_on_there(tmp_path, monkeypatch, capsys):
   settings = small(3, 4, method="linear_probe")
-  saved, save = [], checkpoint.Store.save
+  saved, save = [], checkpoint.CheckpointStore.save
 
   def save_and_die(self, *args, **kwargs):
     save(self, *args, **kwargs)
@@ -127,7 +127,7 @@ def test_what_was_killed_in_the_second_seed_goes_on_there(tmp_path, monkeypatch,
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(checkpoint.Store, "save", save_and_die)
+    patch.setattr(checkpoint.CheckpointStore, "save", save_and_die)
     seeds.run_each(settings, tmp_path)
   assert not (tmp_path / "seeds.json").exists()
   learned, train = [], loop.Trainer.train
@@ -154,7 +154,7 @@ def test_the_folder_of_a_single_run_is_refused(tmp_path):
 
 def test_a_workshop_shares_what_the_config_allows():
   settings = alone(small(), 3)
-  workshop = setup.Workshop()
+  workshop = setup.SetupCache()
   first, other_seed, other_method = (
     workshop.parts(changed).trainer
     for changed in (settings, alone(settings, 4), alone(small(method="linear_probe"), 3))

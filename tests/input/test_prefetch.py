@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from fmlora_jax.input.prefetch import Ahead
+from fmlora_jax.input.prefetch import Prefetcher
 
 
 def test_work_is_done_in_order_beside_the_caller():
@@ -14,7 +14,7 @@ def test_work_is_done_in_order_beside_the_caller():
     assert go_on.wait(30)
     return value, stop.is_set()
 
-  with Ahead() as ahead:
+  with Prefetcher() as ahead:
     one, two = ahead.submit(first, 1), ahead.submit(lambda stop: one.done())
     assert begun.wait(30) and not one.done()
     go_on.set()
@@ -29,7 +29,7 @@ def test_an_early_end_stops_what_is_under_way_and_drops_the_rest():
     begun.set()
     return stop.wait(30)
 
-  with pytest.raises(KeyboardInterrupt), Ahead() as ahead:
+  with pytest.raises(KeyboardInterrupt), Prefetcher() as ahead:
     running, waiting = ahead.submit(until_stopped), ahead.submit(until_stopped)
     assert begun.wait(30)
     raise KeyboardInterrupt

@@ -20,7 +20,7 @@ def test_tasks_have_arrays_of_one_shape(made):
   capacity = resident.capacity(made, "train")
   assert capacity == max(len(task.train) for task in made.tasks)
   for task in made.tasks:
-    loaded = resident.load(made, task.train, capacity)
+    loaded = resident.load_examples(made, task.train, capacity)
     count = len(task.train)
     assert loaded.images.shape == (capacity, 8, 8, 3)
     assert loaded.valid.sum() == count
@@ -36,7 +36,7 @@ def test_tasks_have_arrays_of_one_shape(made):
 
 def test_resident_is_chosen_where_it_fits_to_the_byte(made):
   rows = made.tasks[0].val
-  loaded = resident.load(made, rows, len(rows))
+  loaded = resident.load_examples(made, rows, len(rows))
   parts = (loaded.images, loaded.sizes, loaded.labels, loaded.valid)
   assert sum(part.nbytes for part in parts) == resident.num_bytes(made, len(rows))
   largest = resident.capacity(made, "train") + resident.capacity(made, "val")
@@ -86,9 +86,9 @@ def test_decoding_that_nobody_wants_any_more_ends_at_the_next_chunk(made, monkey
   rows = made.tasks[0].train
   with pytest.raises(concurrent.futures.CancelledError):
     if way == "load":
-      resident.load(dataclasses.replace(made, source=source), rows, len(rows), stop)
+      resident.load_examples(dataclasses.replace(made, source=source), rows, len(rows), stop)
     else:
-      resident.Kept(source, rows).fetch(rows, stop)
+      resident.DecodedCache(source, rows).decode(rows, stop)
   assert decoded == [8, 8]
 
 
@@ -98,7 +98,7 @@ def test_kept_images_are_decoded_once_and_only_if_asked_for(made):
   source = dataclasses.replace(
     made.source, decode=lambda rows: asked.extend(rows.tolist()) or decode(rows)
   )
-  kept = resident.Kept(source, np.arange(0, 100, 2))
+  kept = resident.DecodedCache(source, np.arange(0, 100, 2))
   for rows in ([8, 4], [4, 6, 8, 98], [98, 4], []):
     rows = np.asarray(rows, int)
     for got, expected in zip(kept(rows), decode(rows), strict=True):
@@ -108,9 +108,9 @@ def test_kept_images_are_decoded_once_and_only_if_asked_for(made):
 
 def test_more_images_than_capacity_are_refused(made):
   with pytest.raises(ValueError, match="capacity is 1: must be at least"):
-    resident.load(made, made.tasks[0].val, 1)
+    resident.load_examples(made, made.tasks[0].val, 1)
 
 
 def test_no_images_are_loaded_as_padding(made):
-  loaded = resident.load(made, np.array([], np.int64), 2)
+  loaded = resident.load_examples(made, np.array([], np.int64), 2)
   assert not loaded.valid.any()

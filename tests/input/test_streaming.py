@@ -125,11 +125,13 @@ def test_two_hosts_decode_each_image_of_a_block_once_between_them(make_lab):
 
   def read(share):
     put = {"put": lambda x: x, "share": share}
-    return list(streaming.Stream(sequence=sequence, indices=np.arange(7), **put).read(blocks))
+    return list(
+      streaming.StreamingReader(sequence=sequence, indices=np.arange(7), **put).read(blocks)
+    )
 
   whole = read(resident.WHOLE)
   decoded.clear()
-  shares = [read(resident.Share(index, 2)) for index in range(2)]
+  shares = [read(resident.ProcessShard(index, 2)) for index in range(2)]
   assert [sum(map(len, decoded)), len(np.unique(np.concatenate(decoded)))] == [7, 7]
   for block, (examples, rows) in enumerate(whole):
     parts, places = zip(*(share[block] for share in shares), strict=True)
@@ -141,7 +143,7 @@ def test_two_hosts_decode_each_image_of_a_block_once_between_them(make_lab):
 
 def test_the_next_block_is_ready_while_one_is_in_use_and_no_more_are_put(make_lab):
   made, put = make_lab(method={"name": "linear_probe"}), []
-  read = streaming.Stream(
+  read = streaming.StreamingReader(
     sequence=made.sequence, indices=np.arange(8), put=lambda x: put.append(x) or x
   ).read
   blocks = read(np.arange(8).reshape(4, 2))
@@ -168,7 +170,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_breaks_on_the_way_is_named_and_stops_all(folder, workers):
   blocks = np.arange(12).reshape(6, 2)
-  read = streaming.Stream(sequence=folder, indices=np.arange(12), put=lambda x: x, workers=workers)
+  read = streaming.StreamingReader(
+    sequence=folder, indices=np.arange(12), put=lambda x: x, workers=workers
+  )
   seen = []
   with pytest.raises(ConfigError, match=r"^config\.tasks\.data_dir .*'0/3\.png' has changed: not"):
     seen.extend(examples.images[0, 0, 0, 0] for examples, _ in read.read(blocks))
@@ -184,7 +188,9 @@ def test_a_process_that_dies_is_told_with_the_setting(make_lab):
   made = make_lab(method={"name": "linear_probe"})
   source = dataclasses.replace(made.sequence.source, decode=die)
   sequence = dataclasses.replace(made.sequence, source=source)
-  read = streaming.Stream(sequence=sequence, indices=np.arange(4), put=lambda x: x, workers=1).read
+  read = streaming.StreamingReader(
+    sequence=sequence, indices=np.arange(4), put=lambda x: x, workers=1
+  ).read
   with pytest.raises(ConfigError, match=r"config\.input\.workers is 1: .* exit code 3.*; 0 needs"):
     list(read(np.arange(4).reshape(2, 2)))
   assert not multiprocessing.active_children()
@@ -194,12 +200,12 @@ ENDLESS = """
 import multiprocessing, signal, sys, time
 from fmlora_jax import tasks
 from fmlora_jax.config import TasksConfig
-from fmlora_jax.tasks import order, stream
+from fmlora_jax.input import order, streaming
 
 def main():
   made = tasks.make(TasksConfig(), seed=0, source_size=8)
   train = made.tasks[0].train
-  read = stream.Stream(sequence=made, indices=train, put=lambda x: x, workers=2).read
+  read = streaming.StreamingReader(sequence=made, indices=train, put=lambda x: x, workers=2).read
   bounds = tuple(range(1_000_000))
   for _ in read(order.Chunks(num=len(train), batch_size=8, seed=0, task=0, bounds=bounds, size=1)):
     while len(multiprocessing.active_children()) < 2:  # one may be ready before the other starts

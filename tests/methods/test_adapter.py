@@ -80,7 +80,9 @@ def test_layers_and_sites_drop_different_units(make_lab):
     keys.extend(layers.dropout_keys for layers in adapters.bottlenecks.values())
     return original(params, images, adapters)
 
-  method = methods.make(made.config, dataclasses.replace(made.backbone, apply=spy), made.spec)
+  method = methods.make_method(
+    made.config, dataclasses.replace(made.backbone, apply=spy), made.spec
+  )
   view = made.trainer.view(0)
   begun, _ = method.begin_task(made.variables, view)
   begun = begun.replace(frozen=method.freeze(made.weights, begun))

@@ -144,13 +144,13 @@ def full_size(num_tasks=10, depth=12, **changes):
   spec = SequenceSpec(
     scenario="cil", num_tasks=num_tasks, num_classes=20 * num_tasks, class_ranges=ranges
   )
-  return methods.make(config, vit.make(Sizes(depth=depth)), spec)
+  return methods.make_method(config, vit.make_vit(Sizes(depth=depth)), spec)
 
 
 def test_components_and_head_of_ten_tasks_have_as_many_parameters_as_the_official_ones():
   made = full_size()
   assert sum(made.stored([{}] * 10)["per_task"]) == 3_840_000
-  weights = jax.eval_shape(vit.make(Sizes()).init, jax.random.key(0))
+  weights = jax.eval_shape(vit.make_vit(Sizes()).init, jax.random.key(0))
   mem = jax.eval_shape(made.init, jax.random.key(0), weights).mem
   assert sum(leaf.size for leaf in jax.tree.leaves(mem["components"])) == 3_840_000
   assert sum(leaf.size for leaf in jax.tree.leaves(mem["head"])) == 153_800

@@ -12,12 +12,12 @@ import pytest
 
 from fmlora_jax import config as config_lib
 from fmlora_jax import methods
-from fmlora_jax.input.streaming import Stream
+from fmlora_jax.input.streaming import StreamingReader
 from fmlora_jax.models import heads, vit
 from fmlora_jax.train import optimizer
-from fmlora_jax.train.evaluator import Evaluator, batches_of
+from fmlora_jax.train.evaluator import Evaluator, test_batches
 from fmlora_jax.train.labels import label_leaves, partition
-from fmlora_jax.train.step import Stepper
+from fmlora_jax.train.step import TrainStep
 from fmlora_jax.types import SequenceSpec, Sizes, Variables
 from fmlora_jax.workdir import checkpoint
 
@@ -113,7 +113,7 @@ def leaves_of(labels):
 @every_method
 def test_weights_and_the_past_of_other_tasks_stay_as_they_are(learned, leaves, name):
   keeps_old_rows = all(case.keeps_old_rows for case in cases.ALL if case.name == name)
-  pristine = jax.jit(vit.make(learned.backbone.sizes).init)(jax.random.key(0))
+  pristine = jax.jit(vit.make_vit(learned.backbone.sizes).init)(jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, learned.weights, pristine)
   for stage in learned.stages:
     t = stage.view.index
@@ -175,7 +175,7 @@ def counter(learned, batch_size):
   """Returns (bonus [C] on the logits, mask [C]) -> right answers on each task's test images."""
   method, trainer, sequence = learned.method, learned.trainer, learned.sequence
   indices = np.concatenate([task.test for task in sequence.tasks])
-  tests = Stream(sequence=sequence, indices=indices, put=trainer.assemble)
+  tests = StreamingReader(sequence=sequence, indices=indices, put=trainer.assemble)
   sizes = [len(task.test) for task in sequence.tasks]
 
   def predict(model, images):
@@ -187,7 +187,7 @@ def counter(learned, batch_size):
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
-    batches = batches_of(tests.read, sizes, batch_size, trainer.put)
+    batches = test_batches(tests.read, sizes, batch_size, trainer.put)
     return evaluator.correct(model, batches, np.tile(mask, (3, 1))).tolist()
 
   return count
@@ -304,7 +304,7 @@ def test_stored_parameters_are_those_of_the_formula(case):
   spec = SequenceSpec(
     scenario="cil", num_tasks=3, num_classes=6, class_ranges=((0, 2), (2, 4), (4, 6))
   )
-  method = methods.make(config, vit.make(Sizes()), spec)
+  method = methods.make_method(config, vit.make_vit(Sizes()), spec)
   assert method.stored(cases.FACTS) == case.stored
 
 
@@ -342,7 +342,7 @@ def test_a_stepper_refuses_a_method_whose_rules_miss_a_leaf(make_lab):
   made = make_lab(method={"name": "linear_probe"})
   variables, _ = made.method.begin_task(made.variables, made.trainer.view(0))
   with pytest.raises(ValueError, match="no rule matches leaf 'cur/head/"):
-    Stepper(made.method, made.config, (("cur/head/kernel", "head"),)).init(variables)
+    TrainStep(made.method, made.config, (("cur/head/kernel", "head"),)).init(variables)
   dead = (("cur/head/.*", "head"), ("shared/bases/.*", "adapter"))
   with pytest.raises(ValueError, match="rules that match no leaf"):
-    Stepper(made.method, made.config, dead).init(variables)
+    TrainStep(made.method, made.config, dead).init(variables)

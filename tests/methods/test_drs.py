@@ -10,16 +10,16 @@ import pytest
 
 from fmlora_jax import config as config_lib
 from fmlora_jax import methods
-from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.fm_lora import drs
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
 from fmlora_jax.tasks.benchmarks import digits, digits_dil
-from fmlora_jax.tasks.sequence import Source, Task, TaskSequence
+from fmlora_jax.tasks.sequence import DataSource, Task, TaskSequence
 from fmlora_jax.train import mesh
 from fmlora_jax.train.loop import Trainer
-from fmlora_jax.train.rng import stream_key
+from fmlora_jax.train.rng import named_key
 from fmlora_jax.types import NonFiniteError
 
 RANKS = (1, 2, 4)
@@ -188,7 +188,7 @@ def real_digits(second_domain: str) -> TaskSequence:
     name = f"half {index}"
     tasks.append(Task(index=index, name=name, train=train, val=val, test=test, lo=0, hi=10))
   labels = np.tile(labels, 2)
-  source = Source(
+  source = DataSource(
     name="halves",
     labels=labels,
     class_names=digits.CLASS_NAMES,
@@ -229,12 +229,12 @@ def digits_trainer():
   sequence = real_digits("plain")
   return Trainer(
     config,
-    methods.make(config, vit.make(sizes), sequence.spec),
+    methods.make_method(config, vit.make_vit(sizes), sequence.spec),
     sequence,
     jax.device_put(weights),
     normalisation=info.normalisation,
     image_size=sizes.image_size,
-    mesh=mesh.make(),
+    mesh=mesh.make_mesh(),
   )
 
 
@@ -250,7 +250,7 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(
   """
   trainer = digits_trainer.reseeded(seed, real_digits("plain"))
   method, view = trainer.method, trainer.view(0)
-  variables = method.init(stream_key(trainer.root, "init", task=0), trainer.weights)
+  variables = method.init(named_key(trainer.root, "init", task=0), trainer.weights)
   variables, _ = method.begin_task(variables, view)
   *_, (last, stats, _) = trainer.train(trainer.init(variables, 0), variables, view)
   assert stats["loss"][-1] < 0.5
@@ -268,7 +268,7 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(
 
 def test_the_selection_costs_at_most_1_3_epochs_of_training(selectors):
   """Of ViT-B/16 at the smallest rank, where there are 7 training images for one of validation."""
-  lab = Lab(Setting(batch=2, rank=4))
+  lab = Workload(BenchSettings(batch=2, rank=4))
   (selector,) = selectors
 
   def shapes(weights):

@@ -171,7 +171,7 @@ def full_size(num_tasks=10, depth=12, **changes):
   spec = SequenceSpec(
     scenario="cil", num_tasks=num_tasks, num_classes=num_tasks, class_ranges=ranges
   )
-  return methods.make(config, vit.make(Sizes(depth=depth)), spec)
+  return methods.make_method(config, vit.make_vit(Sizes(depth=depth)), spec)
 
 
 def test_stored_parameters_of_ten_tasks():

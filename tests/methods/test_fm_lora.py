@@ -281,9 +281,9 @@ def test_settings_that_do_not_fit_are_refused_by_field(make_lab, changes, messag
 def test_rank_selection_needs_validation_images_and_a_fixed_rank_does_not(lab, strategy):
   made = lab()
   spec = dataclasses.replace(made.spec, has_val=False)
-  methods.make(made.config, made.backbone, spec)
+  methods.make_method(made.config, made.backbone, spec)
   selecting = dataclasses.replace(made.config.drs, strategy=strategy)
   with pytest.raises(
     ConfigError, match=f"config.drs.strategy is '{strategy}' and a task has no val"
   ):
-    methods.make(dataclasses.replace(made.config, drs=selecting), made.backbone, spec)
+    methods.make_method(dataclasses.replace(made.config, drs=selecting), made.backbone, spec)

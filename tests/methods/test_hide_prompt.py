@@ -15,7 +15,7 @@ from fmlora_jax.config import Config, ConfigError, build
 from fmlora_jax.methods import hide_prompt
 from fmlora_jax.methods.common.alignment import Aligner
 from fmlora_jax.models import heads, vit
-from fmlora_jax.train.step import Fixed
+from fmlora_jax.train.step import StepContext
 from fmlora_jax.types import Adapters, Prefix, SequenceSpec, Sizes
 
 SETTINGS = {
@@ -131,7 +131,7 @@ def test_the_head_is_aligned_by_the_statistics_of_all_classes_so_far(learned):
 def test_without_alignment_the_head_is_as_trained(learned):
   settings = config_files.merged(SETTINGS, {"alignment": {"epochs": 0}})
   config = dataclasses.replace(learned.config, method=build(hide_prompt.Config, settings))
-  method = methods.make(config, learned.backbone, learned.spec)
+  method = methods.make_method(config, learned.backbone, learned.spec)
   for stage in learned.stages[:2]:
     ended, _ = method.end_task(stage.trained, stage.view)
     lo, hi = learned.spec.class_ranges[stage.view.index]
@@ -225,7 +225,7 @@ def test_a_step_does_not_depend_on_padding(learned, changed):
   stage, trainer = learned.stages[1], learned.trainer
   batch = learned.batch(6, task=1)
   stepper = trainer.stepper(1)
-  fixed = Fixed(
+  fixed = StepContext(
     frozen=learned.method.freeze(learned.weights, stage.begun),
     mem=stage.begun.mem,
     task=stage.view.arrays,
@@ -268,7 +268,7 @@ def test_a_slot_of_a_vit_b_has_the_parameters_of_the_public_code(length, expecte
   """Acceptance test 1."""
   config = build(Config, {"method": {"name": "hide_prompt", "prompt_length": length}})
   spec = SequenceSpec(scenario="cil", num_tasks=2, num_classes=4, class_ranges=((0, 2), (2, 4)))
-  method = methods.make(config, vit.make(Sizes()), spec)
+  method = methods.make_method(config, vit.make_vit(Sizes()), spec)
   mem = jax.eval_shape(method.init, jax.random.key(0), {}).mem
   assert mem["prompt"].size == 2 * expected
   assert method.stored([{}, {}])["per_task"] == [expected] * 2

@@ -236,7 +236,7 @@ def full_size(num_classes, num_tasks=10, **settings):
     class_ranges=tuple((i, i + each) for i in range(0, num_classes, each)),
   )
   built = config.build(config.Config, {"method": {"name": "inflora"} | settings})
-  return methods.make(built, vit.make(Sizes()), spec)
+  return methods.make_method(built, vit.make_vit(Sizes()), spec)
 
 
 @pytest.mark.parametrize(("num_classes", "trained"), [(200, 199_700), (100, 192_010)])

@@ -10,7 +10,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import vit
-from fmlora_jax.train.step import Fixed, Stepper
+from fmlora_jax.train.step import StepContext, TrainStep
 from fmlora_jax.types import Adapters, SequenceSpec, Sizes
 
 SETTINGS = {"pool_size": 6, "length": 2, "top_n": 2, "pull": 0.5}
@@ -102,8 +102,8 @@ def test_padding_pulls_no_key(learned):
   batch = batch.replace(valid=jnp.arange(8) < 5)
   other = batch.replace(images=batch.images.at[5:].set(-batch.images[5:] + 0.3))
   begun = with_pool(stage.begun, spread(stage.begun.shared["pool"]))
-  stepper = Stepper(learned.method, learned.config, learned.method.rules(0))
-  fixed = Fixed(
+  stepper = TrainStep(learned.method, learned.config, learned.method.rules(0))
+  fixed = StepContext(
     frozen=learned.method.freeze(learned.weights, begun),
     mem=begun.mem,
     task=stage.view.arrays,
@@ -152,8 +152,8 @@ def test_pool_and_head_have_as_many_parameters_as_pilot_logs():
   """LAMDA-PILOT#7: 199,880 trainable on ImageNet-R."""
   config = config_lib.build(config_lib.Config, {"method": {"name": "l2p"}})
   spec = SequenceSpec(scenario="cil", num_tasks=1, num_classes=200, class_ranges=((0, 200),))
-  made = methods.make(config, vit.make(Sizes()), spec)
-  weights = jax.eval_shape(vit.make(Sizes()).init, jax.random.key(0))
+  made = methods.make_method(config, vit.make_vit(Sizes()), spec)
+  weights = jax.eval_shape(vit.make_vit(Sizes()).init, jax.random.key(0))
   variables = jax.eval_shape(made.init, jax.random.key(0), weights)
   leaves = jax.tree.leaves((variables.shared, variables.mem["head"]))
   assert sum(leaf.size for leaf in leaves) == 199_880

@@ -12,7 +12,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import heads, vit
-from fmlora_jax.train.step import Fixed, Stepper
+from fmlora_jax.train.step import StepContext, TrainStep
 from fmlora_jax.types import Batch, SequenceSpec, Sizes, TaskArrays
 
 RANK = {"rank": 3}
@@ -157,14 +157,14 @@ def full_size(name, num_tasks=20, depth=12, **changes):
   """Returns config, method, and by shape the variables of a first task on a ViT-B/16."""
   settings = {"method": {"name": name} | changes, "batch_size": 2, "compute_dtype": "float32"}
   config = config_lib.build(config_lib.Config, settings)
-  backbone = vit.make(Sizes(depth=depth))
+  backbone = vit.make_vit(Sizes(depth=depth))
   spec = SequenceSpec(
     scenario="cil",
     num_tasks=num_tasks,
     num_classes=10 * num_tasks,
     class_ranges=tuple((lo, lo + 10) for lo in range(0, 10 * num_tasks, 10)),
   )
-  method = methods.make(config, backbone, spec)
+  method = methods.make_method(config, backbone, spec)
   view = types.SimpleNamespace(index=0, key=lambda name: jax.random.key(0))
   weights = jax.eval_shape(backbone.init, jax.random.key(0))
 
@@ -185,10 +185,10 @@ def test_a_first_task_of_twenty_trains_lora_and_a_scalar_for_each_task():
 def step_flops(name, depth=2):
   """Of one step as written, at 2 images; the parts of ViT-B/16 are as large as in all 12 blocks."""
   config, method, weights, variables = full_size(name, depth=depth, rank=10)
-  stepper = Stepper(method, config, method.rules(0))
+  stepper = TrainStep(method, config, method.rules(0))
 
   def first(weights, variables):
-    fixed = Fixed(
+    fixed = StepContext(
       frozen=method.freeze(weights, variables),
       mem=variables.mem,
       task=TaskArrays(*map(jnp.int32, (0, 0, 10))),

@@ -72,7 +72,7 @@ def test_the_task_is_that_of_the_likeliest_class_seen(ranges):
       best = int(np.argmax(row[:count])) if count else 0
       ends = np.cumsum([hi - lo for lo, hi in ranges])
       expected.append(int(np.argmax(best < ends)))
-    got = task_identity.tasks_of(identity, features, rows, jnp.arange(3) < seen)
+    got = task_identity.predict_tasks(identity, features, rows, jnp.arange(3) < seen)
     np.testing.assert_array_equal(got, expected)
     assert len(set(expected)) == max(seen, 1)
 
@@ -107,7 +107,7 @@ def test_it_learns_the_tasks_compiles_once_and_leaves_other_outputs_to_the_align
   for task in range(3):
     images = made.images(12, part="val", task=task)
     features = made.features(images)
-    named = task_identity.tasks_of(identity, features, rows, jnp.ones(3, bool))
+    named = task_identity.predict_tasks(identity, features, rows, jnp.ones(3, bool))
     right.append(np.mean(np.asarray(named) == task))
   assert np.mean(right) > 0.6
 

@@ -88,7 +88,7 @@ def test_dropout_drops_its_share_of_hidden_units_and_keeps_their_mean():
 
 def test_sites_see_the_branches_output_or_the_residual_stream_before_its_norm():
   """With branches that put out their biases alone, NumPy can follow the class token."""
-  backbone = vit.make(SIZES)
+  backbone = vit.make_vit(SIZES)
   params = jax.tree.map(lambda leaf: leaf, backbone.init(jax.random.key(0)))
   biases = {"out": draw(2, 16, seed=20), "fc2": draw(2, 16, seed=21)}
   for i in range(2):

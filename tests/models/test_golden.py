@@ -46,7 +46,7 @@ class Golden:
       self.disk["pos_embed"] = np.delete(position, range(1, count + 1), axis=1)
     self.params, self.ignored = layouts.convert(self.disk, layout, sizes)
     self.images = self.arrays["image"].transpose(0, 2, 3, 1)
-    self.backbone = vit.make(sizes)
+    self.backbone = vit.make_vit(sizes)
 
   def logits(self, features: np.ndarray) -> np.ndarray:
     return features @ self.disk["head.weight"].T + self.disk["head.bias"]
@@ -97,7 +97,7 @@ def test_a_low_rank_delta_is_lora_in_timm_applied_or_folded():
   features = golden.backbone.apply(golden.params, golden.images, Adapters(deltas=deltas))
   assert_near(features, golden.arrays["cls"])
   assert_near(golden.logits(features), golden.arrays["logits"])
-  folded = golden.backbone.apply(low_rank.fold(golden.params, deltas), golden.images)
+  folded = golden.backbone.apply(low_rank.fold_deltas(golden.params, deltas), golden.images)
   assert_near(folded, golden.arrays["cls"])
 
 
@@ -160,7 +160,7 @@ def test_googles_vit_of_flax_modules_is_ours(timm_vit):
   assert not ignored
   tokens = module.apply({"params": params}, timm_vit.images)
   assert np.ptp(tokens) > 0.5
-  assert_near(vit.make(sizes).tokens(ours, timm_vit.images), np.asarray(tokens))
+  assert_near(vit.make_vit(sizes).tokens(ours, timm_vit.images), np.asarray(tokens))
 
 
 def test_the_place_of_prompts_does_not_matter_to_the_class_token(timm_vit):

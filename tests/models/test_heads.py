@@ -18,7 +18,7 @@ def draw(*shape, seed=0):
 
 
 def fresh(kind, spec=CIL):
-  head = heads.make(kind, spec.num_classes, WIDTH)
+  head = heads.make_head(kind, spec.num_classes, WIDTH)
   return head, head.init(jax.random.key(0))
 
 
@@ -181,4 +181,4 @@ def test_rows_beyond_a_task_are_no_copy_of_the_next_class():
 
 
 def test_only_the_class_mean_head_asks_for_means():
-  assert [heads.make(kind, 6, WIDTH).needs_means for kind in KINDS] == [False, False, True]
+  assert [heads.make_head(kind, 6, WIDTH).needs_means for kind in KINDS] == [False, False, True]

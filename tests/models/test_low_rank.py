@@ -72,7 +72,7 @@ def test_the_gradient_of_a_diagonal_core_is_one_number_per_rank():
 
 
 def test_several_deltas_of_one_projection_add_up():
-  backbone = vit.make(SIZES)
+  backbone = vit.make_vit(SIZES)
   weights = backbone.init(jax.random.key(0))
   parts = (
     LowRank(a=draw(2, 16, 3, seed=1), b=0.1 * draw(2, 16, 3, seed=2)),
@@ -82,7 +82,7 @@ def test_several_deltas_of_one_projection_add_up():
   adapted = backbone.apply(weights, images, Adapters(deltas={"query": parts, "fc1": ()}))
   folded = weights
   for part in parts:
-    folded = low_rank.fold(folded, {"query": part})
+    folded = low_rank.fold_deltas(folded, {"query": part})
   np.testing.assert_allclose(adapted, backbone.apply(folded, images), rtol=0, atol=1e-4)
   one = backbone.apply(weights, images, Adapters(deltas={"query": parts[:1]}))
   assert np.abs(adapted - one).max() > 0.01
@@ -118,13 +118,13 @@ def test_fresh_factors_change_nothing_and_differ_by_target_and_layer():
 
 @pytest.mark.parametrize("name", vit.PROJECTIONS)
 def test_a_folded_vit_is_the_adapted_one_for_every_projection(name):
-  backbone = vit.make(SIZES)
+  backbone = vit.make_vit(SIZES)
   weights = backbone.init(jax.random.key(0))
   d_in, d_out = SIZES.projection(name)
   delta = random_delta(d_in=d_in, d_out=d_out)
   delta = delta.replace(core=0.1 * delta.core)
   images = draw(2, 16, 16, 3, seed=3)
-  folded = backbone.apply(low_rank.fold(weights, {name: delta}), images)
+  folded = backbone.apply(low_rank.fold_deltas(weights, {name: delta}), images)
   adapted = backbone.apply(weights, images, Adapters(deltas={name: delta}))
   plain = backbone.apply(weights, images)
   np.testing.assert_allclose(folded, adapted, rtol=0, atol=1e-4)
@@ -132,10 +132,10 @@ def test_a_folded_vit_is_the_adapted_one_for_every_projection(name):
 
 
 def test_fold_changes_the_target_kernels_only_and_copies_nothing_else():
-  weights = vit.make(SIZES).init(jax.random.key(0))
+  weights = vit.make_vit(SIZES).init(jax.random.key(0))
   delta = random_delta(d_in=16, d_out=16)
   before = jax.tree.map(np.array, weights)
-  folded = low_rank.fold(weights, {"value": delta})
+  folded = low_rank.fold_deltas(weights, {"value": delta})
   jax.tree.map(np.testing.assert_array_equal, weights, before)
   old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (weights, folded))
   assert old.keys() == new.keys()

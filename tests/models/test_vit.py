@@ -28,7 +28,7 @@ def assert_near(ours, reference, atol):
 
 
 def test_the_class_token_alone_is_that_of_all_tokens_and_so_are_its_gradients():
-  backbone = vit.make(SIZES)
+  backbone = vit.make_vit(SIZES)
   params = backbone.init(jax.random.key(0))
   images = normal(1, 2, 32, 32, 3)
   heads = (1, 5, SIZES.num_heads, SIZES.width // SIZES.num_heads)
@@ -83,7 +83,7 @@ def test_gelu_is_that_of_jax(kind, dtype, atol):
 
 
 def test_every_block_says_what_its_attention_sees_prompts_included():
-  backbone = vit.make(SIZES)
+  backbone = vit.make_vit(SIZES)
   params, images = backbone.init(jax.random.key(0)), normal(1, 2, 32, 32, 3)
   adapters = Adapters(prompt=normal(2, 5, SIZES.width))
   plain = backbone.attention_inputs(params, images)[0]

@@ -20,7 +20,7 @@ from fmlora_jax.types import Sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = pathlib.Path(fmlora_jax.__file__).parent / "models" / "micro_letters.safetensors"
-TINY = vit.make(Sizes(image_size=32, patch_size=8, width=16, depth=1, num_heads=2))
+TINY = vit.make_vit(Sizes(image_size=32, patch_size=8, width=16, depth=1, num_heads=2))
 DRAW = {"faces": letters.FACES, "seed": (3,), "coarse": 0.5, "quarter_turns": 0.2}
 
 
@@ -127,7 +127,7 @@ def test_the_shipped_file_is_small_and_has_the_leaves_of_the_micro_vit():
   leaves, metadata = weight_files.read(SHIPPED, SHIPPED.name)
   assert SHIPPED.stat().st_size <= 3_000_000
   assert {name: leaf.shape for name, leaf in leaves.items()} == shapes(
-    vit.make(vit.architecture("micro"))
+    vit.make_vit(vit.architecture("micro"))
   )
   assert metadata["architecture"] == "micro" and metadata["normalisation"] == "half"
   assert json.loads(metadata["recipe"])["val_faces"]

@@ -488,7 +488,9 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
 
 
 def test_the_tables_are_part_of_the_package():
-  root = Path(paper.__file__).parent
+  root = Path(paper.__file__).parents[1]
   project = tomllib.loads((root.parent / "pyproject.toml").read_text(encoding="utf-8"))
   patterns = project["tool"]["setuptools"]["package-data"]["fmlora_jax"]
-  assert root / "paper_tables.json" in {path for pattern in patterns for path in root.glob(pattern)}
+  assert root / "report" / "paper_tables.json" in {
+    path for pattern in patterns for path in root.glob(pattern)
+  }

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.report import plots, tables
+from fmlora_jax.report.runs import group, load
 from fmlora_jax.workdir import log
 
 
@@ -25,7 +26,7 @@ def text_of(results, width=200, **options):
 
 def test_runs_that_differ_in_the_seed_only_are_one_row():
   runs = [result(seed=1993), result(seed=1994), result(seed=1993, config={"prompt.num_tokens": 0})]
-  (groups,) = tables.group(runs).values()
+  (groups,) = group(runs).values()
   assert {label: len(group) for label, group in groups.items()} == {
     "fm_lora prompt.num_tokens=10": 2,
     "fm_lora prompt.num_tokens=0": 1,
@@ -36,25 +37,25 @@ def test_settings_that_change_no_number_do_not_split_a_row():
   free = {name: 1 for name in FREE_FIELDS if "." in name}
   runs = [result(), result(seed=1994, config=free), result(seed=1995)]
   runs[2]["config"]["eval_batch_size"] = 8
-  (groups,) = tables.group(runs).values()
+  (groups,) = group(runs).values()
   assert {label: len(group) for label, group in groups.items()} == {"fm_lora": 3}
 
 
 def test_accuracies_on_validation_images_have_their_own_table():
   val = {"tasks.evaluate_on": "val"}
-  headings = list(tables.group([result(), result(config=val)]))
+  headings = list(group([result(), result(config=val)]))
   assert headings == ["domainnet (cil), 5 tasks", "domainnet (cil), 5 tasks, validation images"]
 
 
 def test_another_method_needs_no_settings_in_its_label():
   runs = [result("l2p", config={"optim.learning_rate": 5e-3}), result("fm_lora")]
-  (groups,) = tables.group(runs).values()
+  (groups,) = group(runs).values()
   assert list(groups) == ["l2p", "fm_lora"]
 
 
 def test_labels_state_settings_that_only_one_side_has():
   runs = [result(), result(config={"method.ranks": [4, 8], "optim.learning_rate": 5e-3})]
-  (groups,) = tables.group(runs).values()
+  (groups,) = group(runs).values()
   assert list(groups) == [
     "fm_lora method.ranks=None optim.learning_rate=0.001",
     "fm_lora method.ranks=(4,8) optim.learning_rate=0.005",
@@ -63,15 +64,15 @@ def test_labels_state_settings_that_only_one_side_has():
 
 def test_equal_settings_with_other_weights_or_split_are_told_apart():
   other = {"tag": "augreg2", "sha256": "0f" * 32}
-  (groups,) = tables.group([result(), result(weights=other)]).values()
+  (groups,) = group([result(), result(weights=other)]).values()
   assert list(groups) == ["fm_lora weights=augreg2:cdcdcdcd", "fm_lora weights=augreg2:0f0f0f0f"]
-  (groups,) = tables.group([result(), result(split_id="x")]).values()
+  (groups,) = group([result(), result(split_id="x")]).values()
   assert list(groups) == ["fm_lora split_id=domainnet/cil5", "fm_lora split_id=x"]
 
 
 def test_other_benchmarks_and_numbers_of_tasks_get_their_own_table():
   runs = [result(), result(tasks=1, ranks=[8]), result(benchmark="cub200"), result(scenario="til")]
-  assert list(tables.group(runs)) == [
+  assert list(group(runs)) == [
     "domainnet (cil), 5 tasks",
     "domainnet (cil), 1 task",
     "cub200 (cil), 5 tasks",
@@ -109,7 +110,7 @@ def test_one_task_has_no_forgetting_in_the_table():
 
 def test_only_the_best_accuracy_is_marked_and_only_among_rivals():
   good, bad = result("fm_lora", lost=5), result("l2p", lost=20)
-  (groups,) = tables.group([bad, good]).values()
+  (groups,) = group([bad, good]).values()
   marks = [[best for _, best in cells] for cells in tables.rows(groups)]
   assert [sum(row) for row in marks] == [0, 2]
   assert sum(best for _, best in tables.rows({"l2p": [bad]})[0]) == 0
@@ -127,7 +128,7 @@ def test_ranks_are_modes_over_seeds_and_long_lists_are_summed_up():
 
 def test_unfair_comparisons_are_warned_about():
   other = result("l2p", weights={"tag": "orig", "sha256": "0f" * 32}, epochs=5, split_id="x")
-  (groups,) = tables.group([result(), other]).values()
+  (groups,) = group([result(), other]).values()
   lines = tables.warnings(groups)
   assert [line.split(" differ")[0] for line in lines] == ["weights", "split", "epochs"]
   assert lines[0] == "weights differ: augreg2 cdcdcdcd (fm_lora); orig 0f0f0f0f (l2p)"
@@ -213,7 +214,7 @@ def test_a_folder_is_searched_and_what_is_left_out_is_said(tmp_path):
   save(tmp_path / "broken", {"finished": False})
   (tmp_path / "wip").mkdir()
   (tmp_path / "wip" / "metrics.jsonl").touch()
-  results, notes = tables.load([tmp_path, tmp_path / "b" / "result.json", tmp_path / "b"])
+  results, notes = load([tmp_path, tmp_path / "b" / "result.json", tmp_path / "b"])
   assert sorted(run["seed"] for run in results) == [1993, 1994]  # each run once
   assert [note.split(": ")[0] for note in notes] == ["left out"] * 2
   assert "broken/result.json: not the result of a finished run" in notes[0]
@@ -222,13 +223,13 @@ def test_a_folder_is_searched_and_what_is_left_out_is_said(tmp_path):
 
 def test_paths_without_a_result_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no result.json in this folder or below"):
-    tables.load([tmp_path])
+    load([tmp_path])
   with pytest.raises(ValueError, match=r"nowhere: no such file or folder"):
-    tables.load([tmp_path / "nowhere"])
+    load([tmp_path / "nowhere"])
   for name in "ab":
     save(tmp_path / name, {})
   with pytest.raises(ValueError, match=r"no readable result.json: left out: .*a/result.json"):
-    tables.load([tmp_path])
+    load([tmp_path])
 
 
 def test_the_command_prints_a_table_markdown_and_a_picture(tmp_path):
@@ -258,7 +259,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
 
 
 def test_pictures_need_no_pyplot():
-  code = "import sys, fmlora_jax.report; assert 'matplotlib.pyplot' not in sys.modules"
+  code = "import sys, fmlora_jax.report.__main__; assert 'matplotlib.pyplot' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -56,7 +56,7 @@ def test_a_folder_per_class(tmp_path):
   assert [len(task.train) for task in made.tasks] == [3, 3, 3]
   assert made.split_id == "image_folder/val0.125-test0.2-seed0"
   for task, value in zip(made.tasks, COLORS.values(), strict=True):
-    loaded = resident.load(made, task.train, resident.capacity(made, "train"))
+    loaded = resident.load_examples(made, task.train, resident.capacity(made, "train"))
     assert set(loaded.images[..., 0].ravel().tolist()) == {value}
     assert loaded.sizes.tolist() == [[8, 12]] * 3
 

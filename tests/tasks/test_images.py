@@ -203,10 +203,10 @@ def test_large_text_in_a_png_does_no_harm(tmp_path):
 )
 def test_the_shorter_side_is_uniform_and_the_longer_at_most_twice(size, kept):
   image = Image.new("RGB", size)
-  assert images.keep(image, 32).size == kept == images.kept(size, 32)[0]
+  assert images.resize_shorter_side(image, 32).size == kept == images.resized_size(size, 32)[0]
 
 
 def test_wide_images_keep_their_middle():
   wide = np.zeros((10, 60, 3), np.uint8)
   wide[:, 20:40] = 255
-  assert np.asarray(images.keep(Image.fromarray(wide), 10)).min() == 255
+  assert np.asarray(images.resize_shorter_side(Image.fromarray(wide), 10)).min() == 255

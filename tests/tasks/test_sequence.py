@@ -30,7 +30,7 @@ def make_source(labels, **fields):
   labels = np.asarray(labels, np.int32)
   names = tuple(f"c{i}" for i in range(labels.max() + 1))
   fields = {"name": "toy", "class_names": names, "canvas": (4, 4), "digest": "0"} | fields
-  return sequence.Source(labels=labels, decode=lambda rows: None, **fields)
+  return sequence.DataSource(labels=labels, decode=lambda rows: None, **fields)
 
 
 def with_domains(labels, domains, **fields):
@@ -47,7 +47,7 @@ def parts_of(made):
 
 @pytest.mark.parametrize(("count", "seed"), FIRST_IDS)
 def test_class_orders_are_those_of_the_published_codes(count, seed):
-  order = sequence.order_of(count, "shuffled", seed)
+  order = sequence.make_order(count, "shuffled", seed)
   assert order[:6] == FIRST_IDS[count, seed]
   assert sorted(order) == list(range(count))
 
@@ -62,7 +62,7 @@ def test_class_orders_are_those_of_the_published_codes(count, seed):
 def test_every_record_lands_once_and_every_class_in_every_split(counts, val, test, seed):
   labels = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), counts))
   config = TasksConfig(num_tasks=1, val_fraction=val, test_fraction=test, split_seed=seed)
-  made = sequence.cut(make_source(labels), config, seed=seed)
+  made = sequence.make_sequence(make_source(labels), config, seed=seed)
   parts = parts_of(made)
   assert sorted(np.concatenate([*parts.values()])) == list(range(len(labels)))
   for part, rows in parts.items():
@@ -90,12 +90,12 @@ def test_tasks_are_blocks_of_positions_with_ascending_rows():
 
 def test_split_does_not_move_with_the_order_of_classes_or_the_number_of_tasks():
   source = digits.make(TasksConfig(), 8)
-  one = sequence.cut(source, TasksConfig(num_tasks=5), seed=1)
-  other = sequence.cut(source, TasksConfig(num_tasks=2, order="natural"), seed=2)
+  one = sequence.make_sequence(source, TasksConfig(num_tasks=5), seed=1)
+  other = sequence.make_sequence(source, TasksConfig(num_tasks=2, order="natural"), seed=2)
   assert one.manifest_sha256 == other.manifest_sha256
   for part, rows in parts_of(one).items():
     np.testing.assert_array_equal(rows, parts_of(other)[part])
-  moved = sequence.cut(source, TasksConfig(split_seed=1), seed=1)
+  moved = sequence.make_sequence(source, TasksConfig(split_seed=1), seed=1)
   assert moved.manifest_sha256 != one.manifest_sha256
   assert moved.split_id == "digits/val0.125-test0.2-seed1"
 
@@ -103,7 +103,9 @@ def test_split_does_not_move_with_the_order_of_classes_or_the_number_of_tasks():
 def test_order_seed_wins_over_the_seed_of_the_run():
   source = make_source(np.repeat(np.arange(4), 5))
   config = TasksConfig(num_tasks=2, order_seed=7)
-  assert sequence.cut(source, config, seed=1).class_order == sequence.order_of(4, "shuffled", 7)
+  assert sequence.make_sequence(source, config, seed=1).class_order == sequence.make_order(
+    4, "shuffled", 7
+  )
 
 
 @pytest.mark.parametrize("change", ["labels", "digest", "domains"])
@@ -112,14 +114,14 @@ def test_manifest_knows_the_data(change):
   config = TasksConfig(num_tasks=1)
   value = {"labels": source.labels[::-1], "digest": "1", "domains": source.domains[::-1]}[change]
   changed = dataclasses.replace(source, **{change: value})
-  digests = {sequence.cut(s, config, seed=0).manifest_sha256 for s in (source, changed)}
+  digests = {sequence.make_sequence(s, config, seed=0).manifest_sha256 for s in (source, changed)}
   assert len(digests) == 2
 
 
 def test_adding_a_class_leaves_the_splits_of_the_others():
   few, many = (make_source(np.repeat(np.arange(c), 20)) for c in (3, 4))
   config = TasksConfig(num_tasks=1)
-  few, many = (parts_of(sequence.cut(s, config, seed=0)) for s in (few, many))
+  few, many = (parts_of(sequence.make_sequence(s, config, seed=0)) for s in (few, many))
   for part in few:
     np.testing.assert_array_equal(few[part], many[part][many[part] < 60])
 
@@ -127,13 +129,13 @@ def test_adding_a_class_leaves_the_splits_of_the_others():
 def test_own_splits_are_taken_and_the_missing_one_is_cut_from_train():
   labels = np.tile(np.arange(2), 20)
   split = np.repeat([0, 2], 20).astype(np.int8)
-  made = sequence.cut(make_source(labels, split=split), TasksConfig(num_tasks=1), seed=0)
+  made = sequence.make_sequence(make_source(labels, split=split), TasksConfig(num_tasks=1), seed=0)
   parts = parts_of(made)
   np.testing.assert_array_equal(parts["test"], np.arange(20, 40))
   assert len(parts["val"]) == 2
   assert made.split_id == "toy/val0.125-testown-seed0"
   split[:4] = 1
-  made = sequence.cut(make_source(labels, split=split), TasksConfig(num_tasks=1), seed=0)
+  made = sequence.make_sequence(make_source(labels, split=split), TasksConfig(num_tasks=1), seed=0)
   np.testing.assert_array_equal(parts_of(made)["val"], np.arange(4))
   assert made.split_id == "toy/valown-testown"
 
@@ -142,7 +144,7 @@ def test_groups_are_never_torn():
   labels = np.tile(np.repeat(np.arange(2), 10), 3)
   group = np.tile(np.arange(20), 3)
   source = with_domains(labels, np.repeat(np.arange(3), 20), group=group)
-  parts = parts_of(sequence.cut(source, TasksConfig(num_tasks=2), seed=0))
+  parts = parts_of(sequence.make_sequence(source, TasksConfig(num_tasks=2), seed=0))
   groups = [set(group[rows]) for rows in parts.values()]
   assert sum(map(len, groups)) == 20
   assert [len(rows) for rows in parts.values()] == [42, 6, 12]
@@ -151,7 +153,7 @@ def test_groups_are_never_torn():
 def test_domains_are_tasks_over_shared_classes():
   labels, domains = np.tile(np.arange(2), 30), np.repeat(np.arange(3), 20)
   source = with_domains(labels, domains)
-  made = sequence.cut(source, TasksConfig(scenario="dil", num_tasks=2), seed=3)
+  made = sequence.make_sequence(source, TasksConfig(scenario="dil", num_tasks=2), seed=3)
   order = np.random.RandomState(3).permutation(3)
   assert [task.name for task in made.tasks] == [f"d{d}" for d in order[:2]]
   assert made.spec.class_ranges == ((0, 2), (0, 2))
@@ -159,13 +161,17 @@ def test_domains_are_tasks_over_shared_classes():
   for task, domain in zip(made.tasks, order, strict=False):
     assert set(domains[np.concatenate([task.train, task.val, task.test])]) == {domain}
   natural = TasksConfig(scenario="dil", num_tasks=3, order="natural")
-  assert [t.name for t in sequence.cut(source, natural, seed=3).tasks] == ["d0", "d1", "d2"]
+  assert [t.name for t in sequence.make_sequence(source, natural, seed=3).tasks] == [
+    "d0",
+    "d1",
+    "d2",
+  ]
 
 
 def test_cil_pools_domains_with_the_splits_of_dil():
   source = with_domains(np.tile(np.arange(2), 30), np.repeat(np.arange(3), 20))
-  dil = sequence.cut(source, TasksConfig(scenario="dil", num_tasks=3), seed=0)
-  cil = sequence.cut(source, TasksConfig(scenario="cil", num_tasks=2), seed=0)
+  dil = sequence.make_sequence(source, TasksConfig(scenario="dil", num_tasks=3), seed=0)
+  cil = sequence.make_sequence(source, TasksConfig(scenario="cil", num_tasks=2), seed=0)
   assert dil.manifest_sha256 == cil.manifest_sha256
   for part, rows in parts_of(cil).items():
     np.testing.assert_array_equal(rows, parts_of(dil)[part])
@@ -174,7 +180,8 @@ def test_cil_pools_domains_with_the_splits_of_dil():
 def test_til_has_the_data_of_cil():
   source = make_source(np.repeat(np.arange(4), 5))
   cil, til = (
-    sequence.cut(source, TasksConfig(scenario=s, num_tasks=2), seed=0) for s in ("cil", "til")
+    sequence.make_sequence(source, TasksConfig(scenario=s, num_tasks=2), seed=0)
+    for s in ("cil", "til")
   )
   assert til.spec.scenario == "til"
   for one, other in zip(cil.tasks, til.tasks, strict=True):
@@ -204,10 +211,10 @@ def test_impossible_tasks_are_refused(fields, message):
 def test_a_class_without_train_or_test_image_is_named():
   config = TasksConfig(num_tasks=1)
   with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 0"):
-    sequence.cut(make_source([0, 0, 0, 1]), config, seed=0)
+    sequence.make_sequence(make_source([0, 0, 0, 1]), config, seed=0)
   split = np.array([0, 2, 2, 2], np.int8)
   with pytest.raises(ConfigError, match="no train image of class 'c1'"):
-    sequence.cut(make_source([0, 0, 1, 1], split=split), config, seed=0)
+    sequence.make_sequence(make_source([0, 0, 1, 1], split=split), config, seed=0)
 
 
 def test_digit_domains_show_the_same_digits():

@@ -14,7 +14,7 @@ from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL
 
 
 def pool(counts, official, stratum):
-  return splits.Pool(
+  return splits.Records(
     part=np.repeat(np.arange(len(counts)), counts),
     official=np.repeat(np.asarray(official, np.int8), counts),
     stratum=np.asarray(stratum),
@@ -32,16 +32,16 @@ CIFAR = pool([50_000, 10_000], [TRAIN, TEST], np.arange(60_000) % 100)
   ("cut", "records", "expected"),
   [
     (
-      imagenet_r.CUTS["slice"],
+      imagenet_r.SPLITS["slice"],
       pool([30_000], [TEST], np.arange(30_000) % 200),
       [21000, 3000, 6000],
     ),
-    (imagenet_r.CUTS["slice80"], pool([30_000], [TEST], np.zeros(30_000, int)), [24000, 0, 6000]),
-    (cifar100.CUTS["official"], CIFAR, [45000, 5000, 10000]),
-    (cifar100.CUTS["paper"], CIFAR, [42000, 6000, 12000]),
-    (cifar100.CUTS["full"], CIFAR, [50000, 0, 10000]),
-    (cub200.CUTS["full"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [9430, 0, 2358]),
-    (cub200.CUTS["paper"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [8252, 1178, 2358]),
+    (imagenet_r.SPLITS["slice80"], pool([30_000], [TEST], np.zeros(30_000, int)), [24000, 0, 6000]),
+    (cifar100.SPLITS["official"], CIFAR, [45000, 5000, 10000]),
+    (cifar100.SPLITS["paper"], CIFAR, [42000, 6000, 12000]),
+    (cifar100.SPLITS["full"], CIFAR, [50000, 0, 10000]),
+    (cub200.SPLITS["full"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [9430, 0, 2358]),
+    (cub200.SPLITS["paper"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [8252, 1178, 2358]),
   ],
   ids=[
     "imagenet_r/slice",
@@ -85,13 +85,13 @@ def test_each_class_is_cut_in_its_reading_order():
 def test_official_cuts_keep_the_published_test_images():
   stratum = np.tile(np.arange(4), 25)
   records = pool([64, 36], [TRAIN, TEST], stratum)
-  codes = domainnet.CUTS["official"](records)
+  codes = domainnet.SPLITS["official"](records)
   np.testing.assert_array_equal(codes == TEST, records.official == TEST)
   for label in range(4):  # 16 of each class for training: the last 2 are for validation
     mine = codes[:64][stratum[:64] == label]
     assert mine.tolist() == [TRAIN] * 14 + [VAL] * 2
 
-  codes = domainnet.CUTS["paper"](records)
+  codes = domainnet.SPLITS["paper"](records)
   np.testing.assert_array_equal(codes == TRAIN, records.official == TRAIN)
   for label in range(4):  # 9 of each class for test: the first 3 are for validation
     assert codes[64:][stratum[64:] == label].tolist() == [VAL] * 3 + [TEST] * 6
@@ -114,7 +114,7 @@ def write_lists(root, train, test):
 
 def test_lists_of_file_names_make_a_cut_in_any_order(tmp_path):
   write_lists(tmp_path, train=[LISTED[3], LISTED[0]], test=[LISTED[2], LISTED[1]])
-  codes = imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+  codes = imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
   assert codes.tolist() == [TRAIN, TEST, TEST, TRAIN]
 
 
@@ -128,14 +128,14 @@ def test_lists_of_file_names_make_a_cut_in_any_order(tmp_path):
 def test_lists_that_do_not_fit_the_data_are_refused(tmp_path, train, test, message):
   write_lists(tmp_path, train, test)
   with pytest.raises(ConfigError, match=f"{message}.*CODA-Prompt"):
-    imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+    imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["data: [1, 2]", "[]", "data: {", "targets: []"])
 def test_a_list_that_is_missing_or_damaged_is_named(tmp_path, text):
   with pytest.raises(ConfigError, match="imagenet-r_train.yaml can't be read .no such file"):
-    imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+    imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
   write_lists(tmp_path, LISTED[:2], LISTED[2:])
   (tmp_path / "imagenet-r_test.yaml").write_text(text)
   with pytest.raises(ConfigError, match="imagenet-r_test.yaml can't be read .*CODA-Prompt"):
-    imagenet_r.CUTS["coda"](listed_pool(tmp_path))
+    imagenet_r.SPLITS["coda"](listed_pool(tmp_path))

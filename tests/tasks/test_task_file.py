@@ -39,10 +39,10 @@ def assert_same(left, right):
 def test_another_seed_and_split_replay_the_same(kind, tmp_path):
   original = make(split_seed=3, **kind)
   path = tmp_path / task_file.FILE
-  path.write_text(task_file.dump(original))
+  path.write_text(task_file.dump_task_file(original))
   replayed = make(seed=7, split_seed=4, val_fraction=0.0, stream=str(path), **kind)
   assert_same(replayed, original)
-  assert task_file.dump(replayed) == task_file.dump(original)
+  assert task_file.dump_task_file(replayed) == task_file.dump_task_file(original)
   with pytest.raises(AssertionError):
     assert_same(make(seed=7, split_seed=4, **kind), original)
 
@@ -79,7 +79,7 @@ CHANGES = {
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_what_does_not_fit_is_refused(tmp_path, change, message):
   path = tmp_path / "changed.json"
-  path.write_text(json.dumps(json.loads(task_file.dump(make())) | change))
+  path.write_text(json.dumps(json.loads(task_file.dump_task_file(make())) | change))
   with pytest.raises(ConfigError, match=message):
     make(stream=str(path))
 

@@ -25,11 +25,11 @@ def flops(function, *shapes):
 def test_an_image_costs_one_folded_forward_pass(prompts, most):
   """Of ViT-B/16, and of the same network without prompt and adapters; 10 tokens more are 5 %."""
   config = config_lib.build(config_lib.Config, {"prompt": {"num_tokens": prompts}})
-  backbone = vit.make(vit.architecture("vit_b16"), jnp.bfloat16)
+  backbone = vit.make_vit(vit.architecture("vit_b16"), jnp.bfloat16)
   spec = SequenceSpec(
     scenario="cil", num_tasks=10, num_classes=CLASSES, class_ranges=((0, 20), (20, 40))
   )
-  method = methods.make(config, backbone, spec)
+  method = methods.make_method(config, backbone, spec)
   weights = jax.eval_shape(backbone.init, jax.random.key(0))
   model = jax.eval_shape(
     lambda weights: method.fold(weights, method.init(jax.random.key(0), weights)), weights
@@ -64,7 +64,7 @@ def test_each_test_image_is_seen_once_in_full_batches_that_span_tasks(lab, learn
       labels = made.sequence.labels[records[rows]]
       yield Examples(images=pixels, sizes=extents, labels=labels, valid=rows >= 0), rows
 
-  batches = list(evaluate.batches_of(read, sizes, 8, made.trainer.put))
+  batches = list(evaluate.test_batches(read, sizes, 8, made.trainer.put))
   assert len(batches) == -(-sum(sizes) // 8)
   assert [row for rows in seen for row in rows if row >= 0] == list(range(sum(sizes)))
   assert all((rows >= 0).all() for rows in seen[:-1])

@@ -158,5 +158,5 @@ def test_a_batch_that_devices_can_not_share_is_refused(make_lab, field):
 
 
 def test_the_mesh_spans_all_devices():
-  assert mesh.make().size == len(jax.devices())
-  assert mesh.make().shape == {"data": len(jax.devices()), "fsdp": 1}
+  assert mesh.make_mesh().size == len(jax.devices())
+  assert mesh.make_mesh().shape == {"data": len(jax.devices()), "fsdp": 1}

@@ -25,18 +25,18 @@ ROWS = np.asarray([15, 0, 7, -1, 13, 3, 3, 8], np.int32)
 
 def report() -> dict:
   """Returns what is checked of a mesh with fsdp = 4, in every process."""
-  mesh = mesh_lib.make(fsdp=4)
-  share = resident.Share(jax.process_index(), jax.process_count())
+  mesh = mesh_lib.make_mesh(fsdp=4)
+  share = resident.ProcessShard(jax.process_index(), jax.process_count())
   own = share.rows(16)
-  examples = mesh_lib.assemble(jax.tree.map(lambda leaf: leaf[own], EXAMPLES), mesh)
-  taken = jax.jit(mesh_lib.make_take(mesh))(examples, ROWS)
+  examples = mesh_lib.shard_batch(jax.tree.map(lambda leaf: leaf[own], EXAMPLES), mesh)
+  taken = jax.jit(mesh_lib.make_gather_rows(mesh))(examples, ROWS)
   weights = {"large": np.ones((768, 3072), np.float32), "odd": np.ones((4, 129, 129), np.float32)}
   weights |= {"small": np.ones((4, 4), np.float32), "none": np.ones((255, 129), np.float32)}
-  placed = mesh_lib.put(weights, mesh_lib.spread(mesh, weights))
-  shared = mesh_lib.share_out({"host": np.full(2, jax.process_index())}, mesh)
+  placed = mesh_lib.place(weights, mesh_lib.fsdp_sharding(mesh, weights))
+  shared = mesh_lib.replicate_from_host0({"host": np.full(2, jax.process_index())}, mesh)
   return {
     "shape": dict(mesh.shape),
-    "taken": jax.tree.map(lambda leaf: leaf.tolist(), vars(mesh_lib.fetch(taken))),
+    "taken": jax.tree.map(lambda leaf: leaf.tolist(), vars(mesh_lib.gather_to_host(taken))),
     "batch_on_a_device": taken.images.addressable_shards[0].data.shape,
     "numbers_on_a_device": {
       name: leaf.addressable_shards[0].data.size for name, leaf in placed.items()
@@ -47,11 +47,11 @@ def report() -> dict:
 
 PROGRAM = """
 import json
-from fmlora_jax import hosts
-hosts.start()
+from fmlora_jax.distributed import hosts
+hosts.join_processes()
 from train import test_mesh
 print("report " + json.dumps(test_mesh.report()))
-hosts.finish()
+hosts.barrier()
 """
 
 
@@ -71,7 +71,7 @@ def reports(request):
 
 
 def test_rows_of_a_batch_come_to_the_devices_that_have_it_from_wherever_they_lie(reports):
-  expected = augment.take(jax.tree.map(np.asarray, EXAMPLES), ROWS)
+  expected = augment.gather_rows(jax.tree.map(np.asarray, EXAMPLES), ROWS)
   for report in reports:
     assert report["shape"] == {"data": 2, "fsdp": 4}
     assert report["batch_on_a_device"] == [1, 2, 3, 3]
@@ -96,10 +96,10 @@ def test_what_hosts_made_is_the_first_ones(reports):
 def test_a_group_that_does_not_divide_the_devices_is_refused():
   message = f"config.mesh.fsdp is 3: must divide the number of devices, {len(jax.devices())}"
   with pytest.raises(ConfigError, match=message):
-    mesh_lib.make(3)
+    mesh_lib.make_mesh(3)
 
 
 def test_shares_are_all_rows_once():
-  rows = [np.arange(12)[resident.Share(i, 4).rows(12)] for i in range(4)]
+  rows = [np.arange(12)[resident.ProcessShard(i, 4).rows(12)] for i in range(4)]
   np.testing.assert_array_equal(np.concatenate(rows), np.arange(12))
   assert {len(own) for own in rows} == {3}

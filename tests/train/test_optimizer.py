@@ -41,7 +41,7 @@ def optimise(config, labels=LABELS, params=PARAMS, grads=gradients, epochs=(0,) 
   Args:
     epochs: of each step.
   """
-  optimizer = optim.make(config, labels)
+  optimizer = optim.make_optimizer(config, labels)
   state = optimizer.init(params)
   update = jax.jit(optimizer.update)
   for step in range(STEPS):
@@ -78,7 +78,7 @@ def test_each_group_is_adamw_with_cosine_annealing_at_its_own_rate():
 
 
 def test_the_rate_falls_to_zero_at_the_end_of_a_task():
-  optimizer = optim.make(make_config(), LABELS)
+  optimizer = optim.make_optimizer(make_config(), LABELS)
   state = optimizer.init(PARAMS)
 
   def size(progress):
@@ -187,7 +187,7 @@ def test_a_floor_of_the_rate_is_each_group_s_own():
   """timm_cosine ends at one rate, which is another factor of the head's peak."""
   floor = 1e-3
   config = make_config(name="sgd", momentum=0.0, schedule="timm_cosine", final_learning_rate=floor)
-  optimizer = optim.make(config, LABELS)
+  optimizer = optim.make_optimizer(config, LABELS)
   state = optimizer.init(PARAMS)
   grads = gradients(0)
   late = {"progress": 0.0, "epoch": 1 + config.epochs}  # half a wave: the floor itself
@@ -199,4 +199,4 @@ def test_a_floor_of_the_rate_is_each_group_s_own():
 
 def test_a_label_that_is_no_group_is_refused():
   with pytest.raises(ValueError, match="haed"):
-    optim.make(make_config(), LABELS | {"head": "haed"}).init(PARAMS)
+    optim.make_optimizer(make_config(), LABELS | {"head": "haed"}).init(PARAMS)

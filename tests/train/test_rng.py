@@ -1,13 +1,13 @@
 import jax
 import numpy as np
 
-from fmlora_jax.train.rng import stream_key
+from fmlora_jax.train.rng import named_key
 
 ROOT = jax.random.key(3)
 
 
 def data(*arguments, **keywords):
-  return tuple(np.asarray(jax.random.key_data(stream_key(*arguments, **keywords))).tolist())
+  return tuple(np.asarray(jax.random.key_data(named_key(*arguments, **keywords))).tolist())
 
 
 def test_keys_differ_by_root_name_task_and_step():
@@ -21,7 +21,7 @@ def test_keys_differ_by_root_name_task_and_step():
 def test_a_key_is_the_same_each_time_and_inside_a_compiled_program():
   expected = data(ROOT, "augment", task=2, step=5)
   assert data(ROOT, "augment", task=2, step=5) == expected
-  inside = jax.jit(lambda task, step: stream_key(ROOT, "augment", task=task, step=step))(2, 5)
+  inside = jax.jit(lambda task, step: named_key(ROOT, "augment", task=task, step=step))(2, 5)
   assert tuple(np.asarray(jax.random.key_data(inside)).tolist()) == expected
 
 

@@ -13,7 +13,7 @@ def factors(epochs, points, learning_rate=1.0, **optim):
   """Returns the factors at (progress, epoch), by one traced function."""
   settings = {"epochs": epochs, "optim": optim | {"learning_rate": learning_rate}}
   config = config_lib.build(config_lib.Config, settings)
-  schedule = jax.jit(schedules.make(config, learning_rate))
+  schedule = jax.jit(schedules.make_schedule(config, learning_rate))
   return [float(schedule(jnp.float32(p), jnp.int32(e))) for p, e in points]
 
 

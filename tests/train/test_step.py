@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fmlora_jax.train import optimizer
-from fmlora_jax.train.step import Fixed, Stepper
+from fmlora_jax.train.step import StepContext, TrainStep
 from fmlora_jax.types import Batch
 
 
@@ -16,9 +16,9 @@ def ready(lab):
   """(lab, Stepper of task 2, its state, Fixed, eight valid images)."""
   made = lab()
   stage = made.stages[1]
-  stepper = Stepper(made.method, made.config, made.method.rules(1))
+  stepper = TrainStep(made.method, made.config, made.method.rules(1))
   variables = stage.trained  # N is not zero, so that every trained leaf has a gradient
-  fixed = Fixed(
+  fixed = StepContext(
     frozen=made.method.freeze(made.weights, variables),
     mem=variables.mem,
     task=stage.view.arrays,
@@ -119,10 +119,10 @@ def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, ste
 
     return optax.GradientTransformationExtraArgs(chosen.init, update)
 
-  original = optimizer.make
-  monkeypatch.setattr(optimizer, "make", recorded)
+  original = optimizer.make_optimizer
+  monkeypatch.setattr(optimizer, "make_optimizer", recorded)
   config = dataclasses.replace(made.config, epochs=epochs)
-  stepper = Stepper(made.method, config, made.method.rules(1))
+  stepper = TrainStep(made.method, config, made.method.rules(1))
   total = jnp.int32(epochs * steps_per_epoch)
 
   @jax.jit

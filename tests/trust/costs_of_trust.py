@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from fmlora_jax import config
-from fmlora_jax.bench.lab import Lab, Setting
+from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.experiment import guards, run
 from fmlora_jax.train import mesh, step
 from fmlora_jax.workdir import checkpoint, digest, lock
@@ -53,7 +53,7 @@ class Stopwatch:
 
 def of_a_step(batch: int, rounds: int) -> dict[str, float]:
   """Returns ratios of a training step with the checks and without."""
-  lab, programs, checked = Lab(Setting(batch=batch, tasks=2)), {}, step.is_finite
+  lab, programs, checked = Workload(BenchSettings(batch=batch, tasks=2)), {}, step.is_finite
   weights = lab.weights()
   for kind, function in {"with": checked, "without": lambda tree: True}.items():
     step.is_finite = function
@@ -80,11 +80,11 @@ def of_a_run(workdir: pathlib.Path) -> dict[str, list[float]]:
   """Returns the seconds of each call of a run's checks."""
   watched = [
     (lock, "_locked"),
-    (guards.Frozen, "__init__"),
-    (guards.Frozen, "begin"),
-    (guards.Frozen, "check"),
+    (guards.FrozenGuard, "__init__"),
+    (guards.FrozenGuard, "begin"),
+    (guards.FrozenGuard, "check"),
     (guards, "require_finite"),
-    (checkpoint.Store, "save"),
+    (checkpoint.CheckpointStore, "save"),
     (checkpoint.ocp, "save"),
     (run.Experiment, "batch_of_one"),
   ]
@@ -95,18 +95,20 @@ def of_a_run(workdir: pathlib.Path) -> dict[str, list[float]]:
 
 def of_a_checkpoint(folder: pathlib.Path) -> dict[str, float]:
   """Returns the seconds of saving and restoring all parameters, as fine-tuning does."""
-  whole = mesh.replicated(mesh.make())
-  arrays = mesh.put(checkpoint.flatten(Lab(Setting()).weights()), whole)
-  digest.of_tree(arrays)  # compiles
-  clock = Stopwatch([(digest, "of_tree"), (checkpoint.ocp, "save"), (checkpoint.Store, "_load")])
+  whole = mesh.replicated(mesh.make_mesh())
+  arrays = mesh.place(checkpoint.flatten(Workload(BenchSettings()).weights()), whole)
+  digest.tree_digests(arrays)  # compiles
+  clock = Stopwatch(
+    [(digest, "of_tree"), (checkpoint.ocp, "save"), (checkpoint.CheckpointStore, "_load")]
+  )
   took = {"bytes": checkpoint.num_bytes(arrays)}
   began = time.monotonic()
-  store = checkpoint.Store(folder, whole, identity={})
+  store = checkpoint.CheckpointStore(folder, whole, identity={})
   store.save(1, checkpoint.Snapshot(arrays=arrays, record={}), keep=True)
   took["save"] = time.monotonic() - began
   took |= {name: sum(calls) for name, calls in clock.seconds.items()}
   began = time.monotonic()
-  checkpoint.Store(folder, whole, identity={}).latest()
+  checkpoint.CheckpointStore(folder, whole, identity={}).latest()
   took["restore"] = time.monotonic() - began
   took["digest of what was restored"] = clock.seconds["digest.of_tree"][-1]
   return took

@@ -20,7 +20,7 @@ from orbax.checkpoint._src.path import atomicity
 from fmlora_jax import config, tasks
 from fmlora_jax.cli import config_files
 from fmlora_jax.experiment.run import Experiment, run
-from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.report import plots
 from fmlora_jax.train.evaluator import Evaluator
 from fmlora_jax.workdir import checkpoint, log
@@ -46,15 +46,15 @@ METHODS = {
 POINTS: dict[str, tuple[object, str, str, int]] = {
   "before the workdir is claimed": (checkpoint, "claim", "before", 1),
   "after the workdir is claimed": (checkpoint, "claim", "after", 1),
-  "before the first save": (checkpoint.Store, "save", "before", 1),
+  "before the first save": (checkpoint.CheckpointStore, "save", "before", 1),
   "in a save, all written and not yet named": (
     atomicity.AtomicRenameTemporaryPath, "finalize", "before", 3
   ),
   "in a save, named and not yet synced": (checkpoint.disk, "sync", "before", 2),
-  "in a save, not yet read again": (checkpoint.Store, "_load", "before", 2),
-  "in a save, before others are dropped": (checkpoint.Store, "_drop", "before", 1),
-  "in a save, one of the others half dropped": (checkpoint.Store, "_drop", "half", 2),
-  "after a save within a task": (checkpoint.Store, "save", "after", 1),
+  "in a save, not yet read again": (checkpoint.CheckpointStore, "_load", "before", 2),
+  "in a save, before others are dropped": (checkpoint.CheckpointStore, "_drop", "before", 1),
+  "in a save, one of the others half dropped": (checkpoint.CheckpointStore, "_drop", "half", 2),
+  "after a save within a task": (checkpoint.CheckpointStore, "save", "after", 1),
   "before metrics": (log.RunLog, "scalars", "before", 8),
   "in a line of metrics": (log.RunLog, "scalars", "half", 8),
   "after metrics": (log.RunLog, "scalars", "after", 8),
@@ -160,7 +160,7 @@ def outcome(workdir: pathlib.Path) -> dict:
   return {"result": result, "metrics": (workdir / "metrics.jsonl").read_text(), "kept": digests}
 
 
-def resumed(settings: config.Config, workdir: pathlib.Path, workshop: Workshop) -> dict:
+def resumed(settings: config.Config, workdir: pathlib.Path, workshop: SetupCache) -> dict:
   """Runs in this process to the end; returns its outcome."""
   run(settings, workdir, workshop=workshop)
   return outcome(workdir)

@@ -21,7 +21,12 @@ class Stopped(BaseException):
 
 
 def go_on(workdir: str, fsdp: int, saves: int | None) -> dict | None:
-  save, latest, seen, left = checkpoint.Store.save, checkpoint.Store.latest, [], [saves]
+  save, latest, seen, left = (
+    checkpoint.CheckpointStore.save,
+    checkpoint.CheckpointStore.latest,
+    [],
+    [saves],
+  )
 
   def save_or_stop(*args, **kwargs):
     save(*args, **kwargs)
@@ -31,12 +36,12 @@ def go_on(workdir: str, fsdp: int, saves: int | None) -> dict | None:
 
   def noted(store):
     snapshot = latest(store)
-    seen.append(snapshot and digest.of_tree(snapshot.arrays))
+    seen.append(snapshot and digest.tree_digests(snapshot.arrays))
     return snapshot
 
   with (
-    mock.patch.object(checkpoint.Store, "save", save_or_stop),
-    mock.patch.object(checkpoint.Store, "latest", noted),
+    mock.patch.object(checkpoint.CheckpointStore, "save", save_or_stop),
+    mock.patch.object(checkpoint.CheckpointStore, "latest", noted),
     micro_runs.small_parts(),
     contextlib.suppress(Stopped),
   ):

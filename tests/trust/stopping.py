@@ -47,7 +47,7 @@ MOMENTS = {
   "training": [(log.RunLog, "progress")],
   "end_task": [(run.Experiment, "_shared_out")],
   "evaluation": [(evaluator, "count_correct")],
-  "save": [(checkpoint.Store, "save")],
+  "save": [(checkpoint.CheckpointStore, "save")],
   "task switch": [(log.RunLog, "task_started")],
   "begin_task": [(log.RunLog, "phase"), (clock.Clock, "_compiled")],
 }

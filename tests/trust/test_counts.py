@@ -8,7 +8,7 @@ import pytest
 
 from fmlora_jax.input import resident, streaming
 from fmlora_jax.train import metrics
-from fmlora_jax.train.evaluator import Evaluator, allowed, batches_of
+from fmlora_jax.train.evaluator import Evaluator, allowed_classes, test_batches
 from fmlora_jax.types import Batch, Examples, SequenceSpec
 
 CLASSES, TASKS = 12, 4
@@ -44,11 +44,11 @@ def counted(tests, model, learned, batch_size, hosts=1, scenario="cil"):
   """Returns right answers on each test set, as a run counts them, on one or several hosts."""
   _, labels, images = tests
   ranges = tuple((3 * i, 3 * i + 3) for i in range(TASKS))
-  masks = allowed(
+  masks = allowed_classes(
     SequenceSpec(scenario=scenario, num_tasks=TASKS, num_classes=CLASSES, class_ranges=ranges),
     learned,
   )
-  share = [resident.Share(i, hosts) for i in range(hosts)]
+  share = [resident.ProcessShard(i, hosts) for i in range(hosts)]
 
   def read(blocks):
     for rows in blocks:
@@ -61,7 +61,7 @@ def counted(tests, model, learned, batch_size, hosts=1, scenario="cil"):
       yield Examples(images=pixels, sizes=sizes, labels=truth, valid=valid), rows
 
   evaluator = Evaluator(types.SimpleNamespace(predict=logits_of), center)
-  batches = batches_of(read, SIZES[: learned + 1], batch_size, lambda rows: rows)
+  batches = test_batches(read, SIZES[: learned + 1], batch_size, lambda rows: rows)
   return evaluator.correct(model, batches, masks)
 
 
@@ -119,10 +119,10 @@ def test_hosts_read_each_image_once(make_lab):
 
   def read(share):
     place = {"put": lambda examples: examples, "share": share}
-    streamed = streaming.Stream(sequence=made.sequence, indices=indices, **place)
+    streamed = streaming.StreamingReader(sequence=made.sequence, indices=indices, **place)
     return [examples for examples, _ in streamed.read(rows)]
 
-  whole, *halves = (read(resident.Share(*share)) for share in ((0, 1), (0, 2), (1, 2)))
+  whole, *halves = (read(resident.ProcessShard(*share)) for share in ((0, 1), (0, 2), (1, 2)))
   for i, examples in enumerate(whole):
     joined = np.concatenate([half[i].images for half in halves])
     np.testing.assert_array_equal(joined, examples.images)

@@ -11,7 +11,7 @@ import pytest
 
 from fmlora_jax.train import mesh
 from fmlora_jax.workdir import checkpoint
-from fmlora_jax.workdir.checkpoint import DamagedError, Snapshot, Store
+from fmlora_jax.workdir.checkpoint import CheckpointStore, DamagedError, Snapshot
 
 # orbax drops coroutines when it can't read a file
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -27,7 +27,7 @@ ARRAYS = {  # noise: what can be compressed hides flips in nothing
 
 
 def store(workdir, identity=IDENTITY, **how):
-  return Store(workdir, mesh.replicated(mesh.make()), identity=identity, **how)
+  return CheckpointStore(workdir, mesh.replicated(mesh.make_mesh()), identity=identity, **how)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_the_kept_and_the_newest_good_one_outlive_any_damage(saved, tmp_path):
 
 
 def test_restored_arrays_lie_where_they_must(saved):
-  sharding = mesh.replicated(mesh.make())
+  sharding = mesh.replicated(mesh.make_mesh())
   snapshot = store(saved)._load(8)
   assert all(leaf.sharding == sharding for leaf in snapshot.arrays.values())
   assert all(isinstance(leaf, jax.Array) for leaf in snapshot.arrays.values())

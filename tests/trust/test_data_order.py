@@ -41,11 +41,11 @@ def seen(sequence, count=1, workers=0) -> list[int]:
   """Returns the records in the order in which `count` processes together train on them."""
   indices = np.arange(100, 100 + NUM)
   parts = [
-    streaming.Stream(
+    streaming.StreamingReader(
       sequence=sequence,
       indices=indices,
       put=lambda examples: examples,
-      share=resident.Share(index, count),
+      share=resident.ProcessShard(index, count),
       workers=workers,
     ).read(CHUNKS)
     for index in range(count)

@@ -228,7 +228,7 @@ def places(tmp_path, prepared):
   copy.write_bytes((tmp_path / "COPIES" / "train" / "ant" / "0.png").read_bytes())
   stream = tmp_path / "stream.json"
   other = tasks.make(config.TasksConfig(), seed=9, source_size=8)
-  stream.write_text(task_file.dump(other))
+  stream.write_text(task_file.dump_task_file(other))
   return {"PREPARED": str(prepared), "STREAM": str(stream)} | {
     folder: str(tmp_path / folder) for folder in ("FOLDER", "OTHER", "BROKEN", "COPIES")
   }
@@ -245,7 +245,7 @@ def test_no_key_of_tasks_is_dead(places):
   def made(values):
     values = {key: places.get(v, v) if isinstance(v, str) else v for key, v in values.items()}
     sequence = tasks.make(config.TasksConfig(**values), seed=0, source_size=8)
-    return hashlib.sha256(task_file.dump(sequence).encode()).hexdigest()
+    return hashlib.sha256(task_file.dump_task_file(sequence).encode()).hexdigest()
 
   dead = [
     key

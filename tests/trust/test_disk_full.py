@@ -8,7 +8,7 @@ import pytest
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment.run import run
-from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.workdir import checkpoint, disk, log
 
 MESSAGE = r"^\S+: the disk is full, [\d,]+ bytes needed, [\d,]+ free: make room, and "
@@ -60,14 +60,16 @@ def run_until_full(settings, workdir, workshop, owner, name, call) -> bool:
 @pytest.mark.tier(2)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
-  settings, workshop = micro_runs.settings("lora"), Workshop()
+  settings, workshop = micro_runs.settings("lora"), SetupCache()
   with micro_runs.small_parts():
-    saves, save = [], checkpoint.Store.save
+    saves, save = [], checkpoint.CheckpointStore.save
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(checkpoint.Store, "save", lambda *a, **k: (saves.append(a), save(*a, **k)))
+      patch.setattr(
+        checkpoint.CheckpointStore, "save", lambda *a, **k: (saves.append(a), save(*a, **k))
+      )
       run(settings, small_disk / "whole", workshop=workshop)
     expected = micro_runs.outcome(small_disk / "whole")
-    writes = [(checkpoint.Store, "save", call + 1) for call in range(len(saves))]
+    writes = [(checkpoint.CheckpointStore, "save", call + 1) for call in range(len(saves))]
     writes += [(log.RunLog, "scalars", call) for call in (1, 7)]
     writes += [(log, "write_result", 1)]
     equal = 0

@@ -11,7 +11,7 @@ from fmlora_jax.experiment import guards, run
 from fmlora_jax.models import heads
 from fmlora_jax.train import loop
 from fmlora_jax.train.labels import label_leaves
-from fmlora_jax.train.step import Stepper, TrainState
+from fmlora_jax.train.step import TrainState, TrainStep
 from fmlora_jax.types import FrozenError, Variables
 from fmlora_jax.workdir import checkpoint
 
@@ -36,21 +36,21 @@ def small(**changes):
 
 
 def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_path, monkeypatch):
-  seen, save = [], checkpoint.Store.save
+  seen, save = [], checkpoint.CheckpointStore.save
 
   def saved(self, step, snapshot, **options):
     bases = {k: np.asarray(v) for k, v in snapshot.arrays.items() if "bases" in k}
     seen.append(bases)
     return save(self, step, snapshot, **options)
 
-  digests, check = [], guards.Frozen.check
+  digests, check = [], guards.FrozenGuard.check
 
   def checked(self, index, params):
     check(self, index, params)
     digests.append(self._of_weights())
 
-  monkeypatch.setattr(checkpoint.Store, "save", saved)
-  monkeypatch.setattr(guards.Frozen, "check", checked)
+  monkeypatch.setattr(checkpoint.CheckpointStore, "save", saved)
+  monkeypatch.setattr(guards.FrozenGuard, "check", checked)
   run.run(small(), tmp_path / "run")
   first, *later = seen
   assert len(first) == 4 and len(later) == 4  # A and B of query and value
@@ -65,7 +65,7 @@ def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_pa
 
 
 def naive_step(optimizer_of):
-  """Returns a `Stepper.step` that differentiates and updates every leaf, frozen ones too."""
+  """Returns a `TrainStep.step` that differentiates and updates every leaf, frozen ones too."""
 
   def step(self, state, fixed, batch):
     labels = label_leaves(state.params, self.rules)
@@ -103,11 +103,11 @@ def zeroed(trains):
 def inject(patch, bug):
   """Puts one bug into the code; each is one that such code has had."""
   if bug == "optax.masked leaves the gradient of frozen leaves as their update":
-    patch.setattr(Stepper, "step", naive_step(lambda t: optax.masked(optax.adamw(0.01), t)))
+    patch.setattr(TrainStep, "step", naive_step(lambda t: optax.masked(optax.adamw(0.01), t)))
   elif bug == "weight decay moves leaves whose gradient is zero":
-    patch.setattr(Stepper, "step", naive_step(zeroed))
+    patch.setattr(TrainStep, "step", naive_step(zeroed))
   elif bug == "nothing stops the gradient of frozen leaves":
-    patch.setattr(Stepper, "step", naive_step(lambda _: optax.adam(0.01)))
+    patch.setattr(TrainStep, "step", naive_step(lambda _: optax.adam(0.01)))
   elif bug == "the rules of task 1 serve all tasks":
     made = loop.Trainer._programs
     patch.setattr(loop.Trainer, "_programs", lambda self, index: made(self, 0))

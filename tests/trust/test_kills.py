@@ -12,7 +12,7 @@ import pytest
 
 from fmlora_jax import config
 from fmlora_jax.experiment.run import run
-from fmlora_jax.experiment.setup import Workshop
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.workdir import checkpoint
 
 
@@ -27,7 +27,7 @@ class Whole:
   settings: config.Config
   outcome: dict
   seconds: float
-  workshop: Workshop
+  workshop: SetupCache
 
   def equals(self, workdir) -> bool:
     """Goes on with a run until its end; returns whether it is this one to the bit."""
@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
         child.join(300)
         assert child.exitcode == 0
       seconds = time.monotonic() - began
-      made[method] = Whole(settings, micro_runs.outcome(folder / "run"), seconds, Workshop())
+      made[method] = Whole(settings, micro_runs.outcome(folder / "run"), seconds, SetupCache())
     return made[method]
 
   return of
@@ -105,16 +105,16 @@ def test_a_run_killed_at_any_named_point_ends_bit_identical(whole, tmp_path):
 def test_a_run_resumes_at_every_step(tmp_path, monkeypatch):
   """In one process: what lay in the workdir after each save is taken up once more."""
   settings = micro_runs.settings("fm_lora", checkpoint={"every_steps": 1}, epochs=4)
-  save, copies = checkpoint.Store.save, []
+  save, copies = checkpoint.CheckpointStore.save, []
 
   def save_and_copy(self, step, *args, **kwargs):
     save(self, step, *args, **kwargs)
     copies.append(shutil.copytree(tmp_path / "run", tmp_path / f"after {step}"))
 
   with micro_runs.small_parts():
-    workshop = Workshop()
+    workshop = SetupCache()
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint.Store, "save", save_and_copy)
+      patch.setattr(checkpoint.CheckpointStore, "save", save_and_copy)
       run(settings, tmp_path / "run", workshop=workshop)
     expected = micro_runs.outcome(tmp_path / "run")
     equal = sum(micro_runs.resumed(settings, copy, workshop) == expected for copy in copies)

@@ -11,7 +11,7 @@ import pytest
 from fmlora_jax import config
 from fmlora_jax.experiment.run import run
 from fmlora_jax.train import mesh
-from fmlora_jax.train.step import Stepper
+from fmlora_jax.train.step import TrainStep
 from fmlora_jax.types import NonFiniteError
 from fmlora_jax.workdir import checkpoint
 
@@ -47,7 +47,7 @@ def spoiled(make_lab):
   What is spoiled and when is data to one compiled step; a step of -1 spoils nothing.
   """
   made = make_lab(method={"name": "lora", "rank": 2}, epochs=3, input={"steps_per_dispatch": 4})
-  step, apply = Stepper.step, made.method.apply
+  step, apply = TrainStep.step, made.method.apply
 
   def spoiled_step(self, state, fixed, batch):
     plan = fixed.mem["plan"]
@@ -69,7 +69,7 @@ def spoiled(make_lab):
     planned = variables.replace(mem=variables.mem | {"plan": plan | {"value": jnp.float32(value)}})
     states, done = [], 0
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(Stepper, "step", spoiled_step)
+      patch.setattr(TrainStep, "step", spoiled_step)
       try:
         for state, stats, _ in made.trainer.train(made.trainer.init(variables, 0), planned, view):
           states.append(jax.tree.map(np.asarray, state))
@@ -115,13 +115,13 @@ def test_an_update_that_overflows_a_parameter_is_not_applied(make_lab):
 
 
 def test_no_checkpoint_holds_what_is_not_finite(tiny_vit, tmp_path, monkeypatch):
-  step = Stepper.step
+  step = TrainStep.step
 
   def spoiled_step(self, state, fixed, batch):
     now = (fixed.task.index == 1) & (state.step == 2)
     return step(self, state, fixed, batch.replace(images=jnp.where(now, jnp.nan, batch.images)))
 
-  monkeypatch.setattr(Stepper, "step", spoiled_step)
+  monkeypatch.setattr(TrainStep, "step", spoiled_step)
   settings = config.build(
     config.Config,
     {
@@ -139,7 +139,9 @@ def test_no_checkpoint_holds_what_is_not_finite(tiny_vit, tmp_path, monkeypatch)
   folders = [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()]
   steps = sorted(int(path.name) for path in folders)
   identity = json.loads((tmp_path / "run" / "config.json").read_text())
-  store = checkpoint.Store(tmp_path / "run", mesh.replicated(mesh.make()), identity=identity)
+  store = checkpoint.CheckpointStore(
+    tmp_path / "run", mesh.replicated(mesh.make_mesh()), identity=identity
+  )
   arrays = store.latest().arrays
   assert int(arrays["step"]) == 2 and steps[-1] == steps[0] + 2
   assert all(np.isfinite(leaf).all() for leaf in arrays.values())

@@ -26,7 +26,7 @@ def pictures() -> Examples:
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
     with images.pillow_unlimited():
-      decoded.append(np.asarray(images.keep(images.decode(file, 10**6), SOURCE)))
+      decoded.append(np.asarray(images.resize_shorter_side(images.decode(file, 10**6), SOURCE)))
   sizes = np.array([picture.shape[:2] for picture in decoded], np.int32)
   canvases = np.zeros((len(decoded), *sizes.max(0), 3), np.uint8)
   for canvas, picture in zip(canvases, decoded, strict=True):
@@ -44,7 +44,7 @@ def seen() -> dict[str, np.ndarray]:
   found = {}
   for augmentation, normalisation in presets:
     how = {"augmentation": augmentation, "normalisation": normalisation, "size": SIDE}
-    how |= {"dtype": jnp.float32, "take": augment.take}
+    how |= {"dtype": jnp.float32, "gather": augment.gather_rows}
     name = f"{augmentation}/{normalisation}"
     found[f"{name}/train"] = augment.train_batch(examples, rows, key, **how).images
     found[f"{name}/test"] = augment.test_batch(examples, rows, **how).images

@@ -11,7 +11,7 @@ import pytest
 from fmlora_jax.config import ConfigError
 from fmlora_jax.train import mesh
 from fmlora_jax.workdir import checkpoint, log
-from fmlora_jax.workdir.checkpoint import Snapshot, Store
+from fmlora_jax.workdir.checkpoint import CheckpointStore, Snapshot
 
 TREE = {
   "shared": {"bases": {"query": {"a": jnp.arange(6.0).reshape(2, 3)}}, "prompt": jnp.ones(2)},
@@ -23,7 +23,7 @@ IDENTITY = {"config": {"seed": 1, "optim": {"learning_rate": 0.1}}, "weights_sha
 
 
 def store(workdir, identity=IDENTITY, **how):
-  return Store(workdir, mesh.replicated(mesh.make()), identity=identity, **how)
+  return CheckpointStore(workdir, mesh.replicated(mesh.make_mesh()), identity=identity, **how)
 
 
 def steps(workdir):
@@ -199,29 +199,29 @@ def test_a_leaf_that_does_not_fit_is_refused_by_name(arrays, message):
 
 def test_a_new_folder_is_claimed_and_claimed_again(tmp_path):
   workdir = tmp_path / "deep" / "run"
-  checkpoint.claim(workdir, IDENTITY)
+  checkpoint.claim_workdir(workdir, IDENTITY)
   assert json.loads((workdir / "config.json").read_text()) == IDENTITY
-  checkpoint.claim(workdir, IDENTITY)
+  checkpoint.claim_workdir(workdir, IDENTITY)
   assert [path.name for path in workdir.iterdir()] == ["config.json"]
   written = (workdir / "config.json").read_text()
-  checkpoint.claim(tmp_path / "other", dict(reversed(IDENTITY.items())))
+  checkpoint.claim_workdir(tmp_path / "other", dict(reversed(IDENTITY.items())))
   assert (tmp_path / "other" / "config.json").read_text() == written
   (tmp_path / "empty").mkdir()
-  checkpoint.claim(tmp_path / "empty", IDENTITY)
+  checkpoint.claim_workdir(tmp_path / "empty", IDENTITY)
 
 
 def test_tuples_are_the_lists_that_json_makes_of_them(tmp_path):
-  checkpoint.claim(tmp_path / "run", {"config": {"ranks": (1, 2)}})
-  checkpoint.claim(tmp_path / "run", {"config": {"ranks": (1, 2)}})
+  checkpoint.claim_workdir(tmp_path / "run", {"config": {"ranks": (1, 2)}})
+  checkpoint.claim_workdir(tmp_path / "run", {"config": {"ranks": (1, 2)}})
 
 
 def test_another_run_is_refused_with_every_difference(tmp_path):
   workdir = tmp_path / "run"
-  checkpoint.claim(workdir, IDENTITY)
+  checkpoint.claim_workdir(workdir, IDENTITY)
   before = (workdir / "config.json").read_text()
   other = {"config": {"seed": 2, "optim": {"learning_rate": 0.2, "clip_norm": 1.0}}}
   with pytest.raises(ConfigError) as error:
-    checkpoint.claim(workdir, other)
+    checkpoint.claim_workdir(workdir, other)
   for difference in (
     "config.seed: 1 there, 2 now",
     "config.optim.learning_rate: 0.1 there, 0.2 now",
@@ -245,17 +245,17 @@ def test_free_fields_may_differ_and_others_may_not(tmp_path):
       }
     }
 
-  checkpoint.claim(tmp_path / "run", identity(1, 4))
-  checkpoint.claim(tmp_path / "run", identity(10, 4))
+  checkpoint.claim_workdir(tmp_path / "run", identity(1, 4))
+  checkpoint.claim_workdir(tmp_path / "run", identity(10, 4))
   with pytest.raises(ConfigError, match=r"\(config\.batch_size: 4 there, 40 now\)"):
-    checkpoint.claim(tmp_path / "run", identity(10, 40))
+    checkpoint.claim_workdir(tmp_path / "run", identity(10, 40))
 
 
 def test_a_folder_from_before_there_was_a_free_field_is_its_runs_still(tmp_path):
-  checkpoint.claim(tmp_path / "run", {"config": {"seed": 1}})
-  checkpoint.claim(tmp_path / "run", {"config": {"seed": 1, "mesh": {"fsdp": 2}}})
+  checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1}})
+  checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1, "mesh": {"fsdp": 2}}})
   with pytest.raises(ConfigError, match=r"\(config\.drs\.rank: None there, 2 now\)"):
-    checkpoint.claim(tmp_path / "run", {"config": {"seed": 1, "drs": {"rank": 2}}})
+    checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1, "drs": {"rank": 2}}})
 
 
 def test_a_kill_while_a_folder_is_claimed_does_no_harm(tmp_path, monkeypatch):
@@ -264,17 +264,17 @@ def test_a_kill_while_a_folder_is_claimed_does_no_harm(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(log.os, "replace", kill)
-    checkpoint.claim(tmp_path / "run", IDENTITY)
+    checkpoint.claim_workdir(tmp_path / "run", IDENTITY)
   assert [path.name for path in (tmp_path / "run").iterdir()] != ["config.json"]
   monkeypatch.setattr(log.os, "getpid", lambda: 1)  # of another process
-  checkpoint.claim(tmp_path / "run", IDENTITY)
+  checkpoint.claim_workdir(tmp_path / "run", IDENTITY)
   assert json.loads((tmp_path / "run" / "config.json").read_text()) == IDENTITY
 
 
 def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):
   (tmp_path / "photo.jpg").write_text("mine")
   with pytest.raises(ConfigError, match=r"holds photo\.jpg but no config\.json: must be new"):
-    checkpoint.claim(tmp_path, IDENTITY)
+    checkpoint.claim_workdir(tmp_path, IDENTITY)
   assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("photo.jpg", "mine")]
   for name in ("notes", "a", "z"):
     (tmp_path / name).mkdir()
@@ -285,4 +285,4 @@ def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):
 def test_a_damaged_config_is_refused_in_one_line(tmp_path):
   (tmp_path / "config.json").write_text('{"config": ')
   with pytest.raises(ConfigError, match=r"config\.json can't be read .*choose another --workdir"):
-    checkpoint.claim(tmp_path, IDENTITY)
+    checkpoint.claim_workdir(tmp_path, IDENTITY)

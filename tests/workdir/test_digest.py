@@ -41,51 +41,52 @@ def reference(array) -> str:
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4)], ids=str)
 def test_a_digest_is_that_of_plain_integers(dtype, shape):
   array = random_bits(dtype, shape)
-  assert digest.of_tree(array) == {"": reference(array)}
-  assert digest.of_tree(jnp.asarray(array)) == {"": reference(array)}
+  assert digest.tree_digests(array) == {"": reference(array)}
+  assert digest.tree_digests(jnp.asarray(array)) == {"": reference(array)}
 
 
 def test_leaves_have_their_paths():
   tree = {"a": {"b": jnp.ones(2)}, "c": [jnp.zeros(1), jnp.ones((2, 2), jnp.bfloat16)]}
-  found = digest.of_tree(tree)
+  found = digest.tree_digests(tree)
   assert set(found) == {"a/b", "c/0", "c/1"}
   assert found["c/1"].startswith("bfloat16[2,2] ")
-  assert digest.of_tree({"a/b": jnp.ones(2)}) == {"a/b": found["a/b"]}
+  assert digest.tree_digests({"a/b": jnp.ones(2)}) == {"a/b": found["a/b"]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4)], ids=str)
 def test_a_digest_says_what_its_array_looks_like(dtype, shape):
-  sharding = mesh.replicated(mesh.make())
-  found = digest.template(digest.of_tree(random_bits(dtype, shape))[""], sharding)
+  sharding = mesh.replicated(mesh.make_mesh())
+  found = digest.abstract_array(digest.tree_digests(random_bits(dtype, shape))[""], sharding)
   assert (found.shape, found.dtype, found.sharding) == (shape, jnp.dtype(dtype), sharding)
 
 
 def test_no_flipped_bit_goes_unseen():
   array = random_bits("float32", (7, 9))
-  before = digest.of_tree(array)
+  before = digest.tree_digests(array)
   for _ in range(100):
     flipped = bytearray(array.tobytes())
     flipped[RNG.integers(len(flipped))] ^= 1 << RNG.integers(8)
-    assert digest.of_tree(np.frombuffer(flipped, "f4").reshape(7, 9)) != before
+    assert digest.tree_digests(np.frombuffer(flipped, "f4").reshape(7, 9)) != before
 
 
 def test_order_shape_and_dtype_count():
   array = random_bits("float32", (4, 6))
   others = (array[::-1], array.T, array.reshape(6, 4), array.view("int32"), array[:, ::-1])
-  assert len({digest.of_tree(a)[""] for a in (array, *others)}) == 6
+  assert len({digest.tree_digests(a)[""] for a in (array, *others)}) == 6
   zeros = np.zeros(3, "f4")
-  assert digest.of_tree(zeros) != digest.of_tree(-zeros)  # bits, not values
+  assert digest.tree_digests(zeros) != digest.tree_digests(-zeros)  # bits, not values
 
 
 SHARDED = """
 import numpy as np, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from fmlora_jax import digest
+from fmlora_jax.workdir import digest
 array = np.random.default_rng(0).standard_normal((16, 8)).astype("f4")
 mesh = jax.make_mesh((4, 2), ("a", "b"))
 specs = P(), P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))
-found = {digest.of_tree(jax.device_put(array, NamedSharding(mesh, spec)))[""] for spec in specs}
+placed = [jax.device_put(array, NamedSharding(mesh, spec)) for spec in specs]
+found = {digest.tree_digests(each)[""] for each in placed}
 assert jax.device_count() == 8 and len(found) == 1, found
 print(found.pop())
 """
@@ -100,4 +101,4 @@ def test_a_digest_is_the_same_on_eight_devices():
     [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, check=True
   )
   array = np.random.default_rng(0).standard_normal((16, 8)).astype("f4")
-  assert done.stdout.strip() == digest.of_tree(jax.device_put(array))[""]
+  assert done.stdout.strip() == digest.tree_digests(jax.device_put(array))[""]

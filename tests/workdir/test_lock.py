@@ -19,8 +19,8 @@ from fmlora_jax.workdir import lock
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
 import pathlib, sys
-from fmlora_jax import lock
-with lock.held(pathlib.Path(sys.argv[1])):
+from fmlora_jax.workdir import lock
+with lock.hold_lock(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   sys.stdin.read()
 """
@@ -28,9 +28,9 @@ with lock.held(pathlib.Path(sys.argv[1])):
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
   folder = tmp_path / "a" / "b"
-  with lock.held(folder):
+  with lock.hold_lock(folder):
     (folder / "result").touch()
-    with pytest.raises(ConfigError) as refused, lock.held(folder):
+    with pytest.raises(ConfigError) as refused, lock.hold_lock(folder):
       pass
     holder = json.loads((folder / lock.FILE).read_text())
   assert (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid())
@@ -39,7 +39,7 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
     f"{holder['since']}: must be one run's at a time; wait, stop that one, or choose another with "
     "--workdir"
   )
-  with lock.held(folder):
+  with lock.hold_lock(folder):
     pass
 
 
@@ -48,17 +48,17 @@ def test_the_kernel_frees_it_when_its_holder_is_killed(tmp_path):
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
   with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], env=environment, **pipes) as holder:
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=f"by process {holder.pid} on"), lock.held(tmp_path):
+    with pytest.raises(ConfigError, match=f"by process {holder.pid} on"), lock.hold_lock(tmp_path):
       pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with lock.held(tmp_path):
+    with lock.hold_lock(tmp_path):
       pass
 
 
 def test_where_nothing_was_written_nothing_is_left(tmp_path):
   for folder in (tmp_path / "new", tmp_path):
-    with pytest.raises(KeyError), lock.held(folder):
+    with pytest.raises(KeyError), lock.hold_lock(folder):
       raise KeyError
     assert not list(tmp_path.iterdir())
 
@@ -73,9 +73,9 @@ def test_a_lock_that_its_holder_deletes_meanwhile_is_made_again(tmp_path, monkey
     flock(file, operation)
 
   monkeypatch.setattr(fcntl, "flock", delete_first)
-  with lock.held(tmp_path):
+  with lock.hold_lock(tmp_path):
     assert (tmp_path / lock.FILE).exists()
-    with pytest.raises(ConfigError), lock.held(tmp_path):
+    with pytest.raises(ConfigError), lock.hold_lock(tmp_path):
       pass
 
 
@@ -83,7 +83,7 @@ def test_a_holder_that_has_not_said_who_it_is_is_refused_too(tmp_path):
   with open(tmp_path / lock.FILE, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     message = re.escape(f"workdir {tmp_path} is in use: must be")
-    with pytest.raises(ConfigError, match=message), lock.held(tmp_path):
+    with pytest.raises(ConfigError, match=message), lock.hold_lock(tmp_path):
       pass
 
 
@@ -92,7 +92,7 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, caplog):
     raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
   monkeypatch.setattr(fcntl, "flock", flock)
-  with lock.held(tmp_path):
+  with lock.hold_lock(tmp_path):
     pass
   (line,) = caplog.messages
   assert line == (
@@ -106,5 +106,5 @@ def test_a_link_is_not_followed(tmp_path):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / lock.FILE).symlink_to(tmp_path / "mine")
   with pytest.raises(ConfigError, match=r"holds the link '\.lock': must hold files .* of its own"):
-    lock.held(tmp_path / "run").__enter__()
+    lock.hold_lock(tmp_path / "run").__enter__()
   assert (tmp_path / "mine").read_text() == "important"

@@ -149,7 +149,7 @@ class HeadAlignment:
     """
     task, rows = view.index, self._rows
     found = self._collect(model, view)
-    statistics = view.share(class_statistics.add(statistics, rows, task, *found, view.seed))
+    statistics = view.replicate(class_statistics.add(statistics, rows, task, *found, view.seed))
     if task == 0:
       return head, statistics, {}
     head, loss = self._aligner.align(

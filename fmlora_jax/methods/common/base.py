@@ -92,7 +92,7 @@ def with_head(
     read: (backbone, images, adapters) -> features [B, D]; None takes the class token.
     feature_epochs: forward passes over the training images that begin_task and end_task do.
   """
-  head = heads.make(config.head.kind, spec.num_classes, backbone.sizes.width)
+  head = heads.make_head(config.head.kind, spec.num_classes, backbone.sizes.width)
   read = read or backbone.apply
   dtype = jnp.dtype(config.compute_dtype)
   starts_at_means = config.head.start == "class_mean"

@@ -55,7 +55,7 @@ def make_collector(features: Callable[..., Float[Array, "B D"]]) -> Callable:
 
   def collect(model, view: TaskView):
     parts = [of_batch(model, *batch, center=view.center) for batch in view.train_batches(0)]
-    found, labels, valid = map(np.concatenate, zip(*view.fetch(parts), strict=True))
+    found, labels, valid = map(np.concatenate, zip(*view.gather(parts), strict=True))
     return found[valid], labels[valid]
 
   return collect

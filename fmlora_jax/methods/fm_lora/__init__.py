@@ -35,7 +35,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   """
   targets, max_rank, depth = config.bases.targets, config.bases.max_rank, backbone.sizes.depth
   _check(config, backbone, spec)
-  head = heads.make(config.head.kind, spec.num_classes, backbone.sizes.width)
+  head = heads.make_head(config.head.kind, spec.num_classes, backbone.sizes.width)
 
   def init(key, weights):
     del weights
@@ -78,7 +78,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def past(weights, variables):
     """Returns W0 + A·C·Bᵀ with C the sum of the cores of the tasks so far."""
     cores = {name: core.sum(0) for name, core in variables.mem["cores"].items()}
-    return low_rank.fold(weights, deltas(variables.shared["bases"], cores))
+    return low_rank.fold_deltas(weights, deltas(variables.shared["bases"], cores))
 
   def folded(weights, variables):
     return past(weights, variables), Adapters(prompt=variables.shared.get("prompt"))

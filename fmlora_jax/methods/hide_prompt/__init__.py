@@ -87,7 +87,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   dtype = jnp.dtype(config.compute_dtype)
   rows = class_statistics.Rows(spec)
   slot_shape = (len(settings.layers), 2, settings.prompt_length, sizes.width)
-  head = heads.make(config.head.kind, spec.num_classes, sizes.width)
+  head = heads.make_head(config.head.kind, spec.num_classes, sizes.width)
   learner = task_identity.Learner(config, backbone, rows)
   aligned = HeadAlignment(
     settings.alignment,
@@ -167,7 +167,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     return weights, memory | {"identity": variables.shared["identity"]}
 
   def recall(memory, query):
-    task = task_identity.tasks_of(memory["identity"], query, rows, memory["seen"])
+    task = task_identity.predict_tasks(memory["identity"], query, rows, memory["seen"])
     return prefixed(memory["prompt"][task])
 
   def stored(facts):

@@ -72,7 +72,7 @@ def logits(identity: Params, features: Float[Array, "B D"]) -> Float[Array, "B R
   )
 
 
-def tasks_of(
+def predict_tasks(
   identity: Params,
   features: Float[Array, "B D"],
   rows: class_statistics.Rows,
@@ -131,7 +131,7 @@ class Learner:
         "finite; lower config.method.identity.learning_rate or set config.optim.clip_norm"
       )
     found = self._collect(trunk, view)
-    statistics = view.share(
+    statistics = view.replicate(
       class_statistics.add(statistics, self._rows, view.index, *found, view.seed)
     )
     facts = {"identity_loss": float(loss)}

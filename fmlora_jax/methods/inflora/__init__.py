@@ -114,7 +114,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def past(weights, variables):
     # tasks to come are zero; their ranks are stacked next to those of the past
     stacks = {name: low_rank.join_ranks(stack) for name, stack in variables.mem["lora"].items()}
-    return low_rank.fold(
+    return low_rank.fold_deltas(
       weights, {name: LowRank(a=stacks["a"], b=stacks[name]) for name in TARGETS}
     )
 

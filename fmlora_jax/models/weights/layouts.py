@@ -277,7 +277,7 @@ def _check(
   names: Collection[str],
 ) -> None:
   """Refuses leaves that are not those of the ViT, all in one message."""
-  expected = flatten(jax.eval_shape(vit.make(sizes).init, jax.random.key(0)))
+  expected = flatten(jax.eval_shape(vit.make_vit(sizes).init, jax.random.key(0)))
   shapes = {leaf: expected[leaf].shape for leaf in expected}
   surplus = {leaves[leaf][0] for leaf in leaves if leaf not in shapes}
   wrong = [

@@ -23,7 +23,7 @@ from fmlora_jax.types import Params, Sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class File:
+class CheckpointFile:
   """One published file; it lies on the Hugging Face Hub, in a bucket, or beside this module.
 
   Attributes:
@@ -52,7 +52,7 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class Checkpoint:
   """One checkpoint.
 
   Attributes:
@@ -62,7 +62,7 @@ class Source:
     gelu: "erf" as in timm and Hugging Face, also for networks that Google trained with "tanh".
   """
 
-  files: tuple[File, ...]
+  files: tuple[CheckpointFile, ...]
   architecture: str | None
   normalisation: Literal["half", "zero_one", "imagenet"] | None
   gelu: Literal["erf", "tanh"] = "erf"
@@ -76,26 +76,26 @@ class Source:
     return f"get it with {' or '.join(commands)}"
 
 
-def _timm(name: str, revision: str | None = None, sha256: str | None = None) -> File:
+def _timm(name: str, revision: str | None = None, sha256: str | None = None) -> CheckpointFile:
   repository = f"timm/vit_{name}"
-  return File(layout="timm", repository=repository, revision=revision, sha256=sha256)
+  return CheckpointFile(layout="timm", repository=repository, revision=revision, sha256=sha256)
 
 
-def _google(name: str) -> File:
+def _google(name: str) -> CheckpointFile:
   folder, _, name = f"vit_models/{name}.npz".rpartition("/")
-  return File(layout="google", bucket=folder, name=name)
+  return CheckpointFile(layout="google", bucket=folder, name=name)
 
 
-def _supervised(architecture: str, *files: File) -> Source:
+def _supervised(architecture: str, *files: CheckpointFile) -> Checkpoint:
   """A checkpoint that Google trained with labels, on pixels in [-1, 1]."""
-  return Source(files=files, architecture=architecture, normalisation="half")
+  return Checkpoint(files=files, architecture=architecture, normalisation="half")
 
 
-def _dinov2(architecture: str, size: str, revision: str, sha256: str) -> Source:
-  file = File(
+def _dinov2(architecture: str, size: str, revision: str, sha256: str) -> Checkpoint:
+  file = CheckpointFile(
     layout="dinov2", repository=f"facebook/dinov2-{size}", revision=revision, sha256=sha256
   )
-  return Source(files=(file,), architecture=architecture, normalisation="imagenet")
+  return Checkpoint(files=(file,), architecture=architecture, normalisation="imagenet")
 
 
 # names of the augmentation and regularisation of "How to train your ViT" (arXiv:2106.10270)
@@ -103,10 +103,10 @@ _BASE = "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
 _SMALL = "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
 _TINY = "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
 
-WEIGHTS: Mapping[str, Source] = {
-  "micro_letters": Source(
+WEIGHTS: Mapping[str, Checkpoint] = {
+  "micro_letters": Checkpoint(
     files=(
-      File(
+      CheckpointFile(
         layout="ours",
         name="micro_letters.safetensors",
         sha256="ab2e660863447f4836d6fb0c8fac4ae6028fca142fe995f6af1b6e17f5795d4d",
@@ -156,7 +156,7 @@ WEIGHTS: Mapping[str, Source] = {
   "augreg_in21k_ti16": _supervised(
     "vit_ti16", _timm("tiny_patch16_224.augreg_in21k"), _google(_TINY)
   ),
-  "dino": Source(
+  "dino": Checkpoint(
     files=(_timm("base_patch16_224.dino"),), architecture="vit_b16", normalisation="imagenet"
   ),
   "dinov2_small": _dinov2(
@@ -171,12 +171,12 @@ WEIGHTS: Mapping[str, Source] = {
     revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415",
     sha256="d73036b56966966d07975d696bde331762f37297e2f095de8cea0040c3aa0841",
   ),
-  "random": Source(files=(), architecture=None, normalisation="half"),  # for benchmarks
+  "random": Checkpoint(files=(), architecture=None, normalisation="half"),  # for benchmarks
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Info:
+class WeightsInfo:
   """What was loaded, for the log, the checkpoint and result.json.
 
   Attributes:
@@ -195,7 +195,7 @@ class Info:
   ignored: tuple[str, ...] = ()
 
 
-def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, Sizes, Info]:
+def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, Sizes, WeightsInfo]:
   """Returns (params as float32 NumPy arrays, sizes of the ViT, what was loaded).
 
   Args:
@@ -221,14 +221,14 @@ def check(config: WeightsConfig, image_size: int | None = None) -> Sizes | None:
   _check_fields(config)
   source = WEIGHTS[config.tag] if config.tag else None
   if (source and source.architecture) or config.architecture:
-    source = source or Source(files=(), architecture=config.architecture, normalisation=None)
+    source = source or Checkpoint(files=(), architecture=config.architecture, normalisation=None)
     return _sizes(config, source, image_size)
   return None
 
 
 def _convert(
   config: WeightsConfig, image_size: int | None, path: pathlib.Path
-) -> tuple[Params, Sizes, Info]:
+) -> tuple[Params, Sizes, WeightsInfo]:
   """Returns what `load` returns, of this file."""
   shown = config.path or path.name
   tensors, metadata = weight_files.read(path, shown)
@@ -254,7 +254,7 @@ def _convert(
   logging.info("weights %s: %s, sha256 %s", config.tag or "file", path.name, digest)
   if ignored:
     logging.info("weights: %d tensors ignored: %s", len(ignored), ", ".join(ignored))
-  info = Info(
+  info = WeightsInfo(
     tag=config.tag or "file",
     file=path.name,
     sha256=digest,
@@ -287,15 +287,15 @@ def _check_fields(config: WeightsConfig) -> None:
     )
 
 
-def _draw(config: WeightsConfig, image_size: int | None) -> tuple[Params, Sizes, Info]:
+def _draw(config: WeightsConfig, image_size: int | None) -> tuple[Params, Sizes, WeightsInfo]:
   source = WEIGHTS["random"]
   sizes = _sizes(config, source, image_size)
-  params = jax.jit(vit.make(sizes).init)(jax.random.key(0))
-  info = Info(tag="random", file=None, sha256=None, normalisation=source.normalisation)
+  params = jax.jit(vit.make_vit(sizes).init)(jax.random.key(0))
+  info = WeightsInfo(tag="random", file=None, sha256=None, normalisation=source.normalisation)
   return jax.device_get(params), sizes, info
 
 
-def _sizes(config: WeightsConfig, source: Source, image_size: int | None) -> Sizes:
+def _sizes(config: WeightsConfig, source: Checkpoint, image_size: int | None) -> Sizes:
   """Returns the sizes of the architecture at this image size, cut to the config's depth."""
   name = source.architecture or config.architecture
   if name not in vit.ARCHITECTURES:
@@ -320,7 +320,7 @@ def _sizes(config: WeightsConfig, source: Source, image_size: int | None) -> Siz
 
 def _describe(
   config: WeightsConfig, layout: str | None, metadata: Mapping[str, str], shown: str
-) -> Source:
+) -> Checkpoint:
   """Returns what is known of a file without a tag: from its metadata, its names and the config."""
   if layout is None:
     known = list(layouts.LAYOUTS)
@@ -337,8 +337,11 @@ def _describe(
       f"{shown}: its metadata say normalisation {normalisation!r}, gelu {gelu!r}: must be one of "
       "half, zero_one, imagenet and one of erf, tanh"
     )
-  return Source(
-    files=(File(layout=layout),), architecture=architecture, normalisation=normalisation, gelu=gelu
+  return Checkpoint(
+    files=(CheckpointFile(layout=layout),),
+    architecture=architecture,
+    normalisation=normalisation,
+    gelu=gelu,
   )
 
 

@@ -6,19 +6,19 @@ TFDS `cifar100`.
 
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 from fmlora_jax.tasks.tfds import source
 
 BUILDERS = ("cifar100",)
 PUBLISHED = {"train": 50_000, "test": 10_000}
-CUTS = {
+SPLITS = {
   "official": splits.official(10),
   "full": splits.published,  # the budget of the table's rows
   "paper": splits.stratified,  # 70/10/20 of all 60,000: comparable with nobody's numbers
 }
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the training images, then the test images."""
-  parts = [source.Part("cifar100", split, count) for split, count in PUBLISHED.items()]
-  return source.source(config, source_size, parts, cuts=CUTS)
+  parts = [source.PublishedSplit("cifar100", split, count) for split, count in PUBLISHED.items()]
+  return source.source(config, source_size, parts, rules=SPLITS)

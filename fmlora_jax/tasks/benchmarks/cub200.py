@@ -5,19 +5,21 @@ Source: C. Wah et al. (2011), The Caltech-UCSD Birds-200-2011 Dataset; TFDS `cal
 
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 from fmlora_jax.tasks.tfds import source
 
 BUILDERS = ("caltech_birds2011",)
 PUBLISHED = {"train": 5_994, "test": 5_794}
-CUTS = {
+SPLITS = {
   "paper": splits.sliced(70, 80),  # of the two published splits put together, as PILOT pools them
   "full": splits.sliced(80, 80),  # the same, with val in train: the budget of the table's rows
   "official": splits.official(10),  # 30 training images a class in place of 47: much harder
 }
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the published training images, then the published test images."""
-  parts = [source.Part("caltech_birds2011", split, count) for split, count in PUBLISHED.items()]
-  return source.source(config, source_size, parts, cuts=CUTS)
+  parts = [
+    source.PublishedSplit("caltech_birds2011", split, count) for split, count in PUBLISHED.items()
+  ]
+  return source.source(config, source_size, parts, rules=SPLITS)

@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from fmlora_jax.config import TasksConfig
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 
 CLASS_NAMES = tuple("0123456789")
 NUM_CLASSES = len(CLASS_NAMES)
@@ -37,7 +37,7 @@ def enlarge(image: UInt8[np.ndarray, "8 8"], size: int) -> Image.Image:
 
 
 def pack(images: list[Image.Image], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what `Source.decode` does: three equal channels, and sizes."""
+  """Returns what `DataSource.decode` does: three equal channels, and sizes."""
   grey = np.stack([np.asarray(image) for image in images]) if images else np.zeros((0, size, size))
   rgb = np.repeat(grey[..., None].astype(np.uint8), 3, axis=-1)
   return rgb, np.full((len(images), 2), size, np.int32)
@@ -53,11 +53,11 @@ def digest(name: str, images: np.ndarray, labels: np.ndarray) -> str:
   ).hexdigest()
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the digits, each enlarged to source_size."""
   del config
   images, labels = load()
-  return Source(
+  return DataSource(
     name="digits",
     labels=labels,
     class_names=CLASS_NAMES,

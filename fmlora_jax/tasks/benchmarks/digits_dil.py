@@ -8,7 +8,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks.benchmarks import digits
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 
 NUM_CLASSES = digits.NUM_CLASSES
 DOMAIN_NAMES = ("plain", "inverted", "rotated", "noisy")
@@ -37,13 +37,13 @@ def _decode(images: UInt8[np.ndarray, "n 8 8"], size: int, records: Int[np.ndarr
   return digits.pack(rendered, size)
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns 4 x 1,797 records: all digits in the first domain, then all in the second ..."""
   del config
   images, labels = digits.load()
   num_domains, count = len(DOMAIN_NAMES), len(labels)
 
-  return Source(
+  return DataSource(
     name="digits_dil",
     labels=np.tile(labels, num_domains),
     class_names=digits.CLASS_NAMES,

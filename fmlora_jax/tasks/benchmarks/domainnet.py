@@ -8,7 +8,7 @@ Source: X. Peng et al. (2019), arXiv:1812.01754; TFDS `domainnet`.
 
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 from fmlora_jax.tasks.tfds import source
 
 DOMAINS = {  # in the order of S-Prompts: numbers of training and of test images
@@ -20,19 +20,19 @@ DOMAINS = {  # in the order of S-Prompts: numbers of training and of test images
   "sketch": (48_212, 20_916),
 }
 BUILDERS = tuple(f"domainnet/{domain}" for domain in DOMAINS)
-CUTS = {
+SPLITS = {
   "official": splits.official(8),  # 70:10 of what is published for training
   "full": splits.published,  # the budget of the table's rows
   "paper": splits.val_from_test(3),  # 70/10/20 of everything: val is out of test
 }
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns each domain's training and test images, domain after domain."""
   domains = config.domains or tuple(DOMAINS)
   parts = [
-    source.Part(f"domainnet/{domain}", split, published, domain=index)
+    source.PublishedSplit(f"domainnet/{domain}", split, published, domain=index)
     for index, domain in enumerate(domains)
     for split, published in zip(("train", "test"), DOMAINS[domain], strict=True)
   ]
-  return source.source(config, source_size, parts, cuts=CUTS, domain_names=domains)
+  return source.source(config, source_size, parts, rules=SPLITS, domain_names=domains)

@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
-from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, Source
+from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
 
 SPLITS = {  # in any case of letters; "eval" is none: it stands for val and for test
   **dict.fromkeys(("train", "training"), TRAIN),
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 Parts = tuple[str, ...]  # of a path below data_dir: its folders and, of a file, its name
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the images of config.data_dir, each decoded once to see that it can be.
 
   The layout is told by depth and by the names of splits, those in `SPLITS`. Copies of one file are
@@ -70,7 +70,7 @@ def make(config: TasksConfig, source_size: int) -> Source:
   first: dict[str, int] = {}  # record of each content
   group = np.asarray([first.setdefault(sha, i) for i, (_, sha) in enumerate(checked.values())])
   canvas = tuple(sizes.max(axis=0).tolist())
-  return Source(
+  return DataSource(
     name="image_folder",
     labels=ids("class"),
     class_names=tuple(names["class"]),
@@ -222,7 +222,7 @@ class Reader:
     """Returns (height, width) as kept and sha256 hex of the file, or what is wrong with it."""
     path = self.root.joinpath(*parts)
     try:
-      (width, height), _ = images.kept(images.read(path, self.max_pixels).size, self.side)
+      (width, height), _ = images.resized_size(images.read(path, self.max_pixels).size, self.side)
       with open(path, "rb") as file:
         return (height, width), hashlib.file_digest(file, "sha256").hexdigest()
     except images.BrokenImage as error:
@@ -230,7 +230,7 @@ class Reader:
 
   def pixels(self, parts: Parts) -> UInt8[np.ndarray, "h w 3"]:
     image = images.read(self.root.joinpath(*parts), self.max_pixels)
-    return np.asarray(images.keep(image, self.side))
+    return np.asarray(images.resize_shorter_side(image, self.side))
 
 
 def _check(

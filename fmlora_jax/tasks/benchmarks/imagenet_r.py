@@ -5,11 +5,11 @@ Source: D. Hendrycks et al. (2021), arXiv:2006.16241; TFDS `imagenet_r`.
 
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 from fmlora_jax.tasks.tfds import source
 
 BUILDERS = ("imagenet_r",)
-CUTS = {
+SPLITS = {
   "slice": splits.sliced(70, 80),  # its test images are those of L2P and DualPrompt
   "slice80": splits.sliced(80, 80),  # the same, with val in train: the budget of SD-LoRA's table
   "stratified": splits.stratified,
@@ -21,7 +21,7 @@ CUTS = {
 }
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the 200 classes that have images, of the 1,000 that TFDS numbers."""
-  part = source.Part("imagenet_r", "test", published=30_000)
-  return source.source(config, source_size, [part], cuts=CUTS)
+  part = source.PublishedSplit("imagenet_r", "test", published=30_000)
+  return source.source(config, source_size, [part], rules=SPLITS)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import TasksConfig
-from fmlora_jax.tasks.sequence import Source
+from fmlora_jax.tasks.sequence import DataSource
 
 NUM_CLASSES, PER_CLASS = 200, 150  # 30,000 images: by default 21,000 + 3,000 + 6,000
 POOL = 256  # different images; records take them in turn
@@ -17,13 +17,13 @@ def _decode(pool: UInt8[np.ndarray, "p h w 3"], rows: Int[np.ndarray, " k"]):
   return pool[rows % len(pool)], np.full((len(rows), 2), pool.shape[1], np.int32)
 
 
-def make(config: TasksConfig, source_size: int) -> Source:
+def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns square images of source_size pixels a side."""
   del config
   shape = (POOL, source_size, source_size, 3)
   pool = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   labels = np.repeat(np.arange(NUM_CLASSES, dtype=np.int32), PER_CLASS)
-  return Source(
+  return DataSource(
     name="random_images",
     labels=labels,
     class_names=tuple(f"class {label}" for label in range(NUM_CLASSES)),

@@ -47,7 +47,7 @@ class Files:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Looks:
+class RecordIndex:
   """What is known of all records of a split.
 
   Attributes:
@@ -73,13 +73,13 @@ class Looks:
       yield name, np.ascontiguousarray(getattr(self, name), dtype).tobytes()
 
 
-def unpack(text: Mapping[str, str]) -> Looks:
-  """Inverse of `Looks.packed`."""
+def unpack(text: Mapping[str, str]) -> RecordIndex:
+  """Inverse of `RecordIndex.packed`."""
   arrays = {
     name: np.frombuffer(zlib.decompress(base64.b64decode(text[name])), dtype)
     for name, dtype in DTYPES.items()
   }
-  return Looks(**arrays | {"sizes": arrays["sizes"].reshape(-1, 2)})
+  return RecordIndex(**arrays | {"sizes": arrays["sizes"].reshape(-1, 2)})
 
 
 def content_hash(content: bytes) -> int:
@@ -96,7 +96,7 @@ def read(get: Callable, place: Any) -> Any:
     raise images.BrokenImage(f"its file can't be read ({reason})") from error
 
 
-def bytes_of(record: Mapping[str, Any], image: str) -> bytes:
+def image_bytes(record: Mapping[str, Any], image: str) -> bytes:
   """Returns the image's file; TFDS makes None of what a cut-off array_record lacks."""
   content = record[image]
   if not isinstance(content, bytes):
@@ -104,9 +104,9 @@ def bytes_of(record: Mapping[str, Any], image: str) -> bytes:
   return content
 
 
-def look_at(
+def index_records(
   files: Files, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
-) -> Looks:
+) -> RecordIndex:
   """Returns what there is to know of each record, from the bytes and the head of its image's file.
 
   Args:
@@ -125,8 +125,8 @@ def look_at(
         try:
           if isinstance(record, images.BrokenImage):
             raise record
-          image, label = bytes_of(record, keys[0]), record[keys[1]]
-          sizes[row] = images.size_of(io.BytesIO(image), max_pixels)
+          image, label = image_bytes(record, keys[0]), record[keys[1]]
+          sizes[row] = images.image_size(io.BytesIO(image), max_pixels)
           labels[row], contents[row] = _at_least_0(label), content_hash(image)
         except images.BrokenImage as error:
           faults.append(f"{files.shown(row)}: {error}")
@@ -139,7 +139,7 @@ def look_at(
       f"{len(faults)} of {num} records of {files.split} can't be used; prepare it again: "
       f"{'; '.join(faults[:MAX_LISTED])}{more}"
     )
-  return Looks(labels=labels, sizes=sizes, contents=contents)
+  return RecordIndex(labels=labels, sizes=sizes, contents=contents)
 
 
 def blocks(num: int) -> Iterator[range]:
@@ -163,7 +163,7 @@ def _record(data, row: int) -> Mapping[str, Any] | images.BrokenImage:
     return error
 
 
-def first_change(files: Files, before: Looks | None, now: Looks) -> str:
+def first_change(files: Files, before: RecordIndex | None, now: RecordIndex) -> str:
   """Returns "first record 17 of ...", or how many there are; None is too old to tell."""
   if before is None or len(before.labels) != len(now.labels):
     return f"{len(now.labels)} records now"

@@ -101,7 +101,7 @@ class Split:
   data: Any
   image: str
   label: str
-  known: index.Looks
+  known: index.RecordIndex
 
   @property
   def name(self) -> str:
@@ -123,7 +123,7 @@ class Split:
       ConfigError: if it can't be read or decoded, or is not what it was at the first look.
     """
     try:
-      content = index.bytes_of(index.read(self.data.__getitem__, position), self.image)
+      content = index.image_bytes(index.read(self.data.__getitem__, position), self.image)
       if index.content_hash(content) != self.known.contents[position]:
         raise images.BrokenImage("it has changed since it was first used")
       image = images.decode(io.BytesIO(content), max_pixels)
@@ -132,7 +132,7 @@ class Split:
         f"{self.files.shown(position)} can't be used: {error}; remove the folder of "
         f"{self.name.split()[0]} and prepare it again"
       ) from error
-    return np.asarray(images.keep(image, side))
+    return np.asarray(images.resize_shorter_side(image, side))
 
   def file_names(self) -> list[str]:
     """Returns the feature `file_name` of each record, all of which are read for it."""
@@ -221,7 +221,7 @@ class Prepared:
       f"{names}: remove {str(self.builder.data_path)!r} and prepare it again"
     )
 
-  def _known(self, name: str, data, files: index.Files) -> index.Looks:
+  def _known(self, name: str, data, files: index.Files) -> index.RecordIndex:
     """Returns what the manifest says of a split, or what its records say, which goes into it."""
     known, shards = self._manifest["splits"].get(name), _stamps(files.paths)
     if known and known["shards"] == shards and "contents" in known:
@@ -229,7 +229,7 @@ class Prepared:
       if kept.digests() != known["sha256"]:
         raise ConfigError(f"{self._path} is damaged at {name!r}: remove it")
       return kept
-    found = index.look_at(files, data, (self.image, self.label), self._config.max_pixels)
+    found = index.index_records(files, data, (self.image, self.label), self._config.max_pixels)
     digests = found.digests()
     # a manifest of before there were hashes of contents has none, which is no difference
     if known and any(digests[key] != digest for key, digest in known["sha256"].items()):

@@ -12,18 +12,18 @@ from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
-from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, Source
-from fmlora_jax.tasks.splits import Cut, Pool
+from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
+from fmlora_jax.tasks.splits import Records, SplitRule
 from fmlora_jax.tasks.tfds.prepared import Prepared, Split, data_root, open_builder
 
-PARTS = {"train": TRAIN, "validation": VAL, "test": TEST}  # what TFDS calls its splits
+SPLIT_CODES = {"train": TRAIN, "validation": VAL, "test": TEST}  # what TFDS calls its splits
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-  """`Source.decode` of the records of several splits, one split after the other."""
+  """`DataSource.decode` of the records of several splits, one split after the other."""
 
   splits: tuple[Split, ...]
   canvas: tuple[int, int]
@@ -44,7 +44,7 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class PublishedSplit:
   """A published split that a benchmark takes.
 
   Attributes:
@@ -66,13 +66,13 @@ def published(name: str, config: TasksConfig) -> list[str]:
     ConfigError: if there is none, or the data are not prepared.
   """
   found = list(open_builder(name, data_root(config.data_dir), config.benchmark).info.splits)
-  if ignored := [split for split in found if split not in PARTS]:
+  if ignored := [split for split in found if split not in SPLIT_CODES]:
     _log.warning("%s: splits %s are not used", name, ", ".join(ignored))
-  taken = [split for split in PARTS if split in found]
+  taken = [split for split in SPLIT_CODES if split in found]
   if not taken:
     raise ConfigError(
       f"config.tasks.benchmark is {config.benchmark!r}: must have one of the splits "
-      f"{', '.join(PARTS)}, has {', '.join(found)}"
+      f"{', '.join(SPLIT_CODES)}, has {', '.join(found)}"
     )
   return taken
 
@@ -80,11 +80,11 @@ def published(name: str, config: TasksConfig) -> list[str]:
 def source(
   config: TasksConfig,
   side: int,
-  parts: Sequence[Part],
+  parts: Sequence[PublishedSplit],
   *,
-  cuts: Mapping[str, Cut] | None = None,
+  rules: Mapping[str, SplitRule] | None = None,
   domain_names: Sequence[str] = (),
-) -> Source:
+) -> DataSource:
   """Returns the records of `parts`, part after part, as one source.
 
   Classes are numbered by the rank of their TFDS label among the labels present.
@@ -93,8 +93,8 @@ def source(
     config: says where the data are, and names the cut.
     side: shorter side in pixels that images are kept at.
     parts: published splits, of one builder or of several with the same classes.
-    cuts: by name, the default first. Without any, the published splits are taken, and what they
-      lack is drawn as the config says.
+    rules: by name of the split, the default first. Without any, the published splits are taken,
+      and what they lack is drawn as the config says.
     domain_names: of the domains of `parts`.
 
   Raises:
@@ -115,24 +115,24 @@ def source(
     _log.warning("not the (published) number of records, so not comparable: %s", ", ".join(odd))
   used, labels = np.unique(np.concatenate([s.labels for s in splits]), return_inverse=True)
   domains = np.repeat([part.domain for part in parts], counts)
-  pool = Pool(
+  pool = Records(
     part=np.repeat(np.arange(len(parts)), counts),
-    official=np.repeat([PARTS[part.split] for part in parts], counts).astype(np.int8),
+    official=np.repeat([SPLIT_CODES[part.split] for part in parts], counts).astype(np.int8),
     stratum=domains * len(used) + labels,
     names=lambda: [name for split in splits for name in split.file_names()],
     root=data_root(config.data_dir),
   )
-  if cuts:
-    cut_name = config.split or next(iter(cuts))
-    split = cuts[cut_name](pool)
+  if rules:
+    split_name = config.split or next(iter(rules))
+    split = rules[split_name](pool)
     owners = np.repeat([part.builder for part in parts], counts)
     for name, builder in prepared.items():
-      builder.pin(cut_name, split[owners == name])
+      builder.pin(split_name, split[owners == name])
   else:
-    cut_name, split = None, pool.official if len(parts) > 1 else None
-  sizes = [images.kept(size, side)[0] for size in _distinct(splits)]
+    split_name, split = None, pool.official if len(parts) > 1 else None
+  sizes = [images.resized_size(size, side)[0] for size in _distinct(splits)]
   width, height = np.max(sizes, axis=0).tolist()
-  return Source(
+  return DataSource(
     name=config.benchmark,
     labels=labels.astype(np.int32),
     class_names=tuple(first.class_names[label] for label in used),
@@ -140,7 +140,7 @@ def source(
     decode=Decoder(splits=splits, canvas=(height, width), side=side, max_pixels=config.max_pixels),
     digest=_digest(prepared, parts, splits),
     split=split,
-    cut=cut_name,
+    split_name=split_name,
     domains=domains.astype(np.int32) if domain_names else None,
     domain_names=tuple(domain_names),
     group=_groups(splits),

@@ -24,7 +24,7 @@ def test_official_settings_build_and_name_what_exists(name, benchmark):
   built = official(name, benchmark)
   assert built.method.name == name and built.tasks.num_tasks == 10
   assert built.weights.tag in registry.WEIGHTS
-  cuts = importlib.import_module(f"fmlora_jax.tasks.benchmarks.{benchmark}").CUTS
+  cuts = importlib.import_module(f"fmlora_jax.tasks.benchmarks.{benchmark}").SPLITS
   assert built.tasks.split in cuts
   assert built.input.augmentation in PRESETS and built.input.normalisation in NORMALISATIONS
   assert built.input.source_size == 256  # what the recipe does not say stays

@@ -33,7 +33,7 @@ def assert_equal(ours: dict, reference: dict) -> None:
 
 def random_params(sizes: Sizes, scale: float = 1.0) -> dict:
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(vit.make(sizes).init, jax.random.key(0))
+  shapes = jax.eval_shape(vit.make_vit(sizes).init, jax.random.key(0))
   return jax.tree.map(
     lambda leaf: np.float32(scale) * rng.standard_normal(leaf.shape, np.float32), shapes
   )

@@ -18,8 +18,8 @@ from fmlora_jax.models.weights import registry
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = (
-  registry.File(layout="timm", repository="ada/tiny", revision=COMMIT),
-  registry.File(layout="google", bucket="ada/augreg", name="Ti.npz"),
+  registry.CheckpointFile(layout="timm", repository="ada/tiny", revision=COMMIT),
+  registry.CheckpointFile(layout="google", bucket="ada/augreg", name="Ti.npz"),
 )
 
 
@@ -27,7 +27,7 @@ FILES = (
 def tiny_checkpoint(monkeypatch):
   """One checkpoint that tests can afford, on the Hub and in a bucket."""
   monkeypatch.setitem(vit.ARCHITECTURES, "tiny", TINY)
-  source = registry.Source(files=FILES, architecture="tiny", normalisation="half")
+  source = registry.Checkpoint(files=FILES, architecture="tiny", normalisation="half")
   monkeypatch.setitem(registry.WEIGHTS, "tiny", source)
 
 
@@ -118,16 +118,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
 DOWNLOAD = """
 import logging, sys
 from fmlora_jax.config import WeightsConfig
-from fmlora_jax.models import pretrained, vit
+from fmlora_jax.models import vit
+from fmlora_jax.models.weights import registry
 from fmlora_jax.types import Sizes
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 vit.ARCHITECTURES["tiny"] = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2)
-file = pretrained.File(layout="timm", repository="ada/tiny")
-source = pretrained.Source(files=(file,), architecture="tiny", normalisation="half")
-pretrained.WEIGHTS["tiny"] = source
+file = registry.CheckpointFile(layout="timm", repository="ada/tiny")
+source = registry.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
+registry.WEIGHTS["tiny"] = source
 try:
-  print(pretrained.load(WeightsConfig(tag="tiny"))[2].sha256)
+  print(registry.load(WeightsConfig(tag="tiny"))[2].sha256)
 except ValueError as error:
   print(error)
 """
@@ -193,8 +194,8 @@ def test_another_address_is_refused(path):
 
 
 def test_a_file_that_ships_and_is_gone_is_named(monkeypatch):
-  source = registry.Source(
-    files=(registry.File(layout="ours", name="gone.safetensors"),),
+  source = registry.Checkpoint(
+    files=(registry.CheckpointFile(layout="ours", name="gone.safetensors"),),
     architecture="tiny",
     normalisation="half",
   )

@@ -29,8 +29,8 @@ def tiny_tag(monkeypatch):
   monkeypatch.setitem(vit.ARCHITECTURES, "tiny", TINY)
 
   def add(tag, layout, sha256=None):
-    file = registry.File(layout=layout, repository="ada/tiny", sha256=sha256)
-    source = registry.Source(files=(file,), architecture="tiny", normalisation="half")
+    file = registry.CheckpointFile(layout=layout, repository="ada/tiny", sha256=sha256)
+    source = registry.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
     monkeypatch.setitem(registry.WEIGHTS, tag, source)
 
   add("timm", "timm")
@@ -270,12 +270,12 @@ def test_the_whole_file_gives_every_leaf_and_the_features_of_numpy(tmp_path):
   loaded, sizes, _ = registry.load(WeightsConfig(tag="timm", path=path))
   ours, theirs = layouts.flatten(loaded), layouts.flatten(params)
   assert ours.keys() == theirs.keys()
-  random = layouts.flatten(jax.jit(vit.make(sizes).init)(jax.random.key(1)))
+  random = layouts.flatten(jax.jit(vit.make_vit(sizes).init)(jax.random.key(1)))
   for name, leaf in ours.items():
     np.testing.assert_array_equal(leaf, theirs[name])
     assert (leaf != random[name]).any()
   images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
-  features = np.asarray(vit.make(sizes).apply(loaded, images, None))
+  features = np.asarray(vit.make_vit(sizes).apply(loaded, images, None))
   expected = numpy_features(params, images.astype(np.float64))
   error = np.max(np.abs(features - expected) / np.maximum(1, np.abs(expected)))
   print(f"row 14: {len(ours)} leaves loaded, features within {error:.1e} of NumPy")

@@ -70,7 +70,7 @@ def test_a_class_token_without_position_makes_the_same_features(scan):
   assert not ours["position"][0].any()
   assert ignored == ("params/head/kernel",)
   images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
-  apply = vit.make(TINY).apply
+  apply = vit.make_vit(TINY).apply
   np.testing.assert_allclose(apply(ours, images), apply(params, images), rtol=0, atol=1e-5)
   ours["position"][0], ours["cls"] = params["position"][0], params["cls"]
   assert_equal(ours, params)

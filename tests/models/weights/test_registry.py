@@ -40,8 +40,8 @@ def tiny_checkpoints(monkeypatch):
     ("tiny_timm", "tiny", "timm"),
     ("tiny_dinov2", "tiny_scaled", "dinov2"),
   ):
-    file = registry.File(layout=layout, repository=f"ada/{layout}")
-    source = registry.Source(files=(file,), architecture=architecture, normalisation="imagenet")
+    file = registry.CheckpointFile(layout=layout, repository=f"ada/{layout}")
+    source = registry.Checkpoint(files=(file,), architecture=architecture, normalisation="imagenet")
     monkeypatch.setitem(registry.WEIGHTS, tag, source)
 
 
@@ -73,7 +73,7 @@ def test_a_timm_file_becomes_the_params_it_was_made_from(timm_file):
   assert_equal(params, random_params(TINY))
   assert sizes == TINY
   digest = hashlib.sha256(pathlib.Path(timm_file).read_bytes()).hexdigest()
-  assert info == registry.Info(
+  assert info == registry.WeightsInfo(
     tag="tiny_timm",
     file="model.safetensors",
     sha256=digest,
@@ -93,15 +93,15 @@ def test_other_float_types_become_float32(tmp_path, dtype):
 @pytest.mark.parametrize("size", ["tiny", pytest.param("vit_b16", marks=pytest.mark.tier(2))])
 def test_every_file_of_a_checkpoint_gives_the_same_features(tmp_path, monkeypatch, size):
   sizes = vit.ARCHITECTURES[size]
-  source = registry.Source(
-    files=tuple(registry.File(layout=layout) for layout in ("timm", "google")),
+  source = registry.Checkpoint(
+    files=tuple(registry.CheckpointFile(layout=layout) for layout in ("timm", "google")),
     architecture=size,
     normalisation="half",
   )
   monkeypatch.setitem(registry.WEIGHTS, "any", source)
   params = random_params(sizes, scale=0.02)
   image = np.random.default_rng(1).normal(size=(1, sizes.image_size, sizes.image_size, 3))
-  apply = jax.jit(vit.make(sizes).apply)
+  apply = jax.jit(vit.make_vit(sizes).apply)
   reference = apply(params, image.astype(np.float32))
   assert np.ptp(reference) > 0.01
 
@@ -197,14 +197,14 @@ def test_random_weights_are_the_same_each_time():
   assert_equal(params, again)
   assert (sizes.depth, sizes.image_size) == (1, 24)
   assert params["position"].shape == (37, 12)
-  assert info == registry.Info(tag="random", file=None, sha256=None, normalisation="half")
+  assert info == registry.WeightsInfo(tag="random", file=None, sha256=None, normalisation="half")
 
 
 def test_the_shipped_weights_load():
   params, sizes, info = registry.load(WeightsConfig(tag="micro_letters"))
   assert sizes == vit.ARCHITECTURES["micro"]
   assert info.normalisation == "half"
-  features = vit.make(sizes).apply(params, np.zeros((1, 32, 32, 3), np.float32))
+  features = vit.make_vit(sizes).apply(params, np.zeros((1, 32, 32, 3), np.float32))
   assert np.isfinite(features).all()
 
 
@@ -366,8 +366,10 @@ def test_metadata_that_mean_nothing_are_refused(tmp_path, metadata):
 
 
 def test_another_file_than_the_tag_promises_is_refused(timm_file, monkeypatch):
-  file = registry.File(layout="timm", repository="ada/timm", revision="abc", sha256="0" * 64)
-  source = registry.Source(files=(file,), architecture="tiny", normalisation="half")
+  file = registry.CheckpointFile(
+    layout="timm", repository="ada/timm", revision="abc", sha256="0" * 64
+  )
+  source = registry.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
   monkeypatch.setitem(registry.WEIGHTS, "pinned", source)
   message = refusal("pinned", timm_file)
   digest = hashlib.sha256(pathlib.Path(timm_file).read_bytes()).hexdigest()

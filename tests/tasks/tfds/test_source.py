@@ -202,7 +202,7 @@ def test_a_manifest_is_written_once_and_read_after(cifar, monkeypatch):
   def look(*arguments):
     raise AssertionError("looked at the records again")
 
-  monkeypatch.setattr(index, "look_at", look)
+  monkeypatch.setattr(index, "index_records", look)
   second = make(cifar, "cifar100")
   assert second.manifest_sha256 == first.manifest_sha256
   assert path.read_bytes() == before
@@ -233,7 +233,7 @@ def test_a_cut_that_changed_is_refused(cifar, monkeypatch):
   from fmlora_jax.tasks import splits
   from fmlora_jax.tasks.benchmarks import cifar100
 
-  monkeypatch.setitem(cifar100.CUTS, "official", splits.official(5))
+  monkeypatch.setitem(cifar100.SPLITS, "official", splits.official(5))
   with pytest.raises(ConfigError, match="its cut of cifar100 has changed"):
     make(cifar, "cifar100")
 
