@@ -37,18 +37,21 @@ def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, head=plain|aligned."""
   chosen = config_files.parse_variant(variant, "method", "tasks", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
+  fm_lora = {
+    # features may move more in task 1 where the head follows them
+    "bases": {"targets": vit.PROJECTIONS, "lr_scale": 1.0 if "alignment" in head else 0.1},
+    # beside 17 tokens ten of prompts are many, and one prompt for all tasks must hardly move once
+    # it has learned
+    "prompt": {"num_tokens": 1, "lr_scale": 0.05},
+  }
+  settings = SETTINGS | {"fm_lora": fm_lora}
   return config_files.defaults(
     batch_size=32,
     compute_dtype="float32",
-    method={"name": method} | SETTINGS.get(method, {}),
+    method={"name": method} | settings.get(method, {}),
     tasks={"benchmark": "digits", "num_tasks": int(chosen.get("tasks", 5))},
     input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},
     optim={"learning_rate": LEARNING_RATES.get(method, 1e-3), "head_learning_rate": 1e-2},
-    # features may move more in task 1 where the head follows them
-    bases={"targets": vit.PROJECTIONS, "lr_scale": 1.0 if "alignment" in head else 0.1},
-    # beside 17 tokens ten of prompts are many, and one prompt for all tasks must hardly move once
-    # it has learned
-    prompt={"num_tokens": 1, "lr_scale": 0.05},
     head=head,
   )

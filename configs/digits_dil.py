@@ -40,16 +40,19 @@ def get_config(variant: str | None = None):
   if method == "fm_lora" and "alignment" in head:
     # where the head follows the features, the first domain may move them more, the others less
     rate, factor = 3e-4, 6.0
+  fm_lora = {
+    "bases": {"targets": vit.PROJECTIONS, "lr_scale": factor},
+    "prompt": {"num_tokens": 2, "lr_scale": 0.05},
+  }
+  settings = SETTINGS | {"fm_lora": fm_lora}
   return config_files.defaults(
     epochs=10,  # with 30 every method forgets more
     batch_size=32,
     compute_dtype="float32",
-    method={"name": method} | SETTINGS.get(method, {}),
+    method={"name": method} | settings.get(method, {}),
     tasks={"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 4},
     input={"augmentation": "mild"},
     weights={"tag": "micro_letters"},
     optim={"learning_rate": rate},
-    bases={"targets": vit.PROJECTIONS, "lr_scale": factor},
-    prompt={"num_tokens": 2, "lr_scale": 0.05},
     head=head,
   )

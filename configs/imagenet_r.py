@@ -5,7 +5,7 @@ python -m fmlora_jax.main --config=configs/imagenet_r.py:tasks=20 --config.tasks
 
 The table's other rows were trained on 80 % of the images and had none for validation: choose on
 split=slice, then compare on split=slice80, which tests on the same images. It has nothing to select
-ranks on: --config.drs.strategy=fixed.
+ranks on: --config.method.drs.strategy=fixed.
 """
 
 from fmlora_jax.cli import config_files

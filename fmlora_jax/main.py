@@ -11,7 +11,7 @@ import re
 
 from absl import app, flags
 
-from fmlora_jax import BEGAN
+from fmlora_jax import BEGAN, methods
 from fmlora_jax import config as config_lib
 from fmlora_jax.cli import program
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
   program.join_hosts()
   program.keep_programs()
-  config = config_lib.build(config_lib.Config, program.CONFIG.value.to_dict())
+  config = methods.build_config(program.CONFIG.value.to_dict())
   # before anything is loaded: on other meshes, say, exchanges would never end
   hosts.assert_same_on_all({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
   if flags.FLAGS.dry_run:

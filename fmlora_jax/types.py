@@ -311,6 +311,21 @@ Rules = tuple[tuple[str, str], ...]  # (regex over "group/path/of/leaf", label)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerGroup:
+  """Leaves that train alike; a method's rules name the group of each leaf.
+
+  Attributes:
+    lr_scale: factor on the learning rate.
+    decays: whether weight decay pulls the leaves to 0; not where their neutral value is another.
+    is_head: whether the rate and weight decay of the head apply.
+  """
+
+  lr_scale: float = 1.0
+  decays: bool = True
+  is_head: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Passes:
   """Forward passes of the ViT: what a method costs besides its step.
 
@@ -341,7 +356,8 @@ class Method:
     end_task: (variables, view) -> (variables, facts).
     fold: (weights, variables) -> a pytree for inference; the whole past folded in.
     predict: (folded, images) -> logits [B, C] over all classes; unseen ones are masked outside.
-    rules: t -> labels of the leaves of shared and cur: a group of train/optim.py, or "frozen".
+    rules: t -> labels of the leaves of shared and cur: a name in `groups`, or "frozen".
+    groups: the optimizer's, by name.
     stored: facts of the tasks so far -> parameters kept, {"shared": n, "per_task": [n, ...]}, and
       "statistics": n where numbers computed from the data are kept too, such as means of features;
       what the head and the pre-trained backbone need is not counted.
@@ -357,6 +373,7 @@ class Method:
   fold: Callable[..., Params]
   predict: Callable[..., Float[Array, "B C"]]
   rules: Callable[[int], Rules]
+  groups: Mapping[str, OptimizerGroup]
   stored: Callable[[list[dict]], dict]
   passes: Passes = Passes()
   caveats: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from fmlora_jax import config
+from fmlora_jax import config, methods
 from fmlora_jax.cli import config_files
 
 # of InfLoRA's layers after ten tasks of ImageNet-R, from the logs of its official code
@@ -44,7 +44,7 @@ def official(name: str, benchmark: str, num_tasks: int = 10, **groups: Any) -> c
   """Returns the config of a method's official recipe, over `groups`."""
   tasks = {"benchmark": benchmark, "num_tasks": num_tasks}
   values = config_files.defaults(recipe="official", method={"name": name}, tasks=tasks, **groups)
-  return config.build(config.Config, values.to_dict())
+  return methods.build_config(values.to_dict())
 
 
 ALL = [

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config, methods
+from fmlora_jax import methods
 from fmlora_jax.cli import config_files
 from fmlora_jax.input import augment, resident
 from fmlora_jax.models import vit
@@ -166,7 +166,7 @@ class Lab:
   """
 
   def __init__(self, scenario: str = "cil", ranges: tuple = RANGES, **changes):
-    self.config = config.build(config.Config, config_files.merged(SETTINGS, changes))
+    self.config = methods.build_config(config_files.merged(SETTINGS, changes))
     self.sequence = made_up_sequence(scenario, ranges)
     self.spec = self.sequence.spec
     sizes = dataclasses.replace(SIZES, depth=self.config.weights.depth or SIZES.depth)

@@ -16,7 +16,7 @@ import processes
 import pytest
 from PIL import Image
 
-from fmlora_jax import config, main
+from fmlora_jax import config, main, methods
 from fmlora_jax.cli import program
 from fmlora_jax.distributed import hosts, memory, stop
 from fmlora_jax.experiment import clock
@@ -87,7 +87,7 @@ REFUSED = {
   ),
   "ranks out of order": (
     ["--config=configs/digits.py", "--config.drs.candidate_ranks=(8,4)"],
-    "config.drs.candidate_ranks is (8, 4): must be ascending integers >= 1",
+    "config.method.drs.candidate_ranks is (8, 4): must be ascending integers >= 1",
   ),
   "no such method": (
     ["--config=configs/digits.py:method=lorra"],
@@ -248,7 +248,7 @@ def uninterrupted(tmp_path_factory):
 
 def config_of(changes: dict) -> config.Config:
   """Returns what the command line makes of configs/digits.py and `changes`."""
-  return config.build(config.Config, tree_of(changes).to_dict())
+  return methods.build_config(tree_of(changes).to_dict())
 
 
 def tree_of(changes: dict, file: str = "digits.py", variant: str = ""):

@@ -25,7 +25,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from fmlora_jax import config as config_lib
+from fmlora_jax import methods
 from fmlora_jax.bench import kernels, speed
 from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.cli import program
@@ -136,7 +136,7 @@ def whole_run(plan: Plan, rate: float, seconds: float) -> dict[str, Any]:
     "input": {"mode": "resident", "source_size": 256},
     "drs": {"strategy": "fixed", "rank": 16},
   }
-  config = config_lib.build(config_lib.Config, values)
+  config = methods.build_config(values)
   result = run.run(config, plan.out / "whole_run")
   spent = result["wall_seconds"]
   return {

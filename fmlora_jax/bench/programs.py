@@ -99,10 +99,9 @@ def count_programs(ranks: Sequence[int] = RANKS) -> int:
   method = trainer.method
 
   def with_rank(rank):
-    drs = dataclasses.replace(config.drs, rank=rank)
-    return methods.make_method(
-      dataclasses.replace(config, drs=drs), backbone, trainer.sequence.spec
-    )
+    drs = dataclasses.replace(config.method.drs, rank=rank)
+    changed = dataclasses.replace(config, method=dataclasses.replace(config.method, drs=drs))
+    return methods.make_method(changed, backbone, trainer.sequence.spec)
 
   variables = method.init(trainer.root, trainer.weights)
   for index, rank in enumerate(ranks):

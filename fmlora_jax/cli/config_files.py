@@ -1,7 +1,6 @@
 """What config files (`configs/*.py`) call to state what differs from the defaults of `Config`."""
 
 import dataclasses
-import importlib
 import types
 import typing
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from fmlora_jax.config import Config, ConfigError, build, require
+from fmlora_jax import methods
+from fmlora_jax.config import Config, ConfigError, require
 
 RECIPES = ("unified", "official")
 
@@ -27,9 +27,9 @@ def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.Config
     ConfigError: if there is no such recipe, or none for this method, benchmark and scenario.
   """
   require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
-  config = build(Config, groups)
+  config = methods.build_config(groups)
   if recipe == "official":
-    config = build(Config, merged(groups, _official(config)))
+    config = methods.build_config(merged(groups, _official(config)))
   return _to_config_dict(config)
 
 
@@ -66,8 +66,7 @@ def _official(config: Config) -> dict[str, Any]:
       "recipe is 'official': must be unified, the official codes learn new classes in each task "
       f"(cil), and the scenario is {tasks.scenario}"
     )
-  module = importlib.import_module(f"fmlora_jax.methods.{name}")
-  known = getattr(module, "OFFICIAL", {})
+  known = getattr(methods.find(name), "OFFICIAL", {})
   if tasks.benchmark not in known:
     have = f"has none for {tasks.benchmark!r}, but for {', '.join(known)}" if known else "has none"
     raise ConfigError(f"recipe is 'official': must be unified, {name} {have}")

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fmlora_jax import methods
-from fmlora_jax.config import Config, ConfigError, build
+from fmlora_jax.config import Config, ConfigError, moved_field
 
 PARSERS_ERRORS = (
   flags.Error,
@@ -86,7 +86,7 @@ def read_config(
   Raises:
     ConfigError: if they can't be read or a setting can't be, in one line.
   """
-  argv = ["", *arguments]
+  argv = ["", *map(moved_flag, arguments)]
   parsed = {"flag_values": flags.FlagValues(), "sys_argv": argv}
   if values is None:
     holder = config_flags.DEFINE_config_file("config", None, "", **parsed)
@@ -96,7 +96,16 @@ def read_config(
     parsed["flag_values"](argv)
   except PARSERS_ERRORS as error:
     raise ConfigError(explain(error, argv)) from None
-  return build(Config, holder.value.to_dict())
+  return methods.build_config(holder.value.to_dict())
+
+
+def moved_flag(argument: str) -> str:
+  """Returns --config.FIELD=VALUE with the field where it is now; any other argument as it is."""
+  flag, equals, value = argument.partition("=")
+  dashes, _, field = flag.partition("config.")
+  if field and dashes in ("-", "--"):
+    return f"{dashes}config.{moved_field(field)}{equals}{value}"
+  return argument
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

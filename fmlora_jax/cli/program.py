@@ -92,6 +92,7 @@ def drop_flags(*names: str) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a wrong setting is one line, not a trace."""
   check_files(argv[1:])
+  argv = [*map(overrides.moved_flag, argv)]
   try:
     return flags.FLAGS(argv)
   except overrides.PARSERS_ERRORS as error:

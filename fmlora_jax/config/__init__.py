@@ -1,6 +1,6 @@
 """The settings of a run: their dataclasses, their checks, and how they are built from dicts."""
 
-from fmlora_jax.config.build import build, method_config
+from fmlora_jax.config.build import build
 from fmlora_jax.config.checks import (
   MOST_AT_ONCE,
   MOST_STEPS,
@@ -10,14 +10,13 @@ from fmlora_jax.config.checks import (
   require_path,
   require_within,
 )
+from fmlora_jax.config.moved import moved_field, upgrade_config
 from fmlora_jax.config.schema import (
   FREE_FIELDS,
   OWN_FIELDS,
   AlignmentConfig,
-  BasesConfig,
   CheckpointConfig,
   Config,
-  DrsConfig,
   HeadConfig,
   InputConfig,
   LowRankConfig,
@@ -25,7 +24,6 @@ from fmlora_jax.config.schema import (
   MethodConfig,
   OptimConfig,
   Projection,
-  PromptConfig,
   TasksConfig,
   WeightsConfig,
 )
@@ -37,11 +35,9 @@ __all__ = [
   "MOST_WIDE",
   "OWN_FIELDS",
   "AlignmentConfig",
-  "BasesConfig",
   "CheckpointConfig",
   "Config",
   "ConfigError",
-  "DrsConfig",
   "HeadConfig",
   "InputConfig",
   "LowRankConfig",
@@ -49,12 +45,12 @@ __all__ = [
   "MethodConfig",
   "OptimConfig",
   "Projection",
-  "PromptConfig",
   "TasksConfig",
   "WeightsConfig",
   "build",
-  "method_config",
+  "moved_field",
   "require",
   "require_path",
   "require_within",
+  "upgrade_config",
 ]

@@ -2,32 +2,28 @@
 
 import dataclasses
 import difflib
-import importlib
 import math
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
-from fmlora_jax.config.checks import ConfigError, require
+from fmlora_jax.config.checks import ConfigError
 from fmlora_jax.config.schema import MethodConfig
 
 
-def method_config(name: str) -> type[MethodConfig]:
-  """Returns the settings class of the method `name`: `Config` in fmlora_jax/methods/<name>.py.
-
-  Raises:
-    ConfigError: if there is no such file.
-  """
-  names = importlib.import_module("fmlora_jax.methods").names()  # by name: methods import config
-  require(name in names, "config.method.name", name, f"one of {', '.join(names)}")
-  return importlib.import_module(f"fmlora_jax.methods.{name}").Config
-
-
-def build(cls: type, values: dict, path: str = "config", base: Any = None) -> Any:
+def build(
+  cls: type,
+  values: dict,
+  path: str = "config",
+  base: Any = None,
+  method_config: Callable[[str], type[MethodConfig]] | None = None,
+) -> Any:
   """Returns `cls` filled from nested dicts; absent fields keep their defaults.
 
   Args:
     base: whose fields are the defaults; None takes those of `cls`.
+    method_config: name of a method -> its settings class, which a MethodConfig field is built as.
 
   Raises:
     ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
@@ -48,7 +44,7 @@ def build(cls: type, values: dict, path: str = "config", base: Any = None) -> An
       default = getattr(cls() if base is None else base, name)
       if kind is MethodConfig:
         kind, default = method_config(value.get("name", MethodConfig.name)), None
-      filled[name] = build(kind, value, f"{path}.{name}", default)
+      filled[name] = build(kind, value, f"{path}.{name}", default, method_config)
     else:
       filled[name] = _convert(kind, value, f"{path}.{name}")
   try:

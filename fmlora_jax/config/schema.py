@@ -19,7 +19,7 @@ from fmlora_jax.config.checks import (
 )
 
 # settings that each process of a run may have for itself; what lies at a path is hashed
-OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.stream", "weights.path")
+OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.task_file", "weights.path")
 # settings that change neither the numbers of a run, but for rounding, nor its shapes; all others
 # are its identity. What can be extended is the list of seeds alone, as each is a run: more tasks
 # or epochs would cut the classes and anneal the rates in another way from the first step on
@@ -52,7 +52,7 @@ class TasksConfig:
       the folder array_record where TFDS keeps its data.
     split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
     domains: of benchmarks with domains: only these; () takes all.
-    stream: the stream.json of a run, to see the same images in the same tasks; then order,
+    task_file: the task file of a run, to see the same images in the same tasks; then order,
       order_seed, split and the fractions below decide nothing.
     val_fraction: share of the training images held out for validation, per class; where the data
       bring a validation split, that one is taken.
@@ -74,7 +74,7 @@ class TasksConfig:
   data_dir: str | None = None
   split: str | None = None
   domains: tuple[str, ...] = ()
-  stream: str | None = None
+  task_file: str | None = None
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
   split_seed: int = 0
@@ -86,7 +86,7 @@ class TasksConfig:
   def __post_init__(self):
     require_within(self, 1, MOST_WIDE, "num_tasks")
     require_within(self, 0, 2**32 - 1, "order_seed", "split_seed")
-    require_path(self, "data_dir", "stream")
+    require_path(self, "data_dir", "task_file")
     name = self.benchmark
     is_name = re.fullmatch(r"[\w.-]+(:[\w.-]+(/[\w.-]+)?(:[\w.*]+)?)?", name, re.ASCII)
     ok = is_name and len(name) <= 100 and ".." not in name
@@ -213,89 +213,6 @@ Projection = Literal["query", "key", "value", "out", "fc1", "fc2"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BasesConfig:
-  """F-LoRA's shared bases; FM-LoRA Sec. 3.2.
-
-  Attributes:
-    max_rank: r_max, columns of A and B.
-    orthonormalise: after task 1, "svd" makes both bases orthonormal with the most important
-      columns first and leaves dW_1 as it was (ours); "none" leaves them as trained.
-    targets: the projections that are adapted.
-    lr_scale: factor on the learning rate in task 1, where the bases train too and the same rate
-      moves the features further than the cores alone do later (ours).
-  """
-
-  max_rank: int = 32
-  orthonormalise: Literal["svd", "none"] = "svd"
-  targets: tuple[Projection, ...] = ("query", "value")
-  lr_scale: float = 1.0
-
-  def __post_init__(self):
-    require(self.lr_scale > 0, "lr_scale", self.lr_scale, "> 0")
-    require_within(self, 1, MOST_WIDE, "max_rank")
-    require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
-    require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DrsConfig:
-  """The dynamic rank selector; FM-LoRA Sec. 3.3 and 4.1.
-
-  Attributes:
-    strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
-      of the best validation accuracy), or fixed (`rank`; the rows of Table 3).
-    candidate_ranks: R, ascending, at most bases.max_rank.
-    rank: for "fixed", from task 2 on; task 1 has bases.max_rank in each strategy.
-    price: lambda, what the whole r_max costs in nats at complexity 1.
-    tau: temperature of the Gumbel-Softmax, > 0.
-    tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
-    epochs: length of the preliminary training.
-    selector_steps, selector_learning_rate: of gradient descent on the selector's logits, after each
-      epoch of the preliminary training.
-  """
-
-  strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"
-  candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
-  rank: int = 16
-  price: float = 0.001
-  tau: float = 1.0
-  tolerance: float = 0.01
-  epochs: int = 1
-  selector_steps: int = 300
-  selector_learning_rate: float = 1.0
-
-  def __post_init__(self):
-    ranks = self.candidate_ranks
-    ascending = all(a < b for a, b in itertools.pairwise(ranks))
-    ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
-    require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
-    require_within(self, 1, MOST_WIDE, "rank")
-    require(self.price >= 0, "price", self.price, ">= 0")
-    require(self.tau > 0, "tau", self.tau, "> 0")
-    require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
-    require_within(self, 1, MOST_STEPS, "epochs", "selector_steps")
-    lr = self.selector_learning_rate
-    require(lr > 0, "selector_learning_rate", lr, "> 0")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptConfig:
-  """The dynamic meta-prompt; FM-LoRA Sec. 3.4.
-
-  Attributes:
-    num_tokens: n_p; 0 is FM-LoRA without DMP.
-    lr_scale: factor on the learning rate of the prompt from task 2 on.
-  """
-
-  num_tokens: int = 10
-  lr_scale: float = 1.0
-
-  def __post_init__(self):
-    require_within(self, 0, MOST_WIDE, "num_tokens")
-    require(self.lr_scale >= 0, "lr_scale", self.lr_scale, ">= 0")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
   """Stochastic gradient descent on drawn features, its rate annealed epoch by epoch to 0.
 
@@ -380,9 +297,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-  """Base of each method's own settings; a method file extends it. `name` is the file's name."""
+  """Base of each method's settings; a method file extends it. `name` is the file's name."""
 
   name: str = "fm_lora"
+
+  def largest(self) -> tuple["MethodConfig", list[str]]:
+    """Returns these settings with what a run chooses task by task at its largest, and says so."""
+    return self, []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -422,9 +343,6 @@ class Config:
   input: InputConfig = InputConfig()
   weights: WeightsConfig = WeightsConfig()
   optim: OptimConfig = OptimConfig()
-  bases: BasesConfig = BasesConfig()
-  drs: DrsConfig = DrsConfig()
-  prompt: PromptConfig = PromptConfig()
   head: HeadConfig = HeadConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()

@@ -123,24 +123,16 @@ def estimate(config: Config) -> Estimate:
     largest_batch=largest_batch(needed, known, limit=limit, most=most, multiple=multiple),
     largest_task=most,
     seconds=_seconds(trainer, stages, test),
-    caveats=_caveats(config, facts),
+    caveats=config.method.largest()[1],
   )
 
 
 def settle(config: Config) -> Config:
-  """Returns the config with one seed, and ranks that are selected at the largest they may be."""
-  seed, drs = (config.seeds or (config.seed,))[0], config.drs
-  if drs.strategy != "fixed":
-    drs = dataclasses.replace(drs, strategy="fixed", rank=drs.candidate_ranks[-1])
+  """Returns the config with one seed, and what is chosen task by task at its largest."""
+  seed = (config.seeds or (config.seed,))[0]
+  method, _ = config.method.largest()
   threads = dataclasses.replace(config.input, workers=0)
-  return dataclasses.replace(config, seed=seed, seeds=(), drs=drs, input=threads)
-
-
-def _caveats(config: Config, facts: list[dict]) -> list[str]:
-  if config.drs.strategy == "fixed" or "complexity" not in facts[0]:
-    return []
-  rank = config.drs.candidate_ranks[-1]
-  return [f"ranks are selected task by task: all have {rank} here, and selecting takes no time"]
+  return dataclasses.replace(config, seed=seed, seeds=(), method=method, input=threads)
 
 
 def _without_images(workshop: SetupCache, config: Config) -> Trainer:

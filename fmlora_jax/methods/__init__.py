@@ -1,7 +1,14 @@
 """One module per method, found by its name; `common` holds what several of them use."""
 
+import dataclasses
 import importlib
 import pkgutil
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from fmlora_jax import config as config_lib
+from fmlora_jax.config import Config, MethodConfig
 
 
 def names() -> list[str]:
@@ -9,10 +16,52 @@ def names() -> list[str]:
   return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "common"]
 
 
+def find(name: str) -> types.ModuleType:
+  """Returns the module of the method `name`.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  allowed = f"one of {', '.join(names())}"
+  config_lib.require(name in names(), "config.method.name", name, allowed)
+  return importlib.import_module(f"fmlora_jax.methods.{name}")
+
+
+def config_class(name: str) -> type[MethodConfig]:
+  """Returns the settings class of the method `name`.
+
+  Raises:
+    ConfigError: if there is no such method.
+  """
+  return find(name).Config
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+  """Returns the config of a run from nested dicts; fields that have moved may be where they were.
+
+  Raises:
+    ConfigError: if a field is unknown or a value invalid, with the field's full path.
+  """
+  return config_lib.build(Config, upgrade_config(values), method_config=config_class)
+
+
+def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the nested dicts of a config of any version with every field where it is now.
+
+  Raises:
+    ConfigError: if its method is unknown.
+  """
+  method = values.get("method", {})
+  if not isinstance(method, Mapping):
+    return dict(values)  # `build` refuses it
+  name = method.get("name", MethodConfig.name)
+  fields = {field.name for field in dataclasses.fields(config_class(name))}
+  return config_lib.upgrade_config({**values, "method": {**method, "name": name}}, fields)
+
+
 def variants(name: str) -> tuple[dict, ...]:
   """Returns the settings in which a comparison of all methods runs `name`; most have one."""
-  module = importlib.import_module(f"fmlora_jax.methods.{name}")
-  return getattr(module, "VARIANTS", ({},))
+  return getattr(find(name), "VARIANTS", ({},))
 
 
 def make_method(config, backbone, spec):
@@ -21,5 +70,4 @@ def make_method(config, backbone, spec):
   Raises:
     ConfigError: if its settings do not fit the backbone or the sequence.
   """
-  module = importlib.import_module(f"fmlora_jax.methods.{config.method.name}")
-  return module.make(config, backbone, spec)
+  return find(config.method.name).make(config, backbone, spec)

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
+from fmlora_jax.types import (
+  Adapters,
+  Backbone,
+  LowRank,
+  Method,
+  OptimizerGroup,
+  SequenceSpec,
+  Variables,
+)
 
 FIRST_SCALE = 0.8  # SD/backbone/lora.py:326-328
 
@@ -118,6 +126,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     end_task=end_task,
     folded=folded,
     rules=lambda task: (("cur/lora/.*", "adapter"), ("cur/scales", "scale")),
+    groups={"scale": OptimizerGroup(decays=False)},  # a scalar of 0 would switch a task off
     stored=stored,
   )
 

@@ -75,7 +75,7 @@ def read_task_file(path: str, source: DataSource, config: TasksConfig) -> TaskSe
   """
 
   def refusal(reason: str) -> ConfigError:
-    return ConfigError(f"config.tasks.stream is {path!r}: {reason}")
+    return ConfigError(f"config.tasks.task_file is {path!r}: {reason}")
 
   try:
     stream = json.loads(pathlib.Path(path).expanduser().read_text())

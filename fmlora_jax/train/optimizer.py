@@ -1,36 +1,36 @@
-"""The optimiser of one task, one group per label; what a rule labels frozen stays as it is.
+"""The optimizer of one task, one group per label; what a rule labels frozen stays as it is.
 
 Source: AdamW with cosine annealing is FM-LoRA's (arXiv:2504.08823) Sec. 4.1; the groups are ours.
 """
+
+from collections.abc import Mapping
 
 import jax
 import optax
 
 from fmlora_jax.config import Config, OptimConfig
 from fmlora_jax.train import schedules
-from fmlora_jax.types import Params
-
-GROUPS = ("adapter", "bases", "prompt", "scale", "head", "frozen")
+from fmlora_jax.types import OptimizerGroup, Params
 
 
-def make_optimizer(config: Config, labels: Params) -> optax.GradientTransformationExtraArgs:
-  """Returns the optimiser of one task over leaves labelled with GROUPS.
+def make_optimizer(
+  config: Config, groups: Mapping[str, OptimizerGroup], labels: Params
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimizer of one task over leaves labelled with names of `groups` or "frozen".
 
   Its update takes `progress` in [0, 1), the part of the task that is done, and `epoch` from 0:
-  traced numbers, so tasks of different lengths share one compiled step. Weight decay, which pulls
-  to 0, spares the group "scale": factors whose neutral value is another.
+  traced numbers, so tasks of different lengths share one compiled step.
   """
   optim = config.optim
-  adapter, decay = optim.learning_rate, optim.weight_decay
-  rates = {
-    "adapter": (adapter, decay),
-    "bases": (adapter * config.bases.lr_scale, decay),
-    "prompt": (adapter * config.prompt.lr_scale, decay),
-    "scale": (adapter, 0.0),
-    "head": (optim.head_learning_rate, optim.head_weight_decay),
-  }
-  groups = {name: _group(config, *rate) for name, rate in rates.items()}
-  grouped = optax.multi_transform(groups | {"frozen": optax.set_to_zero()}, labels)
+
+  def transform(group):
+    rate, decay = optim.learning_rate, optim.weight_decay
+    if group.is_head:
+      rate, decay = optim.head_learning_rate, optim.head_weight_decay
+    return _group(config, rate * group.lr_scale, decay * group.decays)
+
+  transforms = {name: transform(group) for name, group in groups.items()}
+  grouped = optax.multi_transform(transforms | {"frozen": optax.set_to_zero()}, labels)
   if optim.clip_norm is None:
     return grouped
   return optax.chain(optax.clip_by_global_norm(optim.clip_norm), grouped)

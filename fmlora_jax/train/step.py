@@ -61,7 +61,7 @@ class TrainStep:
 
   def _optimizer(self, params: Params) -> tuple[optax.GradientTransformationExtraArgs, Params]:
     labels = label_leaves(params, self.rules)
-    return optim.make_optimizer(self.config, labels), labels
+    return optim.make_optimizer(self.config, self.method.groups, labels), labels
 
   def init(self, variables: Variables) -> TrainState:
     """Returns the state at the start of a task: a fresh optimiser."""

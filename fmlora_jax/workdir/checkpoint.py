@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, method_config
+from fmlora_jax import methods
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
 from fmlora_jax.config.diff import differences, leaves
 from fmlora_jax.distributed import hosts
 from fmlora_jax.workdir import digest, disk, lock, log
@@ -329,6 +330,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   which leaves the numbers as they were.
   """
   now = json.loads(json.dumps(now))
+  if "config" in before:
+    before = {**before, "config": methods.upgrade_config(before["config"])}
   there, defaults = dict(leaves(before)), dict(leaves(_defaults(now)))
   return [
     f"{field}: {old!r} there, {new!r} now"
@@ -341,5 +344,5 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
   """Returns an identity that differs in nothing from the defaults of the same method."""
   name = identity.get("config", {}).get("method", {}).get("name", Config().method.name)
-  config = dataclasses.asdict(Config(method=method_config(name)()))
+  config = dataclasses.asdict(Config(method=methods.config_class(name)()))
   return {"config": json.loads(json.dumps(config))}

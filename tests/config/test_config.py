@@ -2,7 +2,7 @@
 
 import pytest
 
-from fmlora_jax import config
+from fmlora_jax import config, methods
 
 
 @pytest.mark.parametrize(
@@ -70,19 +70,43 @@ from fmlora_jax import config
       {"tasks": {"evaluate_on": "val", "val_fraction": 0.0}},
       "config.tasks.val_fraction is 0.0: must be > 0 to evaluate_on val",
     ),
-    ({"drs": {"candidate_ranks": (8, 4)}}, "config.drs.candidate_ranks is (8, 4): must be ascend"),
-    ({"drs": {"candidate_ranks": (4, 4)}}, "config.drs.candidate_ranks is (4, 4): must be ascend"),
-    ({"drs": {"candidate_ranks": (0, 4)}}, "config.drs.candidate_ranks is (0, 4): must be ascend"),
-    ({"drs": {"candidate_ranks": ()}}, "config.drs.candidate_ranks is (): must be ascending inte"),
-    ({"drs": {"candidate_ranks": 4}}, "config.drs.candidate_ranks is 4: must be a tuple, such as"),
-    ({"drs": {"candidate_ranks": (4, "8")}}, "config.drs.candidate_ranks[1] is '8': must be of t"),
-    ({"drs": {"tau": 0.0}}, "config.drs.tau is 0.0: must be > 0"),
-    ({"drs": {"tolerance": 1.0}}, "config.drs.tolerance is 1.0: must be in [0, 1)"),
-    ({"bases": {"max_rank": 0}}, "config.bases.max_rank is 0: must be >= 1"),
-    ({"bases": {"targets": ()}}, "config.bases.targets is (): must be at least one projection"),
-    ({"bases": {"targets": ("query", "query")}}, "config.bases.targets is ('query', 'query'): mu"),
-    ({"bases": {"targets": ("qkv",)}}, "config.bases.targets[0] is 'qkv': must be one of query,"),
-    ({"prompt": {"num_tokens": -1}}, "config.prompt.num_tokens is -1: must be >= 0"),
+    (
+      {"drs": {"candidate_ranks": (8, 4)}},
+      "config.method.drs.candidate_ranks is (8, 4): must be ascend",
+    ),
+    (
+      {"drs": {"candidate_ranks": (4, 4)}},
+      "config.method.drs.candidate_ranks is (4, 4): must be ascend",
+    ),
+    (
+      {"drs": {"candidate_ranks": (0, 4)}},
+      "config.method.drs.candidate_ranks is (0, 4): must be ascend",
+    ),
+    (
+      {"drs": {"candidate_ranks": ()}},
+      "config.method.drs.candidate_ranks is (): must be ascending inte",
+    ),
+    (
+      {"drs": {"candidate_ranks": 4}},
+      "config.method.drs.candidate_ranks is 4: must be a tuple, such as",
+    ),
+    (
+      {"drs": {"candidate_ranks": (4, "8")}},
+      "config.method.drs.candidate_ranks[1] is '8': must be of t",
+    ),
+    ({"drs": {"tau": 0.0}}, "config.method.drs.tau is 0.0: must be > 0"),
+    ({"drs": {"tolerance": 1.0}}, "config.method.drs.tolerance is 1.0: must be in [0, 1)"),
+    ({"bases": {"max_rank": 0}}, "config.method.bases.max_rank is 0: must be >= 1"),
+    (
+      {"bases": {"targets": ()}},
+      "config.method.bases.targets is (): must be at least one projection",
+    ),
+    (
+      {"bases": {"targets": ("query", "query")}},
+      "config.method.bases.targets is ('query', 'query'): mu",
+    ),
+    ({"bases": {"targets": ("qkv",)}}, "config.method.bases.targets[0] is 'qkv': must"),
+    ({"prompt": {"num_tokens": -1}}, "config.method.prompt.num_tokens is -1: must be >= 0"),
     ({"head": {"kind": "tree"}}, "config.head.kind is 'tree': must be one of linear, cosine, cl"),
     (
       {"head": {"kind": "cosine", "start": "class_mean"}},
@@ -110,21 +134,19 @@ from fmlora_jax import config
 )
 def test_a_setting_that_can_not_be_is_refused_by_its_path(values, message):
   with pytest.raises(config.ConfigError) as error:
-    config.build(config.Config, values)
+    methods.build_config(values)
   assert str(error.value).startswith(message)
 
 
 def test_absent_fields_of_a_group_keep_the_defaults_that_the_group_has_where_it_stands():
   """Of the head's alignment there are 0 epochs, of another there are 30."""
   for head in ({}, {"alignment": {}}, {"alignment": {"batch_size": 7}}):
-    assert config.build(config.Config, {"head": head}).head.alignment.epochs == 0
-  built = config.build(config.Config, {"method": {"name": "hide_prompt", "alignment": {}}})
+    assert methods.build_config({"head": head}).head.alignment.epochs == 0
+  built = methods.build_config({"method": {"name": "hide_prompt", "alignment": {}}})
   assert built.method.alignment.epochs == built.method.identity.alignment.epochs == 30
 
 
 def test_whole_numbers_are_taken_for_decimals_and_lists_for_tuples():
-  built = config.build(
-    config.Config, {"optim": {"learning_rate": 1}, "drs": {"candidate_ranks": [2, 4]}}
-  )
+  built = methods.build_config({"optim": {"learning_rate": 1}, "drs": {"candidate_ranks": [2, 4]}})
   assert built.optim.learning_rate == 1.0 and isinstance(built.optim.learning_rate, float)
-  assert built.drs.candidate_ranks == (2, 4)
+  assert built.method.drs.candidate_ranks == (2, 4)

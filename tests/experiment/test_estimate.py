@@ -6,7 +6,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from fmlora_jax import config, tasks
+from fmlora_jax import config, methods, tasks
 from fmlora_jax.cli import config_files
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import costs, setup
@@ -32,7 +32,7 @@ SMALL = {
 
 def small(method="fm_lora", **changes) -> config.Config:
   values = config_files.merged(SMALL, {"method": {"name": method}} | changes)
-  return config.build(config.Config, values)
+  return methods.build_config(values)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_tasks_that_run_one_program_are_one_stage(found):
 
 def test_parameters_are_those_of_a_run_with_the_largest_rank(found, tmp_path):
   settled = dry_run.settle(small())
-  assert (settled.drs.strategy, settled.drs.rank) == ("fixed", 2)
+  assert (settled.method.drs.strategy, settled.method.drs.rank) == ("fixed", 2)
   result = run(settled, tmp_path / "run")
   assert found.stages[-1].trained == result["params"]["trained"]
   assert found.stored["per_task"] == result["params"]["stored_per_task"]

@@ -9,7 +9,7 @@ import cases
 import numpy as np
 import pytest
 
-from fmlora_jax import config, tasks
+from fmlora_jax import config, methods, tasks
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import clock
 from fmlora_jax.experiment import setup as parts
@@ -45,9 +45,7 @@ def small(method="fm_lora", *, method_settings=None, **changes) -> config.Config
   values = dict(SMALL)
   for group, value in changes.items():
     values[group] = values[group] | value if isinstance(values.get(group), dict) else value
-  return config.build(
-    config.Config, values | {"method": {"name": method} | (method_settings or {})}
-  )
+  return methods.build_config(values | {"method": {"name": method} | (method_settings or {})})
 
 
 def lines(workdir) -> list[str]:

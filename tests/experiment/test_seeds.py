@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmlora_jax import config, tasks
+from fmlora_jax import config, methods, tasks
 from fmlora_jax.cli import config_files
 from fmlora_jax.experiment import seeds, setup
 from fmlora_jax.experiment.run import run
@@ -33,7 +33,7 @@ SAME = ("params_sha256", "accuracy", "ranks", "interference", "class_order", "co
 
 def small(*chosen, method="fm_lora", **changes) -> config.Config:
   values = config_files.merged(SMALL, {"method": {"name": method}, "seeds": chosen} | changes)
-  return config.build(config.Config, values)
+  return methods.build_config(values)
 
 
 def alone(settings, seed):

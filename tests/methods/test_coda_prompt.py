@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import vit
@@ -139,7 +138,7 @@ def test_in_bfloat16_slots_and_their_weights_stay_in_float32(make_lab):
 
 
 def full_size(num_tasks=10, depth=12, **changes):
-  config = config_lib.build(config_lib.Config, {"method": {"name": "coda_prompt"} | changes})
+  config = methods.build_config({"method": {"name": "coda_prompt"} | changes})
   ranges = tuple((20 * i, 20 * i + 20) for i in range(num_tasks))
   spec = SequenceSpec(
     scenario="cil", num_tasks=num_tasks, num_classes=20 * num_tasks, class_ranges=ranges

@@ -14,7 +14,6 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.input.streaming import StreamingReader
 from fmlora_jax.models import heads, vit
-from fmlora_jax.train import optimizer
 from fmlora_jax.train.evaluator import Evaluator, test_batches
 from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.train.step import TrainStep
@@ -42,7 +41,7 @@ def test_every_method_has_a_config_of_its_name_and_says_its_source():
     assert issubclass(module.Config, config_lib.MethodConfig)
     assert module.Config().name == name
     assert "Source: " in module.__doc__
-    assert config_lib.method_config(name) is module.Config
+    assert methods.config_class(name) is module.Config
 
 
 def test_no_method_asks_the_config_for_the_seed():
@@ -96,7 +95,7 @@ def test_training_moves_trained_leaves_and_no_frozen_leaf(learned, leaves, chang
   for stage in learned.stages:
     before, after = ({"shared": v.shared, "cur": v.cur} for v in (stage.begun, stage.trained))
     labels = leaves_of(label_leaves(before, learned.method.rules(stage.view.index)))
-    assert set(labels.values()) <= set(optimizer.GROUPS)
+    assert set(labels.values()) <= {*learned.method.groups, "frozen"}
     moved = changed(before, after)
     assert not {path for path in moved if labels[path] == "frozen"}
     # each trained leaf moves, but for one that a zero gradient and a zero value hold
@@ -300,7 +299,7 @@ def test_rows_of_other_tasks_get_exactly_no_gradient(learned):
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
 def test_stored_parameters_are_those_of_the_formula(case):
   settings = {"method": {"name": case.name} | case.changes | case.full_size}
-  config = config_lib.build(config_lib.Config, settings)
+  config = methods.build_config(settings)
   spec = SequenceSpec(
     scenario="cil", num_tasks=3, num_classes=6, class_ranges=((0, 2), (2, 4), (4, 6))
   )

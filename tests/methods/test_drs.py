@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.config import ConfigError
@@ -105,7 +104,7 @@ def test_a_preliminary_training_that_diverges_is_refused(make_lab, strategy):
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
 def test_a_task_without_validation_images_is_refused_by_field(select, view, strategy):
   empty = dataclasses.replace(view, val_batches=None)
-  with pytest.raises(ConfigError, match=r"config\.drs\.strategy .* config\.tasks\.val_fraction"):
+  with pytest.raises(ConfigError, match=r"method\.drs\.strategy .* config\.tasks\.val_fraction"):
     select(2, view=empty, strategy=strategy)
 
 
@@ -210,8 +209,7 @@ def real_digits(second_domain: str) -> TaskSequence:
 @pytest.fixture(scope="module")
 def digits_trainer():
   """Of a pre-trained ViT on half of the digits as they are; what it compiles serves every seed."""
-  config = config_lib.build(
-    config_lib.Config,
+  config = methods.build_config(
     {
       "epochs": 4,
       "batch_size": 32,

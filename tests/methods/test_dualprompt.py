@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import vit
@@ -166,7 +165,7 @@ def test_a_vote_gives_all_samples_one_expert_and_says_so(make_lab, learned, spre
 
 
 def full_size(num_tasks=10, depth=12, **changes):
-  config = config_lib.build(config_lib.Config, {"method": {"name": "dualprompt"} | changes})
+  config = methods.build_config({"method": {"name": "dualprompt"} | changes})
   ranges = tuple((i, i + 1) for i in range(num_tasks))
   spec = SequenceSpec(
     scenario="cil", num_tasks=num_tasks, num_classes=num_tasks, class_ranges=ranges

@@ -116,7 +116,7 @@ def test_the_backbone_that_is_trained_on_is_the_same_at_the_end_of_a_task(fm_lor
 
 def test_the_folded_model_is_the_sum_of_the_deltas_of_all_tasks(learned):
   """Property 3: the pre-trained weights beside one low-rank delta per task, nothing folded."""
-  variables, targets = learned.variables, learned.config.bases.targets
+  variables, targets = learned.variables, learned.config.method.bases.targets
   images = learned.images(task=2)
   cores = {name: variables.mem["cores"][name] for name in targets}
   bases = variables.shared["bases"]
@@ -139,7 +139,7 @@ def test_a_delta_lies_in_the_span_of_the_leading_columns_of_its_bases(learned):
   """Property 4, Eq. (3-4), with r_i < r_max from task 2 on."""
   for task, rank in enumerate((4, 2, 2)):
     assert learned.stages[task].facts["rank"] == rank
-    for name in learned.config.bases.targets:
+    for name in learned.config.method.bases.targets:
       delta = delta_of(learned, name, task)
       dense = np.asarray(low_rank.dense(delta))
       assert np.abs(dense).max() > 1e-5
@@ -156,7 +156,7 @@ def test_a_kept_delta_is_that_of_the_trained_m_and_n(learned):
   """Eq. (1-2): dW_i = A M_i N_i^T B^T with the leading r_i columns, for tasks 2 and 3."""
   for task in (1, 2):
     trained = learned.stages[task].trained
-    for name in learned.config.bases.targets:
+    for name in learned.config.method.bases.targets:
       m, n = (np.asarray(trained.cur["core"][name][part]) for part in "mn")
       a, b = (np.asarray(trained.shared["bases"][name][part])[..., :2] for part in "ab")
       expected = a @ m @ np.swapaxes(n, -1, -2) @ np.swapaxes(b, -1, -2)
@@ -190,7 +190,7 @@ def test_without_orthonormalising_bases_stay_as_trained(raw, changed):
 def test_the_logged_interference_is_that_of_the_dense_deltas(learned):
   """Property 4, Eq. (5-7): the mean over targets of the cosines, also with bases as trained."""
   cosines = []
-  for name in learned.config.bases.targets:
+  for name in learned.config.method.bases.targets:
     dense = [np.asarray(low_rank.dense(delta_of(learned, name, task))) for task in range(3)]
     inner = np.array([[np.sum(x * y) for y in dense] for x in dense])
     norm = np.sqrt(np.diagonal(inner))
@@ -260,15 +260,15 @@ def test_bases_are_trained_in_task_1_only_and_the_prompt_in_every_task(fm_lora, 
   [
     (
       {"drs": {"strategy": "gumbel", "candidate_ranks": (2, 8)}},
-      r"config\.drs\.candidate_ranks is \(2, 8\): must be at most config\.bases\.max_rank = 4",
+      r"config\.method\.drs\.candidate_ranks is \(2, 8\): must be at most .*bases\.max_rank = 4",
     ),
     (
       {"drs": {"strategy": "fixed", "rank": 5}},
-      r"config\.drs\.rank is 5: must be at most config\.bases\.max_rank = 4",
+      r"config\.method\.drs\.rank is 5: must be at most config\.method\.bases\.max_rank = 4",
     ),
     (
       {"bases": {"max_rank": 17}},
-      r"config\.bases\.max_rank is 17: must be at most 16, .* 'query'",
+      r"config\.method\.bases\.max_rank is 17: must be at most 16, .* 'query'",
     ),
   ],
 )
@@ -282,8 +282,8 @@ def test_rank_selection_needs_validation_images_and_a_fixed_rank_does_not(lab, s
   made = lab()
   spec = dataclasses.replace(made.spec, has_val=False)
   methods.make_method(made.config, made.backbone, spec)
-  selecting = dataclasses.replace(made.config.drs, strategy=strategy)
+  selecting = dataclasses.replace(made.config.method.drs, strategy=strategy)
   with pytest.raises(
-    ConfigError, match=f"config.drs.strategy is '{strategy}' and a task has no val"
+    ConfigError, match=f"config.method.drs.strategy is '{strategy}' and a task has no val"
   ):
     methods.make_method(dataclasses.replace(made.config, drs=selecting), made.backbone, spec)

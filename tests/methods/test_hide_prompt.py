@@ -11,7 +11,7 @@ from test_task_identity import by_hand as identity_by_hand
 
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files
-from fmlora_jax.config import Config, ConfigError, build
+from fmlora_jax.config import ConfigError, build
 from fmlora_jax.methods import hide_prompt
 from fmlora_jax.methods.common.alignment import Aligner
 from fmlora_jax.models import heads, vit
@@ -266,7 +266,7 @@ def test_what_it_costs_is_said(learned):
 @pytest.mark.parametrize(("length", "expected"), [(20, 153_600), (5, 38_400)])
 def test_a_slot_of_a_vit_b_has_the_parameters_of_the_public_code(length, expected):
   """Acceptance test 1."""
-  config = build(Config, {"method": {"name": "hide_prompt", "prompt_length": length}})
+  config = methods.build_config({"method": {"name": "hide_prompt", "prompt_length": length}})
   spec = SequenceSpec(scenario="cil", num_tasks=2, num_classes=4, class_ranges=((0, 2), (2, 4)))
   method = methods.make_method(config, vit.make_vit(Sizes()), spec)
   mem = jax.eval_shape(method.init, jax.random.key(0), {}).mem

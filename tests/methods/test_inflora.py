@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import SPANNED
 
-from fmlora_jax import config, methods
+from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods import inflora
 from fmlora_jax.models import vit
@@ -235,7 +235,7 @@ def full_size(num_classes, num_tasks=10, **settings):
     num_classes=num_classes,
     class_ranges=tuple((i, i + each) for i in range(0, num_classes, each)),
   )
-  built = config.build(config.Config, {"method": {"name": "inflora"} | settings})
+  built = methods.build_config({"method": {"name": "inflora"} | settings})
   return methods.make_method(built, vit.make_vit(Sizes()), spec)
 
 

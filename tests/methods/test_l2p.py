@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import vit
@@ -150,7 +149,7 @@ def test_the_pool_starts_in_the_range_of_the_official_code(make_lab):
 
 def test_pool_and_head_have_as_many_parameters_as_pilot_logs():
   """LAMDA-PILOT#7: 199,880 trainable on ImageNet-R."""
-  config = config_lib.build(config_lib.Config, {"method": {"name": "l2p"}})
+  config = methods.build_config({"method": {"name": "l2p"}})
   spec = SequenceSpec(scenario="cil", num_tasks=1, num_classes=200, class_ranges=((0, 200),))
   made = methods.make_method(config, vit.make_vit(Sizes()), spec)
   weights = jax.eval_shape(vit.make_vit(Sizes()).init, jax.random.key(0))
@@ -172,7 +171,7 @@ def test_pool_and_head_have_as_many_parameters_as_pilot_logs():
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
   with pytest.raises(ConfigError) as error:
-    config_lib.build(config_lib.Config, {"method": {"name": "l2p"} | changes})
+    methods.build_config({"method": {"name": "l2p"} | changes})
   assert str(error.value) == message
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import heads, vit
@@ -156,7 +155,7 @@ def test_empty_slots_get_no_gradient_and_make_no_nan(learned):
 def full_size(name, num_tasks=20, depth=12, **changes):
   """Returns config, method, and by shape the variables of a first task on a ViT-B/16."""
   settings = {"method": {"name": name} | changes, "batch_size": 2, "compute_dtype": "float32"}
-  config = config_lib.build(config_lib.Config, settings)
+  config = methods.build_config(settings)
   backbone = vit.make_vit(Sizes(depth=depth))
   spec = SequenceSpec(
     scenario="cil",

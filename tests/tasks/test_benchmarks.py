@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from fmlora_jax import config, tasks
+from fmlora_jax import config, methods, tasks
 from fmlora_jax.experiment.run import run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def settings(name: str, variant: str | None, data_dir) -> config.Config:
   values = module.get_config(variant)
   values.update(TINY)
   values.tasks.data_dir = str(data_dir)
-  return config.build(config.Config, values.to_dict())
+  return methods.build_config(values.to_dict())
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_another_seed_and_split_replay_the_same(kind, tmp_path):
   original = make(split_seed=3, **kind)
   path = tmp_path / task_file.FILE
   path.write_text(task_file.dump_task_file(original))
-  replayed = make(seed=7, split_seed=4, val_fraction=0.0, stream=str(path), **kind)
+  replayed = make(seed=7, split_seed=4, val_fraction=0.0, task_file=str(path), **kind)
   assert_same(replayed, original)
   assert task_file.dump_task_file(replayed) == task_file.dump_task_file(original)
   with pytest.raises(AssertionError):
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(tmp_path, change, message):
   path = tmp_path / "changed.json"
   path.write_text(json.dumps(json.loads(task_file.dump_task_file(make())) | change))
   with pytest.raises(ConfigError, match=message):
-    make(stream=str(path))
+    make(task_file=str(path))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"class_order": 3}'])
@@ -89,9 +89,9 @@ def test_a_file_that_is_none_is_refused(tmp_path, text):
   path = tmp_path / "some.json"
   path.write_text(text)
   with pytest.raises(ConfigError, match="is no whole stream.json of a run on digits"):
-    make(stream=str(path))
+    make(task_file=str(path))
 
 
 def test_a_missing_file_is_named():
-  with pytest.raises(ConfigError, match=r"config.tasks.stream is 'gone.json': can't be read"):
-    make(stream="gone.json")
+  with pytest.raises(ConfigError, match=r"config.tasks.task_file is 'gone.json': can't be read"):
+    make(task_file="gone.json")

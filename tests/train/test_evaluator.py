@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.input import order
 from fmlora_jax.methods.common import base
@@ -24,7 +23,7 @@ def flops(function, *shapes):
 @pytest.mark.parametrize(("prompts", "most"), [(0, 1.001), (10, 1.06)])
 def test_an_image_costs_one_folded_forward_pass(prompts, most):
   """Of ViT-B/16, and of the same network without prompt and adapters; 10 tokens more are 5 %."""
-  config = config_lib.build(config_lib.Config, {"prompt": {"num_tokens": prompts}})
+  config = methods.build_config({"prompt": {"num_tokens": prompts}})
   backbone = vit.make_vit(vit.architecture("vit_b16"), jnp.bfloat16)
   spec = SequenceSpec(
     scenario="cil", num_tasks=10, num_classes=CLASSES, class_ranges=((0, 20), (20, 40))

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
+from fmlora_jax import methods
 from fmlora_jax.train import optimizer as optim
+from fmlora_jax.types import OptimizerGroup
 
 OPTIM = {
   "learning_rate": 3e-3,
@@ -14,14 +15,18 @@ OPTIM = {
 }
 LABELS = {"core": "adapter", "first": "bases", "prompt": "prompt", "head": "head", "old": "frozen"}
 TRAINED = ("core", "first", "prompt", "head")
+GROUPS = {
+  "adapter": OptimizerGroup(),
+  "bases": OptimizerGroup(lr_scale=0.2),
+  "prompt": OptimizerGroup(lr_scale=0.5),
+  "scale": OptimizerGroup(decays=False),
+  "head": OptimizerGroup(is_head=True),
+}
 STEPS = 7
 
 
 def make_config(**optim_changes):
-  return config_lib.build(
-    config_lib.Config,
-    {"optim": OPTIM | optim_changes, "prompt": {"lr_scale": 0.5}, "bases": {"lr_scale": 0.2}},
-  )
+  return methods.build_config({"optim": OPTIM | optim_changes})
 
 
 def draw(seed, *shape):
@@ -41,7 +46,7 @@ def optimise(config, labels=LABELS, params=PARAMS, grads=gradients, epochs=(0,) 
   Args:
     epochs: of each step.
   """
-  optimizer = optim.make_optimizer(config, labels)
+  optimizer = optim.make_optimizer(config, GROUPS, labels)
   state = optimizer.init(params)
   update = jax.jit(optimizer.update)
   for step in range(STEPS):
@@ -78,7 +83,7 @@ def test_each_group_is_adamw_with_cosine_annealing_at_its_own_rate():
 
 
 def test_the_rate_falls_to_zero_at_the_end_of_a_task():
-  optimizer = optim.make_optimizer(make_config(), LABELS)
+  optimizer = optim.make_optimizer(make_config(), GROUPS, LABELS)
   state = optimizer.init(PARAMS)
 
   def size(progress):
@@ -187,7 +192,7 @@ def test_a_floor_of_the_rate_is_each_group_s_own():
   """timm_cosine ends at one rate, which is another factor of the head's peak."""
   floor = 1e-3
   config = make_config(name="sgd", momentum=0.0, schedule="timm_cosine", final_learning_rate=floor)
-  optimizer = optim.make_optimizer(config, LABELS)
+  optimizer = optim.make_optimizer(config, GROUPS, LABELS)
   state = optimizer.init(PARAMS)
   grads = gradients(0)
   late = {"progress": 0.0, "epoch": 1 + config.epochs}  # half a wave: the floor itself
@@ -199,4 +204,4 @@ def test_a_floor_of_the_rate_is_each_group_s_own():
 
 def test_a_label_that_is_no_group_is_refused():
   with pytest.raises(ValueError, match="haed"):
-    optim.make_optimizer(make_config(), LABELS | {"head": "haed"}).init(PARAMS)
+    optim.make_optimizer(make_config(), GROUPS, LABELS | {"head": "haed"}).init(PARAMS)

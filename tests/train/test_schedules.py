@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config as config_lib
+from fmlora_jax import methods
 from fmlora_jax.train import schedules
 
 
 def factors(epochs, points, learning_rate=1.0, **optim):
   """Returns the factors at (progress, epoch), by one traced function."""
   settings = {"epochs": epochs, "optim": optim | {"learning_rate": learning_rate}}
-  config = config_lib.build(config_lib.Config, settings)
+  config = methods.build_config(settings)
   schedule = jax.jit(schedules.make_schedule(config, learning_rate))
   return [float(schedule(jnp.float32(p), jnp.int32(e))) for p, e in points]
 

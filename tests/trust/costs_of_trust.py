@@ -12,7 +12,7 @@ import time
 import jax
 from rich.console import Console
 
-from fmlora_jax import config
+from fmlora_jax import methods
 from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.experiment import guards, run
 from fmlora_jax.train import mesh, step
@@ -89,7 +89,7 @@ def of_a_run(workdir: pathlib.Path) -> dict[str, list[float]]:
     (run.Experiment, "batch_of_one"),
   ]
   clock = Stopwatch(watched)
-  run.run(config.build(config.Config, SETTINGS), workdir, console=Console(quiet=True))
+  run.run(methods.build_config(SETTINGS), workdir, console=Console(quiet=True))
   return {name: list(calls) for name, calls in clock.seconds.items()}  # it goes on to watch
 
 

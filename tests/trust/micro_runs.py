@@ -17,7 +17,7 @@ import conftest
 import jax
 from orbax.checkpoint._src.path import atomicity
 
-from fmlora_jax import config, tasks
+from fmlora_jax import config, methods, tasks
 from fmlora_jax.cli import config_files
 from fmlora_jax.experiment.run import Experiment, run
 from fmlora_jax.experiment.setup import SetupCache
@@ -77,7 +77,7 @@ def settings(method: str = "fm_lora", **changes) -> config.Config:
   values = config_files.merged(conftest.SETTINGS, CHANGES)
   values = config_files.merged(values, METHODS[method])
   values = config_files.merged(values, {"method": {"name": method}})
-  return config.build(config.Config, config_files.merged(values, changes))
+  return methods.build_config(config_files.merged(values, changes))
 
 
 @contextlib.contextmanager

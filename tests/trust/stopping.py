@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fmlora_jax import config
+from fmlora_jax import config, methods
 from fmlora_jax.cli import config_files, program
 from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment import clock, run
@@ -54,7 +54,7 @@ MOMENTS = {
 
 
 def settings(**changes) -> config.Config:
-  return config.build(config.Config, config_files.merged(SETTINGS, changes))
+  return methods.build_config(config_files.merged(SETTINGS, changes))
 
 
 @contextlib.contextmanager

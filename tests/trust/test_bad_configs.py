@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fmlora_jax import config, tasks
+from fmlora_jax import config, methods, tasks
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment import preflight, run, setup
 from fmlora_jax.models.weights import registry
@@ -40,26 +40,30 @@ BAD = [  # (values, the key that the message begins with, what is allowed)
   ({"batch_size": 10**12}, "config.batch_size", "must be at most 2**32"),
   ({"batch_size": 10**9}, "config.batch_size", ">= 1 and <= 1048576"),
   ({"eval_batch_size": 10**9}, "config.eval_batch_size", ">= 1 and <= 1048576"),
-  ({"bases": {"max_rank": 10**9}}, "config.bases.max_rank", ">= 1 and <= 16384"),
+  ({"bases": {"max_rank": 10**9}}, "config.method.bases.max_rank", ">= 1 and <= 16384"),
   ({"input": {"image_size": 10**6}}, "config.input.image_size", ">= 1 and <= 16384"),
   ({"input": {"steps_per_dispatch": HUGE}}, "config.input.steps_per_dispatch", "at most 2**32"),
   ({"checkpoint": {"every_steps": HUGE}}, "config.checkpoint.every_steps", "at most 2**32"),
-  ({"prompt": {"num_tokens": 10**6}}, "config.prompt.num_tokens", ">= 0 and <= 16384"),
+  ({"prompt": {"num_tokens": 10**6}}, "config.method.prompt.num_tokens", ">= 0 and <= 16384"),
   ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp", ">= 1"),
   (
     B16 | {"method": {"name": "l2p", "pool_size": 2**31}},
     "config.method.pool_size",
     "would take",
   ),
-  (B16 | {"bases": {"max_rank": 1000}}, "config.bases.max_rank", "must be at most 768"),
+  (B16 | {"bases": {"max_rank": 1000}}, "config.method.bases.max_rank", "must be at most 768"),
   (B16 | {"method": {"name": "lora", "rank": 1000}}, "config.method.rank", "must be at most 768"),
   (
     B16 | {"method": {"name": "coda_prompt", "layers": (11, 12)}},
     "config.method.layers",
     "ascending numbers of blocks in 0..11",
   ),
-  ({"drs": {"candidate_ranks": (8, 4)}}, "config.drs.candidate_ranks", "must be ascending"),
-  (B16 | {"drs": {"candidate_ranks": (4, 64)}}, "config.drs.candidate_ranks", "at most config.ba"),
+  ({"drs": {"candidate_ranks": (8, 4)}}, "config.method.drs.candidate_ranks", "must be ascending"),
+  (
+    B16 | {"drs": {"candidate_ranks": (4, 64)}},
+    "config.method.drs.candidate_ranks",
+    "must be at most",
+  ),
   (B16 | {"input": {"image_size": 225}}, "config.input.image_size", "multiple of the patch size"),
   (B16 | {"weights": {"tag": "vit"}}, "config.weights.tag", "must be one of"),
   (B16 | {"weights": {"tag": "../x"}}, "config.weights.tag", "must be one of"),
@@ -75,7 +79,7 @@ BAD = [  # (values, the key that the message begins with, what is allowed)
   ({"tasks": {"benchmark": "cifar100", "split": "../a"}}, "config.tasks.split", "one of official"),
   ({"tasks": {"benchmark": "domainnet", "domains": ("..",)}}, "config.tasks.domains", "one of cl"),
   ({"tasks": {"data_dir": "a\nb"}}, "config.tasks.data_dir", "printable characters"),
-  ({"tasks": {"stream": "a\0b"}}, "config.tasks.stream", "printable characters"),
+  ({"tasks": {"stream": "a\0b"}}, "config.tasks.task_file", "printable characters"),
 ]
 
 
@@ -83,13 +87,13 @@ def test_bad_configs_are_refused_at_once_with_key_and_range(monkeypatch):
   def touched(*arguments, **options):
     raise AssertionError("data, weights or devices were touched")
 
-  for owner, name in ((tasks, "make"), (registry, "load"), (mesh, "make")):
+  for owner, name in ((tasks, "make"), (registry, "load"), (mesh, "make_mesh")):
     monkeypatch.setattr(owner, name, touched)
   refused, took = 0, []
   for values, key, allowed in BAD:
     began = time.process_time()  # others may use the machine
     with pytest.raises(config.ConfigError) as error:
-      setup.SetupCache().parts(config.build(config.Config, values))
+      setup.SetupCache().parts(methods.build_config(values))
     message = str(error.value)
     assert message.startswith(key) and allowed in message, message
     assert "\n" not in message
@@ -115,13 +119,13 @@ def test_a_workdir_with_a_link_out_of_it_is_refused_and_nothing_is_written(tmp_p
   ("method", "field"), [("fm_lora", r"tasks\.num_tasks is 5"), ("lora", r"method\.rank is ")]
 )
 def test_what_does_not_fit_in_memory_is_refused_by_a_field_that_can_be_less(method, field):
-  settings = config.build(config.Config, B16 | {"method": {"name": method}})
+  settings = methods.build_config(B16 | {"method": {"name": method}})
   with pytest.raises(ConfigError, match=f"config.{field}.*would take .* this machine has"):
     preflight.check(settings, 1000)
 
 
 def test_statistics_that_do_not_fit_in_memory_are_refused_by_their_number():
   head = {"alignment": {"epochs": 1}, "num_centroids": 10_000}
-  settings = config.build(config.Config, B16 | {"head": head})
+  settings = methods.build_config(B16 | {"head": head})
   with pytest.raises(ConfigError, match=r"config\.head\.num_centroids is 10000.*would take "):
     preflight.check(settings, 1000)

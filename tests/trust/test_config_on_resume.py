@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fmlora_jax import config, methods
+from fmlora_jax import methods
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
 from fmlora_jax.config.diff import leaves
 from fmlora_jax.workdir import checkpoint
@@ -26,7 +26,7 @@ def flipped(value):
 @pytest.mark.parametrize("method", methods.names())
 def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
   """The method's own too."""
-  settings = Config(method=config.method_config(method)(name=method))
+  settings = Config(method=methods.config_class(method)(name=method))
   identity = {"config": json.loads(json.dumps(dataclasses.asdict(settings)))}
   identity |= {"weights_sha256": "ab", "manifest_sha256": "cd", "stream_sha256": "ef"}
   checkpoint.claim_workdir(tmp_path / "run", identity)
@@ -57,13 +57,13 @@ def test_every_free_field_is_a_field():
 
 
 def test_a_field_that_came_later_has_its_default_or_is_refused(tmp_path):
-  now = {"config": json.loads(json.dumps(dataclasses.asdict(Config())))}
+  now = {"config": json.loads(json.dumps(dataclasses.asdict(methods.build_config({}))))}
   before = json.loads(json.dumps(now))
-  del before["config"]["optim"]["clip_norm"], before["config"]["drs"]["price"]
+  del before["config"]["optim"]["clip_norm"], before["config"]["method"]["drs"]["price"]
   checkpoint.claim_workdir(tmp_path / "run", before)
   checkpoint.claim_workdir(tmp_path / "run", now)
-  now["config"]["drs"]["price"] = 0.5
-  with pytest.raises(ConfigError, match=r"\(config\.drs\.price: None there, 0\.5 now\)"):
+  now["config"]["method"]["drs"]["price"] = 0.5
+  with pytest.raises(ConfigError, match=r"\(config\.method\.drs\.price: None there, 0\.5 now\)"):
     checkpoint.claim_workdir(tmp_path / "run", now)
 
 

@@ -74,7 +74,7 @@ OF_TASKS = {  # the same of keys that the sequence of tasks depends on
   "data_dir": ({"benchmark": "image_folder", "data_dir": "FOLDER", "num_tasks": 2}, "OTHER"),
   "split": ({"benchmark": "cifar100", "data_dir": "PREPARED"}, "paper"),
   "domains": ({"benchmark": "domainnet", "data_dir": "PREPARED"}, ("real",)),
-  "stream": ({}, "STREAM"),
+  "task_file": ({}, "STREAM"),
   "val_fraction": ({}, 0.3),
   "test_fraction": ({}, 0.4),
   "split_seed": ({}, 1),
@@ -193,7 +193,7 @@ def other_value(value: Any, hint: Any) -> Any:
 @pytest.mark.parametrize("name", methods.names())
 def test_no_key_of_a_method_is_dead(learned, name):
   settings = next(case.changes for case in ALL if case.name == name)
-  cls, table = config.method_config(name), {}
+  cls, table = methods.config_class(name), {}
   base = {"method": {"name": name} | settings, "weights": {"depth": 3}}
   for key, hint in leaves(cls).items():
     if key == "name":
@@ -294,7 +294,7 @@ def test_keys_of_the_program_are_read(tiny_vit, monkeypatch, tmp_path):
     "weights": {"tag": "random"},
     "input": {"mode": "stream"},
   }
-  settings = config.build(config.Config, values)
+  settings = methods.build_config(values)
   record(config.Config, "")
   for field in dataclasses.fields(config.Config):
     if dataclasses.is_dataclass(group := type(getattr(settings, field.name))):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmlora_jax import config
+from fmlora_jax import methods
 from fmlora_jax.experiment import guards, run
 from fmlora_jax.models import heads
 from fmlora_jax.train import loop
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def small(**changes):
-  return config.build(config.Config, SMALL | {"method": {"name": "fm_lora"}} | changes)
+  return methods.build_config(SMALL | {"method": {"name": "fm_lora"}} | changes)
 
 
 def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmlora_jax import config
+from fmlora_jax import methods
 from fmlora_jax.experiment.run import run
 from fmlora_jax.train import mesh
 from fmlora_jax.train.step import TrainStep
@@ -122,8 +122,7 @@ def test_no_checkpoint_holds_what_is_not_finite(tiny_vit, tmp_path, monkeypatch)
     return step(self, state, fixed, batch.replace(images=jnp.where(now, jnp.nan, batch.images)))
 
   monkeypatch.setattr(TrainStep, "step", spoiled_step)
-  settings = config.build(
-    config.Config,
+  settings = methods.build_config(
     {
       "epochs": 1,
       "batch_size": 256,

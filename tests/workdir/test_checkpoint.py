@@ -254,7 +254,7 @@ def test_free_fields_may_differ_and_others_may_not(tmp_path):
 def test_a_folder_from_before_there_was_a_free_field_is_its_runs_still(tmp_path):
   checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1}})
   checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1, "mesh": {"fsdp": 2}}})
-  with pytest.raises(ConfigError, match=r"\(config\.drs\.rank: None there, 2 now\)"):
+  with pytest.raises(ConfigError, match=r"\(config\.method\.drs\.rank: None there, 2 now\)"):
     checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1, "drs": {"rank": 2}}})
 
 

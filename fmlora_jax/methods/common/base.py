@@ -6,7 +6,8 @@ Most methods differ only in the `Adapters` they give the ViT and in what they do
 
 import functools
 import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.struct
@@ -22,6 +23,7 @@ from fmlora_jax.types import (
   Adapters,
   Backbone,
   Method,
+  OptimizerGroup,
   Output,
   Params,
   Passes,
@@ -72,6 +74,7 @@ def with_head(
   query: Literal["never", "test", "always"] = "never",
   read: Callable[..., Any] | None = None,
   rules: Callable[[int], Rules] = lambda task: (),
+  groups: Mapping[str, OptimizerGroup] = types.MappingProxyType({}),
   stored: Callable[[list[dict]], dict],
   feature_epochs: int = 0,
   caveats: tuple[str, ...] = (),
@@ -81,6 +84,7 @@ def with_head(
   Args:
     init, begin_task, end_task, rules, stored, caveats: the method's own, without the head.
     adapters: what the ViT is handed during training.
+    groups: the optimizer's besides "adapter" and "head".
     penalty: (variables, inputs, features [B, D]) -> what is added to the loss.
     past: (weights, variables) -> the backbone that a task trains on, the past folded in; float32.
       Unless `shared` holds a backbone: then that one is trained.
@@ -202,6 +206,7 @@ def with_head(
     fold=fold,
     predict=predict,
     rules=rules_with_head,
+    groups={"adapter": OptimizerGroup(), "head": OptimizerGroup(is_head=True), **groups},
     stored=stored_with_head,
     passes=Passes(
       train=1 + (query == "always"),

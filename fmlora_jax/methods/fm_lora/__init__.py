@@ -6,8 +6,6 @@ past is one core between the bases and is folded into the projections before a t
 neither a training step nor the folded model costs more with more tasks.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -15,15 +13,17 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.common import base
 from fmlora_jax.methods.fm_lora import drs
+from fmlora_jax.methods.fm_lora.settings import Config
 from fmlora_jax.models import heads, low_rank, rank_selector
-from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(config_lib.MethodConfig):
-  """No settings of its own: `bases`, `drs` and `prompt` are fm_lora's."""
-
-  name: str = "fm_lora"
+from fmlora_jax.types import (
+  Adapters,
+  Backbone,
+  LowRank,
+  Method,
+  OptimizerGroup,
+  SequenceSpec,
+  Variables,
+)
 
 
 def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
@@ -33,8 +33,9 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     ConfigError: if a rank is above r_max or r_max above min(d_in, d_out) of a target, or if the
       rank selector has no validation images.
   """
-  targets, max_rank, depth = config.bases.targets, config.bases.max_rank, backbone.sizes.depth
-  _check(config, backbone, spec)
+  settings: Config = config.method
+  targets, max_rank, depth = settings.bases.targets, settings.bases.max_rank, backbone.sizes.depth
+  _check(settings, backbone, spec)
   head = heads.make_head(config.head.kind, spec.num_classes, backbone.sizes.width)
 
   def init(key, weights):
@@ -47,8 +48,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
         "a": base.random_factor(key_a, depth, d_in, max_rank),
         "b": base.random_factor(key_b, depth, d_out, max_rank),
       }
-    if config.prompt.num_tokens:
-      shape = (config.prompt.num_tokens, backbone.sizes.width)
+    if settings.prompt.num_tokens:
+      shape = (settings.prompt.num_tokens, backbone.sizes.width)
       shared["prompt"] = 0.02 * jax.random.normal(jax.random.fold_in(key, len(targets)), shape)
     cores = {name: jnp.zeros((spec.num_tasks, depth, max_rank, max_rank)) for name in targets}
     return Variables(frozen={}, shared=shared, cur={}, mem={"cores": cores})
@@ -96,8 +97,8 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def choose_rank(variables, view):
     if view.index == 0:
       return {"rank": max_rank, "complexity": None}
-    if config.drs.strategy == "fixed":
-      return {"rank": config.drs.rank, "complexity": None}
+    if settings.drs.strategy == "fixed":
+      return {"rank": settings.drs.rank, "complexity": None}
     trunk = base.cast_kernels(past(view.weights, variables), jnp.dtype(config.compute_dtype))
     fixed = variables.shared | {"backbone": trunk}
     params = {"core": fresh_core(max_rank), "head": variables.cur["head"]}
@@ -110,7 +111,7 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def end_task(variables, view):
     cores = {name: _product(core) for name, core in variables.cur["core"].items()}
     shared = variables.shared
-    if view.index == 0 and config.bases.orthonormalise == "svd":
+    if view.index == 0 and settings.bases.orthonormalise == "svd":
       order = {
         name: low_rank.orthonormalise(delta)
         for name, delta in deltas(shared["bases"], cores).items()
@@ -135,13 +136,13 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
   def rules(task):
     bases, core, prompt = ("frozen", "adapter", "prompt") if task else ("bases",) * 3
     table = [("shared/bases/.*", bases), ("cur/core/.*", core)]
-    if config.prompt.num_tokens:
+    if settings.prompt.num_tokens:
       table.append(("shared/prompt", prompt))
     return tuple(table)
 
   def stored(facts):
     ends = sum(sum(backbone.sizes.projection(name)) for name in targets)
-    prompt = config.prompt.num_tokens * backbone.sizes.width
+    prompt = settings.prompt.num_tokens * backbone.sizes.width
     per_task = [2 * fact["rank"] ** 2 * depth * len(targets) for fact in facts]
     return {"shared": depth * ends * max_rank + prompt, "per_task": per_task}
 
@@ -156,6 +157,10 @@ def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> M
     past=past,
     folded=folded,
     rules=rules,
+    groups={
+      "bases": OptimizerGroup(lr_scale=settings.bases.lr_scale),
+      "prompt": OptimizerGroup(lr_scale=settings.prompt.lr_scale),
+    },
     stored=stored,
   )
 
@@ -166,20 +171,21 @@ def _product(core):
   return core["m"] @ jnp.swapaxes(core["n"], -1, -2)
 
 
-def _check(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> None:
-  max_rank = config.bases.max_rank
-  base.check_rank(max_rank, "bases.max_rank", backbone, config.bases.targets)
-  if config.drs.strategy == "fixed":
-    chosen, field = config.drs.rank, "rank"
+def _check(settings: Config, backbone: Backbone, spec: SequenceSpec) -> None:
+  max_rank = settings.bases.max_rank
+  base.check_rank(max_rank, "method.bases.max_rank", backbone, settings.bases.targets)
+  if settings.drs.strategy == "fixed":
+    chosen, field = settings.drs.rank, "rank"
   else:
-    chosen, field = config.drs.candidate_ranks[-1], "candidate_ranks"
+    chosen, field = settings.drs.candidate_ranks[-1], "candidate_ranks"
     if spec.num_tasks > 1 and not spec.has_val:
       raise ConfigError(
-        f"config.drs.strategy is {config.drs.strategy!r} and a task has no validation images: set "
-        "config.tasks.val_fraction > 0 or drs.strategy=fixed"
+        f"config.method.drs.strategy is {settings.drs.strategy!r} and a task has no validation "
+        "images: set config.tasks.val_fraction > 0 or config.method.drs.strategy=fixed"
       )
   if chosen > max_rank:
-    value = getattr(config.drs, field)
+    value = getattr(settings.drs, field)
     raise ConfigError(
-      f"config.drs.{field} is {value}: must be at most config.bases.max_rank = {max_rank}"
+      f"config.method.drs.{field} is {value}: must be at most config.method.bases.max_rank = "
+      f"{max_rank}"
     )

@@ -39,16 +39,16 @@ class Context:
 
 
 class RankSelector:
-  """Chooses the rank of each task by `config.drs`; its programs compile once per run.
+  """Chooses the rank of each task by `config.method.drs`; its programs compile once per run.
 
   Args:
-    config: the run's; `drs`, `optim` and `bases.max_rank` are used.
+    config: the run's; `method.drs`, `method.bases.max_rank` and `optim` are used.
     logits: (params, fixed, core mask [R], images) -> [B, K] logits of the adapted model.
   """
 
   def __init__(self, config: Config, logits: Callable[..., Float[Array, "B K"]]):
-    self.config, self.drs, self._logits = config, config.drs, logits
-    self.masks = rank_selector.rank_masks(self.drs.candidate_ranks, config.bases.max_rank)
+    self.config, self.drs, self._logits = config, config.method.drs, logits
+    self.masks = rank_selector.rank_masks(self.drs.candidate_ranks, config.method.bases.max_rank)
     optim = config.optim
     grouped = optax.multi_transform(
       {
@@ -84,8 +84,8 @@ class RankSelector:
     """
     if view.val_batches is None:
       raise ConfigError(
-        f"config.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no validation "
-        "images: raise config.tasks.val_fraction or set drs.strategy=fixed"
+        f"config.method.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no "
+        "validation images: raise config.tasks.val_fraction or set config.method.drs.strategy=fixed"
       )
     context = Context(fixed=fixed, task=view.arrays)
     find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
@@ -112,7 +112,7 @@ class RankSelector:
       costs = rank_selector.selection_costs(
         losses,
         candidates=self.drs.candidate_ranks,
-        max_rank=self.config.bases.max_rank,
+        max_rank=self.config.method.bases.max_rank,
         price=self.drs.price,
         num_classes=view.num_classes,
       )

@@ -1,0 +1,121 @@
+"""Settings of FM-LoRA: shared bases, rank selection and meta-prompt."""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+from fmlora_jax.config import (
+  MOST_STEPS,
+  MOST_WIDE,
+  MethodConfig,
+  Projection,
+  require,
+  require_within,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasesConfig:
+  """F-LoRA's shared bases; FM-LoRA Sec. 3.2.
+
+  Attributes:
+    max_rank: r_max, columns of A and B.
+    orthonormalise: after task 1, "svd" makes both bases orthonormal with the most important
+      columns first and leaves dW_1 as it was (ours); "none" leaves them as trained.
+    targets: the projections that are adapted.
+    lr_scale: factor on the learning rate in task 1, where the bases train too and the same rate
+      moves the features further than the cores alone do later (ours).
+  """
+
+  max_rank: int = 32
+  orthonormalise: Literal["svd", "none"] = "svd"
+  targets: tuple[Projection, ...] = ("query", "value")
+  lr_scale: float = 1.0
+
+  def __post_init__(self):
+    require(self.lr_scale > 0, "lr_scale", self.lr_scale, "> 0")
+    require_within(self, 1, MOST_WIDE, "max_rank")
+    require(len(self.targets) > 0, "targets", self.targets, "at least one projection")
+    require(len(set(self.targets)) == len(self.targets), "targets", self.targets, "distinct")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrsConfig:
+  """The dynamic rank selector; FM-LoRA Sec. 3.3 and 4.1.
+
+  Attributes:
+    strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
+      of the best validation accuracy), or fixed (`rank`; the rows of Table 3).
+    candidate_ranks: R, ascending, at most bases.max_rank.
+    rank: for "fixed", from task 2 on; task 1 has bases.max_rank in each strategy.
+    price: lambda, what the whole r_max costs in nats at complexity 1.
+    tau: temperature of the Gumbel-Softmax, > 0.
+    tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
+    epochs: length of the preliminary training.
+    selector_steps, selector_learning_rate: of gradient descent on the selector's logits, after each
+      epoch of the preliminary training.
+  """
+
+  strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"
+  candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
+  rank: int = 16
+  price: float = 0.001
+  tau: float = 1.0
+  tolerance: float = 0.01
+  epochs: int = 1
+  selector_steps: int = 300
+  selector_learning_rate: float = 1.0
+
+  def __post_init__(self):
+    ranks = self.candidate_ranks
+    ascending = all(a < b for a, b in itertools.pairwise(ranks))
+    ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
+    require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
+    require_within(self, 1, MOST_WIDE, "rank")
+    require(self.price >= 0, "price", self.price, ">= 0")
+    require(self.tau > 0, "tau", self.tau, "> 0")
+    require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
+    require_within(self, 1, MOST_STEPS, "epochs", "selector_steps")
+    lr = self.selector_learning_rate
+    require(lr > 0, "selector_learning_rate", lr, "> 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+  """The dynamic meta-prompt; FM-LoRA Sec. 3.4.
+
+  Attributes:
+    num_tokens: n_p; 0 is FM-LoRA without DMP.
+    lr_scale: factor on the learning rate of the prompt from task 2 on.
+  """
+
+  num_tokens: int = 10
+  lr_scale: float = 1.0
+
+  def __post_init__(self):
+    require_within(self, 0, MOST_WIDE, "num_tokens")
+    require(self.lr_scale >= 0, "lr_scale", self.lr_scale, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MethodConfig):
+  """Settings of FM-LoRA.
+
+  Attributes:
+    bases: F-LoRA's shared bases.
+    drs: the dynamic rank selector.
+    prompt: the dynamic meta-prompt.
+  """
+
+  name: str = "fm_lora"
+  bases: BasesConfig = BasesConfig()
+  drs: DrsConfig = DrsConfig()
+  prompt: PromptConfig = PromptConfig()
+
+  def largest(self) -> tuple["Config", list[str]]:
+    if self.drs.strategy == "fixed":
+      return self, []
+    rank = self.drs.candidate_ranks[-1]
+    drs = dataclasses.replace(self.drs, strategy="fixed", rank=rank)
+    note = f"ranks are selected task by task: all have {rank} here, and selecting takes no time"
+    return dataclasses.replace(self, drs=drs), [note]
