@@ -340,7 +340,7 @@ class Passes:
   between: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Method:
   """A continual-learning method as pure functions over `Variables`.
 
