@@ -19,7 +19,7 @@ from fmlora_jax.config.checks import (
 )
 
 # settings that each process of a run may have for itself; what lies at a path is hashed
-OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.stream", "weights.path")
+OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.task_file", "weights.path")
 # settings that change neither the numbers of a run, but for rounding, nor its shapes; all others
 # are its identity. What can be extended is the list of seeds alone, as each is a run: more tasks
 # or epochs would cut the classes and anneal the rates in another way from the first step on
@@ -52,7 +52,7 @@ class TasksConfig:
       the folder array_record where TFDS keeps its data.
     split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
     domains: of benchmarks with domains: only these; () takes all.
-    stream: the stream.json of a run, to see the same images in the same tasks; then order,
+    task_file: the task_file.json of a run, to see the same images in the same tasks; then order,
       order_seed, split and the fractions below decide nothing.
     val_fraction: share of the training images held out for validation, per class; where the data
       bring a validation split, that one is taken.
@@ -74,7 +74,7 @@ class TasksConfig:
   data_dir: str | None = None
   split: str | None = None
   domains: tuple[str, ...] = ()
-  stream: str | None = None
+  task_file: str | None = None
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
   split_seed: int = 0
@@ -86,7 +86,7 @@ class TasksConfig:
   def __post_init__(self):
     require_within(self, 1, MOST_WIDE, "num_tasks")
     require_within(self, 0, 2**32 - 1, "order_seed", "split_seed")
-    require_path(self, "data_dir", "stream")
+    require_path(self, "data_dir", "task_file")
     name = self.benchmark
     is_name = re.fullmatch(r"[\w.-]+(:[\w.-]+(/[\w.-]+)?(:[\w.*]+)?)?", name, re.ASCII)
     ok = is_name and len(name) <= 100 and ".." not in name

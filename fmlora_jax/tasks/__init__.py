@@ -37,7 +37,7 @@ def make(
       config.split (SPLITS) and config.domains (DOMAINS) may have, or NUM_CLASSES where it is known
       without the data.
     seed: the run's; orders classes or domains where config.order_seed is None, unless
-      config.stream names a file that says all.
+      config.task_file names a file that says all.
     source_size: shorter side in pixels that images are kept at.
     source: of another sequence with this config and size, to look at the data once; None looks.
 
@@ -48,8 +48,8 @@ def make(
   if source is None:
     check(config)
     source = find(config.benchmark).make(config, source_size)
-  if config.stream is not None:
-    sequence = task_file.read_task_file(config.stream, source, config)
+  if config.task_file is not None:
+    sequence = task_file.read_task_file(config.task_file, source, config)
   else:
     sequence = make_sequence(source, config, seed=seed)
   report_copies(sequence, config, warn=is_first_look)

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks.sequence import DataSource, Task, TaskSequence
 
-FILE = "stream.json"
+FILE = "task_file.json"
 SPLIT_NAMES = ("train", "val", "test")
 
 
@@ -75,7 +75,7 @@ def read_task_file(path: str, source: DataSource, config: TasksConfig) -> TaskSe
   """
 
   def refusal(reason: str) -> ConfigError:
-    return ConfigError(f"config.tasks.stream is {path!r}: {reason}")
+    return ConfigError(f"config.tasks.task_file is {path!r}: {reason}")
 
   try:
     stream = json.loads(pathlib.Path(path).expanduser().read_text())
