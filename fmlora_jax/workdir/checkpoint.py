@@ -149,7 +149,7 @@ class CheckpointStore:
     steps = self._folders.steps()
     for step in reversed(steps):
       try:
-        snapshot = self._load(step, self._folders.path(step))
+        snapshot = self._load(step)
       except DamagedError as error:
         if self._on_damage == "refuse":
           hint = "config.checkpoint.on_damage=fall_back takes the newest usable one"
@@ -166,13 +166,13 @@ class CheckpointStore:
     self._permanent = permanent
     self._folders.drop_all_but({newest, *permanent})
 
-  def _load(self, step: int, path: pathlib.Path) -> Snapshot:
+  def _load(self, step: int, path: pathlib.Path | None = None) -> Snapshot:
     """Returns a checkpoint of this run that is as it was saved.
 
     Raises:
       DamagedError: on all processes, if one of them finds it damaged.
     """
-    reason, snapshot = "", None
+    path, reason, snapshot = path or self._folders.path(step), "", None
     try:
       with _quiet():
         snapshot = self._verified(step, path)

@@ -160,7 +160,7 @@ def without_digests(workdir):
 
 def of_another_run(workdir):
   other = store(workdir, identity={"config": {"seed": 2}, "weights_sha256": "ab"})
-  other._kept = [4, 8]
+  other._permanent = [4, 8]
   other.save(999, Snapshot(arrays=ARRAYS, record={}), keep=False)
 
 
