@@ -134,10 +134,10 @@ def _claim(workdir: pathlib.Path, identity: dict[str, Any], task_file_text: str)
 def _agree_on(snapshot: checkpoint.Snapshot | None) -> None:
   """Refuses checkpoints that are not the same in all processes."""
   mend = "--workdir must be a folder that all share"
-  hosts.assert_same_on_all({"checkpoint.step": snapshot and snapshot.record["step"]}, mend=mend)
+  hosts.assert_same_on_all({"checkpoint.step": snapshot and snapshot.record["step"]}, fix=mend)
   if snapshot:
     found = {name: snapshot.record[name] for name in ("progress", "digests")}
-    hosts.assert_same_on_all({"checkpoint": found}, mend=mend)
+    hosts.assert_same_on_all({"checkpoint": found}, fix=mend)
 
 
 class Experiment:

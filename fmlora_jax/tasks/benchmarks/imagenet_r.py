@@ -1,4 +1,4 @@
-"""ImageNet-R: 30,000 renditions of 200 ImageNet classes; one published split, divided by rules here.
+"""ImageNet-R: 30,000 renditions of 200 ImageNet classes, all in one published split.
 
 Source: D. Hendrycks et al. (2021), arXiv:2006.16241; TFDS `imagenet_r`.
 """
