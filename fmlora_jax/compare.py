@@ -29,9 +29,11 @@ from absl import app, flags
 
 from fmlora_jax.cli import overrides, program
 from fmlora_jax.cli.overrides import Choice
+from fmlora_jax.cli.text import duration
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.workdir import lock
-from fmlora_jax.workdir.log import RESULT, duration, replace
+from fmlora_jax.workdir.files import write_atomically
+from fmlora_jax.workdir.result_file import RESULT
 
 TABLE, PLOT = "compare.md", "compare.png"
 CONFIG_FLAG = re.compile(r"--?config(\.|=|$)")
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> None:
     results, problems = run_all(planned, run_one, note)
     if results:
       tables.show(results, console, problems)
-      replace(folder / TABLE, tables.markdown(results, problems) + "\n")
+      write_atomically(folder / TABLE, tables.markdown(results, problems) + "\n")
       plots.plot_accuracy_over_tasks(tables.group(results), folder / PLOT)
       note(f"written: {folder / TABLE}, {folder / PLOT}")
   if problems:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from fmlora_jax.train import metrics
-from fmlora_jax.workdir import log
+from fmlora_jax.workdir import result_file
 
 
 def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 4), **changes):
@@ -25,8 +25,9 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
   for path, value in changes.pop("config", {}).items():
     group, name = path.split(".")
     config[group] = config.get(group, {}) | {name: value}
-  made = dict.fromkeys(log.FIELDS) | metrics.summarise(np.tril(correct), n_test)
+  made = dict.fromkeys(result_file.FIELDS) | metrics.summarise(np.tril(correct), n_test)
   return made | {
+    "schema": result_file.SCHEMA,
     "method": method,
     "benchmark": "domainnet",
     "scenario": "cil",
@@ -40,7 +41,7 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
       "stored_total": 1_234_567,
       "stored_per_task": [12_288] * tasks,
     },
-    "rehearsal_bytes": 0,
+    "statistics_bytes": 0,
     "passes": {"train": 1, "test": 1, "between": 0},
     "caveats": [],
     "weights": {"tag": "augreg2", "sha256": "cd" * 32},
@@ -56,7 +57,7 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
 
 def save(folder, made):
   folder.mkdir(parents=True)
-  log.write_result(folder, made)
+  result_file.write_result(folder, made)
 
 
 def run_report(*argv):

@@ -18,11 +18,12 @@ from PIL import Image
 
 from fmlora_jax import config, main, methods
 from fmlora_jax.cli import program
+from fmlora_jax.cli.text import duration
 from fmlora_jax.distributed import hosts, memory, stop
 from fmlora_jax.experiment import clock
 from fmlora_jax.experiment.run import run
 from fmlora_jax.types import FrozenError, NonFiniteError
-from fmlora_jax.workdir import log
+from fmlora_jax.workdir import result_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = memory.host_memory() / 2**30
@@ -346,13 +347,13 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert f"parameters {costs}\nkeeps      no image and no statistics of the data" in done.stdout
   workdir = tmp_path / "runs" / "digits-linear_probe-1993"  # where no --workdir is given
   result = json.loads((workdir / "result.json").read_text())
-  assert set(log.FIELDS) <= set(result)
+  assert set(result_file.FIELDS) == set(result)
   assert f"{result['acc']:.2f}" in done.stdout
   seconds = result["wall_seconds"]
   took = (workdir / "result.json").stat().st_mtime - began
   assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.3)  # Python's own start is outside
   assert all(seconds[kind] > 0 for kind in clock.KINDS)
-  assert f"\ntime       {log.duration(seconds['total'])}: import " in done.stdout
+  assert f"\ntime       {duration(seconds['total'])}: import " in done.stdout
 
 
 def test_a_folder_of_images_is_described_before_it_is_checked(
@@ -404,7 +405,7 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
   killed = time.monotonic()
   (code, shown, errors), (_, quiet, _) = processes.ended([first, second])
   assert time.monotonic() - killed < 30
-  assert code == hosts.ENDED and "devices    2 x cpu (cpu), 2 processes" in shown
+  assert code == hosts.PEER_LOST and "devices    2 x cpu (cpu), 2 processes" in shown
   assert errors.startswith("error: process 1 ended") and errors.count("\n") == 1
   assert not [line for line in quiet.splitlines() if "Gloo" not in line]
   assert not (workdir / "result.json").exists()

@@ -52,7 +52,7 @@ class TasksConfig:
       the folder array_record where TFDS keeps its data.
     split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
     domains: of benchmarks with domains: only these; () takes all.
-    task_file: the task file of a run, to see the same images in the same tasks; then order,
+    task_file: the task_file.json of a run, to see the same images in the same tasks; then order,
       order_seed, split and the fractions below decide nothing.
     val_fraction: share of the training images held out for validation, per class; where the data
       bring a validation split, that one is taken.

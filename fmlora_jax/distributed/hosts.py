@@ -1,13 +1,15 @@
-"""Several processes that run one program: how they meet, agree, and learn that one has ended.
+"""Several processes as one program: joining, agreeing, and ending together.
 
-Every process runs the same code on the same mesh; the first one alone writes. A process that ends
-early leaves the others waiting in an exchange for ever, so each watches a connection to the first
-one (watch.py) and stops in seconds. In a program of one process nothing here does anything.
+Every process runs the same code on the same mesh; only the first one writes. A process that exits
+early leaves the others waiting in a collective for ever, so each has a connection to the first one
+(watchdog.py) and exits within seconds. In a program of one process all functions here are trivial.
 """
 
+import contextlib
 import json
 import multiprocessing.connection
 import os
+import socket
 import sys
 import threading
 import time
@@ -22,10 +24,10 @@ from fmlora_jax.config.diff import differences
 from fmlora_jax.distributed.watchdog import HEARTBEAT_S, Watchdog
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-CLUSTER = "FMLORA_JAX_CLUSTER"  # "auto": jax finds out, on a TPU pod say
+CLUSTER = "FMLORA_JAX_CLUSTER"  # "auto": jax detects the cluster, such as a TPU pod
 TIMEOUT = "FMLORA_JAX_LAUNCH_TIMEOUT"  # seconds
-GRACE_S = 5.0  # an exchange may fail before the connection to the process that ended does
-ENDED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+GRACE_S = 5.0  # a collective may fail before the connection to the process that exited does
+PEER_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 
 _ending = threading.Lock()
 _watch: Watchdog | None = None
@@ -34,37 +36,37 @@ _watch: Watchdog | None = None
 def join_processes() -> None:
   """Joins the other processes where this one was launched as one of several.
 
-  To be called before jax uses a device. Slurm, Open MPI and TPU pods on GKE are told by their
-  environment and left to jax, as is whatever FMLORA_JAX_CLUSTER=auto says; elsewhere
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
+  To be called before jax uses a device. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID describe the processes. Without them jax detects Slurm, Open MPI and TPU pods on
+  GKE from the environment, and any other cluster it knows with FMLORA_JAX_CLUSTER=auto.
 
   Raises:
-    ConfigError: if one of the three is missing or wrong, or jax finds no cluster.
+    ConfigError: if one of the three is missing or wrong, or jax detects no cluster.
   """
-  found = _from_environment()
-  if found is None:
+  cluster = _from_environment()
+  if cluster is None:
     return
   import jax  # after the flags: --help and a typo answer at once
 
-  # it would catch SIGTERM; stop.py does
+  # it would take SIGTERM from stop.py
   jax.config.update("jax_enable_preemption_service", False)
   limit = _launch_timeout()
-  # jax gives up with a dump of its C++ stack, so it must not come to that
-  giving_up = threading.Timer(limit, _end, [_not_met(found, limit), 2])
+  # earlier than jax, which gives up with a dump of its C++ stack
+  giving_up = threading.Timer(limit, _end, [_timed_out(cluster, limit), 2])
   giving_up.daemon = True
   giving_up.start()
   try:
     jax.distributed.initialize(
-      **found,
+      **cluster,
       initialization_timeout=limit + 60,
-      heartbeat_timeout_seconds=3 * HEARTBEAT_S,  # the watch is first: jax dumps its C++ stack
+      heartbeat_timeout_seconds=3 * HEARTBEAT_S,  # later than the watchdog, for the same reason
     )
     if is_multi_process():
-      _connect()
+      _connect(cluster.get("coordinator_address", "").rpartition(":")[0])
   except (ValueError, RuntimeError, OSError, EOFError) as error:
     reason = " ".join(str(error).split())
     raise ConfigError(
-      f"launched as one of several processes, which did not meet: {reason}"
+      f"launched as one of several processes, which did not connect: {reason}"
     ) from None
   finally:
     giving_up.cancel()
@@ -75,7 +77,7 @@ def _from_environment() -> dict[str, Any] | None:
   given = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
   if COUNT in given or INDEX in given:
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in given]:
-      raise ConfigError(f"{' and '.join(missing)} is not set: must be, beside {', '.join(given)}")
+      raise ConfigError(f"{' and '.join(missing)} is not set: must be set with {', '.join(given)}")
     count = _number(COUNT, at_least=1)
     index = _number(INDEX, at_least=0)
     if index >= count:
@@ -101,18 +103,17 @@ def _launch_timeout() -> int:
   return _number(TIMEOUT, at_least=1) if TIMEOUT in os.environ else 300
 
 
-def _not_met(found: Mapping[str, Any], limit: int) -> str:
-  place = f" at {ADDRESS}={found['coordinator_address']}" if found else ""
-  count = f"{COUNT}={found['num_processes']}" if found else "the number that the cluster names"
+def _timed_out(cluster: Mapping[str, Any], limit: int) -> str:
+  count, address = cluster.get("num_processes", "all"), cluster.get("coordinator_address", "")
   return (
-    f"the processes did not meet{place} within {limit} s: as many as {count} must be started, each "
-    f"with its own number, and reach process 0; {TIMEOUT} is the limit in seconds"
+    f"timed out after {limit} s waiting for {count} processes{address and f' at {address}'}: start "
+    f"each with its own {INDEX} and check that it can reach process 0 ({TIMEOUT} changes the limit)"
   )
 
 
 def is_multi_process() -> bool:
   """Returns whether this process has joined others."""
-  jax = sys.modules.get("jax")  # what never imported it joined nobody
+  jax = sys.modules.get("jax")  # not imported: nothing joined
   return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -124,35 +125,34 @@ def is_first() -> bool:
 def assert_same_on_all(
   values: Mapping[str, Any],
   besides: Sequence[str] = (),
-  mend: str = "start all with one command on the same data",
+  fix: str = "start all with one command on the same data",
 ) -> None:
   """Compares a JSON-able record over all processes.
 
   Args:
     values: nested dicts.
     besides: fields of `config` that may differ.
-    mend: what to do where they differ.
+    fix: advice for the message.
 
   Raises:
-    ConfigError: on all of them, if it is not the same everywhere, with what differs.
+    ConfigError: on all of them, if the record differs between two, with the fields that do.
   """
   first, *others = (json.loads(text) for text in gather(json.dumps(values)))
   for index, other in enumerate(others, 1):
-    found = [
+    differing = [
       f"{field}: {a!r} in process 0, {b!r} in {index}"
       for field, a, b in differences(first, other)
       if field.removeprefix("config.") not in besides
     ]
-    if found:
-      shown = "; ".join(found)
-      raise ConfigError(f"processes differ ({shown}): {mend}")
+    if differing:
+      raise ConfigError(f"processes differ ({'; '.join(differing)}): {fix}")
 
 
 def run_on_first(decide: Callable[[], Any]) -> Any:
-  """Returns what `decide` returns in the first process, a JSON-able value; raises what it raises.
+  """Returns the result of `decide` in the first process, a JSON-able value, on all.
 
   Raises:
-    ConfigError: in all processes, if it does in the first one.
+    ConfigError: in all processes, if `decide` raises it in the first one.
   """
   answer: dict[str, Any] = {}
   if is_first():
@@ -171,7 +171,7 @@ def run_on_first(decide: Callable[[], Any]) -> Any:
 
 
 def gather(text: str) -> list[str]:
-  """Returns the text that each process gave, in their order."""
+  """Returns the texts of all processes, in their order."""
   if not is_multi_process():
     return [text]
   from jax.experimental import multihost_utils
@@ -185,7 +185,7 @@ def gather(text: str) -> list[str]:
 
 
 def barrier() -> None:
-  """Waits until all have done their work: from here on each may end."""
+  """Waits for all processes; from here on each may exit."""
   if _watch:
     _watch.finish()
     gather("")
@@ -198,71 +198,95 @@ def request_stop(signum: int) -> None:
 
 
 def requested_stop(asked: int) -> int:
-  """Returns the signal by which this program stops here; 0 if it goes on.
+  """Returns the signal that stops this program at this call; 0 if it goes on.
+
+  Several processes, all of which must call this equally often, stop at the same call once one of
+  them got a signal.
 
   Args:
-    asked: the signal that this process got, or 0. Alone it decides; several processes, all of which
-      must call this equally often, stop at the same call once one of them was asked.
+    asked: the signal that this process got, or 0.
   """
   if not _watch:
     return asked
   if asked:
-    _watch.ask(asked)  # it may have come before the watch was there; once is enough
+    _watch.ask(asked)  # it may be older than the watchdog; asking twice does no harm
   return _watch.stops()
 
 
 def wait_for_peer_failure() -> None:
-  """Gives the watch time to say that an error here is another process's end."""
+  """Waits briefly, so that a peer's exit is reported before the error it causes here."""
   if is_multi_process():
     time.sleep(GRACE_S)
 
 
 def exit_with_trace() -> None:
-  """Ends one of several processes by an error that is being handled; alone it does nothing."""
+  """Exits one of several processes with the error that is being handled; does nothing alone."""
   if is_multi_process():
     sys.stderr.write(traceback.format_exc())
     exit_process(1)
 
 
 def exit_process(code: int) -> NoReturn:
-  """Ends the program; of several processes at once, without waiting for the others."""
+  """Exits the program; one of several processes exits without waiting for the others."""
   if is_multi_process():
-    _ending.acquire()  # never released: what the watch has to say now would be a second message
+    _ending.acquire()  # never released: the watchdog would add a second message
     _exit(code)
   sys.exit(code)
 
 
-def _connect() -> None:
-  """Starts to watch the other processes; all of them must call it."""
+def _connect(host: str) -> None:
+  """Starts the watchdog of this process; all processes must call it.
+
+  Args:
+    host: of process 0; "" where jax detected the cluster, then process 0 sends its addresses.
+  """
   global _watch
   import jax
-  from jax._src import distributed  # no public name tells where the first process is
 
-  host = distributed.global_state.coordinator_address.rpartition(":")[0]
   if jax.process_index():
-    port, key = gather("")[0].split()
-    connection = multiprocessing.connection.Client((host, int(port)), authkey=bytes.fromhex(key))
+    port, key, *addresses = gather("")[0].split()
+    connection = _reach([host] if host else addresses, int(port), bytes.fromhex(key))
     connection.send_bytes(str(jax.process_index()).encode())
     connections = {0: connection}
   else:
-    place, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
-    with multiprocessing.connection.Listener(place, backlog=count, authkey=key) as listener:
-      gather(f"{listener.address[1]} {key.hex()}")
+    address, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
+    with multiprocessing.connection.Listener(address, backlog=count, authkey=key) as listener:
+      gather(" ".join([str(listener.address[1]), key.hex(), *_own_addresses()]))
       accepted = [listener.accept() for _ in range(count)]
     connections = {int(connection.recv_bytes()): connection for connection in accepted}
-  _watch = Watchdog(connections, lambda message: _end(message, ENDED))
+  _watch = Watchdog(connections, lambda message: _end(message, PEER_LOST))
   _watch.start()
 
 
+def _own_addresses() -> list[str]:
+  """Returns the name and the IP address by which other hosts may reach this one."""
+  addresses = [socket.gethostname()]
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route, contextlib.suppress(OSError):
+    route.connect(("192.0.2.1", 1))  # sends nothing; chooses the interface of the default route
+    addresses.append(route.getsockname()[0])
+  return addresses
+
+
+def _reach(
+  addresses: Sequence[str], port: int, key: bytes
+) -> multiprocessing.connection.Connection:
+  """Returns a connection to the first of the addresses that can be reached."""
+  *others, last = addresses
+  for address in others:
+    with contextlib.suppress(OSError, multiprocessing.AuthenticationError):
+      return multiprocessing.connection.Client((address, port), authkey=key)
+  return multiprocessing.connection.Client((last, port), authkey=key)
+
+
 def _end(message: str, code: int) -> None:
-  """Ends this process with one line, from any thread."""
+  """Exits this process with one line, from any thread."""
   if _ending.acquire(blocking=False):
     sys.stderr.write(f"error: {message}\n")
     _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
-  """Skips what jax does at exit: it would wait for processes that have ended."""
+  """Exits without jax's handlers, which would wait for processes that are gone."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT: a run stops where it can be saved, and the same command resumes it.
 
-A batch system sends SIGTERM before it takes the machine, Ctrl-C is SIGINT. Within `awaited`
-a signal waits for the next call of `check`; elsewhere, where there is nothing to save, it raises
-`Stopped` at once. A second signal ends the program as it stands.
+A batch system sends SIGTERM before it takes the machine back; Ctrl-C is SIGINT. Within `awaited` a
+signal takes effect at the next call of `check`; outside of training `Stopped` is raised
+immediately. A second signal exits without saving.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
 _asked = 0  # the signal that this process got
-_awaited = False  # whether it waits for `check`
+_awaited = False  # whether a signal waits for `check`
 
 
 class Stopped(BaseException):
-  """The program was asked to stop; no error that anything may handle and go on.
+  """A request to stop the program; no error, so `except Exception` does not catch it.
 
   Attributes:
     code: the exit code, 128 and the signal's number.
@@ -37,12 +37,12 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def caught() -> Iterator[None]:
-  """Catches the signals; for the main thread."""
+  """Handles the signals within the context; for the main thread."""
   global _asked
   ours, theirs = socket.socketpair()
   theirs.setblocking(False)
-  # Python calls a handler when the main thread comes back from what it does, a compilation say or
-  # an exchange, which may be never; a thread hears of the signal at once
+  # Python calls a handler when the main thread returns from a compilation or a collective, which
+  # may be never; a thread hears of the signal at once
   before = [signal.getsignal(signum) for signum in SIGNALS]
   waking = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
   threading.Thread(target=_listen, args=(ours,), daemon=True).start()
@@ -61,7 +61,7 @@ def caught() -> Iterator[None]:
 
 @contextlib.contextmanager
 def awaited() -> Iterator[None]:
-  """Has signals wait for a call of `check`, the last of which is at the end."""
+  """Defers signals to the calls of `check` within the context; the last is at its end."""
   global _awaited
   _awaited = True
   try:
@@ -72,13 +72,13 @@ def awaited() -> Iterator[None]:
 
 
 def check() -> None:
-  """Raises `Stopped` if the program is to stop; of several processes all must call it."""
+  """Raises `Stopped` if the program is to stop; all of several processes must call it."""
   if signum := hosts.requested_stop(_asked):
     raise Stopped(signum)
 
 
 def checked(items: Iterable[Any]) -> Iterator[Any]:
-  """Yields the items of a generator, with a `check` before each; closes it in any case."""
+  """Yields the items of a generator, with a `check` before each; always closes it."""
   with contextlib.closing(iter(items)) as items:
     for item in items:
       check()
@@ -86,7 +86,7 @@ def checked(items: Iterable[Any]) -> Iterator[Any]:
 
 
 class _Handler:
-  """What Python calls in the main thread for each signal."""
+  """Handler of each signal in the main thread."""
 
   def __init__(self):
     self._calls = 0
@@ -102,7 +102,7 @@ class _Handler:
 
 
 def _listen(signals: socket.socket) -> None:
-  """Hears of each signal at once, whatever the main thread does; tells the other processes."""
+  """Handles each signal at once, whatever the main thread does; tells the other processes."""
   heard = 0
   with signals:
     while got := signals.recv(1):
@@ -115,7 +115,9 @@ def _listen(signals: socket.socket) -> None:
       hosts.request_stop(signum)
       if _awaited:
         name = signal.Signals(signum).name
-        _log.info("%s: stops at the next step and saves; a second one stops at once", name)
+        _log.info(
+          "%s received: saving at the next step; send it again to exit without saving", name
+        )
 
 
 def _end_at_once(signum: int) -> None:

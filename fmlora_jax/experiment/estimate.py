@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fmlora_jax.cli.text import duration
 from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import costs
@@ -29,7 +30,6 @@ from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train.labels import num_trained
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Variables
-from fmlora_jax.workdir.log import duration
 
 FEW = 8  # images of a task, for what a method does between tasks
 TRIES = 3  # programs compiled for the largest batch, beside the run's own

@@ -11,6 +11,7 @@ from fmlora_jax.experiment import provenance
 from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Variables
+from fmlora_jax.workdir import result_file
 
 
 @dataclasses.dataclass
@@ -85,6 +86,7 @@ def build_result(
   statistics = 4 * (means + stored.get("statistics", 0))
   learned = {name: getattr(variables, name) for name in ("shared", "cur", "mem")}
   return {
+    "schema": result_file.SCHEMA,
     "method": config.method.name,
     "benchmark": config.tasks.benchmark,
     "scenario": sequence.scenario,
@@ -103,7 +105,7 @@ def build_result(
       "stored_total": stored["shared"] + sum(stored["per_task"]) + _num_params(head),
       "backbone": _num_params(trainer.weights),
     },
-    "rehearsal_bytes": statistics,
+    "statistics_bytes": statistics,
     "protocol": provenance.protocol(
       trainer, kept=statistics, val_read=progress.val_read, code=progress.code, alone=alone
     ),

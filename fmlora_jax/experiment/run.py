@@ -29,7 +29,8 @@ from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.rng import named_key
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.types import NonFiniteError, Variables
-from fmlora_jax.workdir import checkpoint, disk, lock
+from fmlora_jax.workdir import checkpoint, files, lock, result_file
+from fmlora_jax.workdir import identity as identity_lib
 from fmlora_jax.workdir import log as writer
 
 NUM_ALONE = 4  # test images that are also classified in a batch of their own, at the end
@@ -56,7 +57,7 @@ def run(
     Stopped: if the program was asked to stop; what was trained is saved.
     FrozenError: if training changes what it must leave alone.
   """
-  hosts.run_on_first(lambda: checkpoint.check_folder(workdir))
+  hosts.run_on_first(lambda: identity_lib.check_folder(workdir))
   with Clock(time.monotonic() if began is None else began) as clock, lock.lock_on_first(workdir):
     return _run(config, workdir, console, workshop or SetupCache(), clock)
 
@@ -71,16 +72,16 @@ def _run(
   parts = workshop.parts(config, clock.kind)
   trainer, info = parts.trainer, parts.info
   method, sequence, mesh = trainer.method, trainer.sequence, trainer.mesh
-  stream_json = task_file.dump_task_file(sequence)
+  task_file_text = task_file.dump_task_file(sequence)
   identity = {
     "config": dataclasses.asdict(config),
     "weights_sha256": info.sha256,
     "manifest_sha256": sequence.manifest_sha256,
-    "stream_sha256": hashlib.sha256(stream_json.encode()).hexdigest(),
+    "task_file_sha256": hashlib.sha256(task_file_text.encode()).hexdigest(),
   }
   hosts.assert_same_on_all(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
   is_first = hosts.is_first()
-  finished = hosts.run_on_first(lambda: _claim(workdir, identity, stream_json))
+  finished = hosts.run_on_first(lambda: _claim(workdir, identity, task_file_text))
   if not (workdir / task_file.FILE).exists():
     raise ConfigError(f"workdir {workdir} is not the first process's: must be a folder all share")
   with writer.open_run(workdir, console=console, writes=is_first) as log:
@@ -95,7 +96,7 @@ def _run(
       log.note(f"caveat     {caveat}")
     if finished:
       log.note("finished before; its result:")
-      result = writer.read_result(workdir)
+      result = result_file.read_result(workdir)
     else:
       store = checkpoint.CheckpointStore(
         workdir,
@@ -117,27 +118,26 @@ def _run(
         except Exception as error:  # pictures of what result.json says: no reason to lose that
           log.note(f"warning    no plots: {type(error).__name__}: {error}")
         result["wall_seconds"] = clock.seconds()
-        writer.write_result(workdir, result)  # last: it says that the run is finished
+        result_file.write_result(workdir, result)  # last: it says that the run is finished
     for line in tables.costs(result):
       log.note(line)
   return result
 
 
-def _claim(workdir: pathlib.Path, identity: dict[str, Any], stream_json: str) -> bool:
+def _claim(workdir: pathlib.Path, identity: dict[str, Any], task_file_text: str) -> bool:
   """Makes the workdir this run's; returns whether the run has finished there."""
-  lock.refuse_links(workdir, workdir.glob("*"))
-  checkpoint.claim_workdir(workdir, identity)
-  writer.replace(workdir / task_file.FILE, stream_json)
-  return (workdir / writer.RESULT).exists()
+  identity_lib.claim_workdir(workdir, identity)
+  files.write_atomically(workdir / task_file.FILE, task_file_text)
+  return (workdir / result_file.RESULT).exists()
 
 
 def _agree_on(snapshot: checkpoint.Snapshot | None) -> None:
   """Refuses checkpoints that are not the same in all processes."""
   mend = "--workdir must be a folder that all share"
-  hosts.assert_same_on_all({"checkpoint.step": snapshot and snapshot.record["step"]}, mend=mend)
+  hosts.assert_same_on_all({"checkpoint.step": snapshot and snapshot.record["step"]}, fix=mend)
   if snapshot:
     found = {name: snapshot.record[name] for name in ("progress", "digests")}
-    hosts.assert_same_on_all({"checkpoint": found}, mend=mend)
+    hosts.assert_same_on_all({"checkpoint": found}, fix=mend)
 
 
 class Experiment:
@@ -403,7 +403,7 @@ class Experiment:
     left = len(self.sequence.tasks) - self.progress.task
     need = (left + 1) * checkpoint.num_bytes(groups)
     hosts.run_on_first(
-      lambda: disk.require_room(self.store.folder, need, f"checkpoints of {left} tasks")
+      lambda: files.require_free_space(self.store.folder, need, f"checkpoints of {left} tasks")
     )
 
   def _steps_before(self, index):

@@ -20,7 +20,7 @@ from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment.run import run
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.report.runs import RunResult
-from fmlora_jax.workdir import checkpoint, lock, log
+from fmlora_jax.workdir import files, identity, lock, result_file
 
 SUMMARY = "seeds.json"
 SCORES = (
@@ -48,7 +48,7 @@ def run_each(
     ConfigError: if the workdir is that of a single run, or as `run`.
     NonFiniteError: if training diverges.
   """
-  if (workdir / checkpoint.IDENTITY).exists():
+  if (workdir / identity.IDENTITY).exists():
     raise ConfigError(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
@@ -56,8 +56,8 @@ def run_each(
   with lock.lock_on_first(workdir):
     results = _run_each(config, workdir, console, began)
     if hosts.is_first():
-      text = json.dumps(log.plain(summary(results), SUMMARY), indent=1)
-      log.replace(workdir / SUMMARY, f"{text}\n")
+      text = json.dumps(files.jsonable(summary(results), SUMMARY), indent=1)
+      files.write_atomically(workdir / SUMMARY, f"{text}\n")
   return results
 
 
@@ -66,7 +66,7 @@ def _run_each(config, workdir, console, began):
   workshop, results = SetupCache(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
     place, own = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
-    finished = (place / log.RESULT).exists()
+    finished = (place / result_file.RESULT).exists()
     note = f"\nseed {seed}, {i + 1} of {len(config.seeds)}{' (finished)' * finished}"
     console.print(Text(note), soft_wrap=True)
     shown = Console(quiet=True) if finished else console

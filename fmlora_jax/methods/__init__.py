@@ -42,21 +42,16 @@ def build_config(values: Mapping[str, Any]) -> Config:
   Raises:
     ConfigError: if a field is unknown or a value invalid, with the field's full path.
   """
-  return config_lib.build(Config, upgrade_config(values), method_config=config_class)
+  upgraded = upgrade_config({"method": {"name": MethodConfig.name}, **values})
+  return config_lib.build(Config, upgraded, method_config=config_class)
 
 
 def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the nested dicts of a config of any version with every field where it is now.
-
-  Raises:
-    ConfigError: if its method is unknown.
-  """
+  """Returns the nested dicts of a config of any version with every field where it is now."""
   method = values.get("method", {})
-  if not isinstance(method, Mapping):
-    return dict(values)  # `build` refuses it
-  name = method.get("name", MethodConfig.name)
-  fields = {field.name for field in dataclasses.fields(config_class(name))}
-  return config_lib.upgrade_config({**values, "method": {**method, "name": name}}, fields)
+  name = method.get("name", MethodConfig.name) if isinstance(method, Mapping) else None
+  known = dataclasses.fields(config_class(name)) if name in names() else ()
+  return config_lib.upgrade_config(values, {field.name for field in known})
 
 
 def variants(name: str) -> tuple[dict, ...]:

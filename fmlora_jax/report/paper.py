@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from fmlora_jax.cli.text import printable
 from fmlora_jax.report import runs
 from fmlora_jax.report.runs import Group, RunResult
-from fmlora_jax.workdir.log import printable
 
 SCORES = ("acc", "aaa")
 HEADER = (

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
+from fmlora_jax.cli.text import printable
 from fmlora_jax.report import paper, plots
 from fmlora_jax.report.paper import Comparison, Line, Section
-from fmlora_jax.workdir import log
-from fmlora_jax.workdir.log import printable
+from fmlora_jax.workdir.files import write_atomically
 
 ARXIV = "https://arxiv.org/abs/2504.08823"
 GENERATOR = "fmlora_jax.report --paper"
@@ -70,7 +70,7 @@ def write(comparison: Comparison, notes: Iterable[str], path: str | os.PathLike)
       f"--html is {str(path)!r}: exists and is no page of this program; name another file, or "
       "delete it"
     )
-  log.replace(path, page(comparison, notes))
+  write_atomically(path, page(comparison, notes))
 
 
 def page(comparison: Comparison, notes: Iterable[str] = ()) -> str:

@@ -18,8 +18,8 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from fmlora_jax.cli.text import printable
 from fmlora_jax.train import metrics
-from fmlora_jax.workdir.log import printable
 
 Result = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Result]]  # label -> runs that differ in the seed only

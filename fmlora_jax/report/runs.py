@@ -11,7 +11,8 @@ import numpy as np
 
 from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.config.diff import leaves
-from fmlora_jax.workdir.log import METRICS, RESULT, read_result
+from fmlora_jax.workdir.log import METRICS
+from fmlora_jax.workdir.result_file import RESULT, read_result
 
 RunResult = Mapping[str, Any]
 Group = list[RunResult]  # runs that differ in the seed only

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fmlora_jax.cli.text import duration
 from fmlora_jax.report.runs import Group, RunResult, group, mean, mean_std, repeated_seeds, weights
-from fmlora_jax.workdir.log import duration
 
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
@@ -42,7 +42,7 @@ def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
       cells.append((mean_std([run[field] for run in runs]), is_best))
     for name in ("stored_total", "trained"):
       cells.append((_count(mean([run["params"][name] for run in runs])), False))
-    cells.append((_bytes(mean([run["rehearsal_bytes"] for run in runs])), False))
+    cells.append((_bytes(mean([run["statistics_bytes"] for run in runs])), False))
     cells.append((_passes(runs[0]["passes"]), False))
     cells.append((_ranks([run["ranks"] for run in runs]), False))
     cells.append((duration(mean([run["wall_seconds"]["total"] for run in runs])), False))
@@ -94,8 +94,8 @@ def costs(run: RunResult) -> list[str]:
   params, passes = run["params"], run["passes"]
   added = " ".join(map(_count, params["stored_per_task"]))
   kept = "no image and no statistics of the data (rehearsal-free)"
-  if run["rehearsal_bytes"]:
-    kept = f"no image, but {_bytes(run['rehearsal_bytes'])} of statistics of the data"
+  if run["statistics_bytes"]:
+    kept = f"no image, but {_bytes(run['statistics_bytes'])} of statistics of the data"
   return [
     f"parameters {_count(params['trained'])} trained in the last task, "
     f"{_count(params['stored_total'])} stored beside the backbone; added by each task: {added}",
@@ -109,7 +109,7 @@ def protocols(groups: Mapping[str, Group]) -> list[str]:
   return [
     f"protocol {label}: {line}"
     for label, runs in groups.items()
-    for line in sorted({_protocol(run) for run in runs if "protocol" in run})
+    for line in sorted({_protocol(run) for run in runs if run["protocol"]})
   ]
 
 

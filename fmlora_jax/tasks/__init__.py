@@ -1,4 +1,4 @@
-"""Benchmarks as sequences of tasks, and the way of their images to the device."""
+"""Benchmarks as task sequences."""
 
 import difflib
 import importlib
@@ -17,11 +17,11 @@ from fmlora_jax.tasks.sequence import (
   report_copies,
 )
 
-__all__ = ["Source", "Task", "TaskSequence", "benchmark_names", "check", "make", "num_classes"]
+__all__ = ["DataSource", "Task", "TaskSequence", "benchmark_names", "check", "make", "num_classes"]
 
 
 def benchmark_names() -> list[str]:
-  """Returns the values that config.tasks.benchmark may have: the files in benchmarks/."""
+  """Returns the values of config.tasks.benchmark: the names of the files in benchmarks/."""
   package = importlib.import_module("fmlora_jax.tasks.benchmarks")
   return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
@@ -32,19 +32,19 @@ def make(
   """Returns the task sequence that `config` asks for.
 
   Args:
-    config: names the benchmark, which is a file of that name in benchmarks/ with a function
-      `make(config, source_size) -> Source` and, where they apply, tables of the names that
+    config: names the benchmark: a file in benchmarks/ with a function
+      `make(config, source_size) -> DataSource` and, where they apply, tables of the names that
       config.split (SPLITS) and config.domains (DOMAINS) may have, or NUM_CLASSES where it is known
       without the data.
     seed: the run's; orders classes or domains where config.order_seed is None, unless
-      config.task_file names a file that says all.
-    source_size: shorter side in pixels that images are kept at.
-    source: of another sequence with this config and size, to look at the data once; None looks.
+      config.task_file is given.
+    source_size: shorter side in pixels that images are resized to.
+    source: of another sequence with this config and size, so that the data are read once.
 
   Raises:
     ConfigError: if there is no such benchmark, or it can't be cut into such tasks.
   """
-  is_first_look = source is None
+  is_first_use = source is None
   if source is None:
     check(config)
     source = find(config.benchmark).make(config, source_size)
@@ -52,16 +52,16 @@ def make(
     sequence = task_file.read_task_file(config.task_file, source, config)
   else:
     sequence = make_sequence(source, config, seed=seed)
-  report_copies(sequence, config, warn=is_first_look)
+  report_copies(sequence, config, warn=is_first_use)
   return sequence
 
 
 def check(config: TasksConfig) -> None:
-  """Refuses what can't be without a look at the data.
+  """Refuses invalid settings before the data are read.
 
   Raises:
-    ConfigError: if there is no such benchmark, cut or domain, or if classes that the benchmark's
-      file declares can't be cut into so many tasks.
+    ConfigError: if there is no such benchmark, split or domain, or if the number of classes that
+      the benchmark's file declares does not fit the number of tasks.
   """
   wanted = [] if config.split is None else [config.split]
   check_names(config.benchmark, "SPLITS", wanted, "config.tasks.split is")
@@ -72,12 +72,12 @@ def check(config: TasksConfig) -> None:
 
 
 def num_classes(benchmark: str) -> int | None:
-  """Returns what the file of a benchmark that ships its data declares; None of others."""
+  """Returns the number of classes of a benchmark that ships its data; None for others."""
   return getattr(find(benchmark), "NUM_CLASSES", None)
 
 
 def find(name: str) -> types.ModuleType:
-  """Returns the file in benchmarks/ that a value of config.tasks.benchmark stands for.
+  """Returns the module in benchmarks/ for a value of config.tasks.benchmark.
 
   Raises:
     ConfigError: if there is none.
@@ -93,7 +93,7 @@ def find(name: str) -> types.ModuleType:
 
 
 def check_names(benchmark: str, table: str, names: Sequence[str], shown: str) -> None:
-  """Refuses names that the benchmark's `table` does not have; `shown` begins the message.
+  """Refuses names that are not in a table of the benchmark; `shown` begins the message.
 
   Raises:
     ConfigError: with what is allowed.

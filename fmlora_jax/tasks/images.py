@@ -1,4 +1,4 @@
-"""Image files of any kind to RGB pixels of one shorter side."""
+"""Decodes image files of any format to RGB and resizes them to one shorter side."""
 
 import concurrent.futures
 import contextlib
@@ -12,18 +12,18 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# No pictures, or decoded by a program outside of Pillow.
+# no pictures, or decoded by a program outside of Pillow
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 MAX_ASPECT = 2  # longer images are cropped at the centre
 _PILLOW = threading.Lock()
 
 
 class BrokenImage(ValueError):
-  """A file that can't be used; the message is the reason, without the file's name."""
+  """An unusable file; the message is the reason, without the file's name."""
 
 
 def extensions() -> frozenset[str]:
-  """Returns the lower-case endings, ".png" and so on, of files that are taken for images."""
+  """Returns the file extensions that count as images, such as ".png", in lower case."""
   known = Image.registered_extensions().items()
   # MPO, of stereo cameras, is opened as JPEG.
   return frozenset(e for e, f in known if (f in Image.OPEN or f == "MPO") and f not in NOT_IMAGES)
@@ -31,9 +31,9 @@ def extensions() -> frozenset[str]:
 
 @contextlib.contextmanager
 def pillow_unlimited() -> Iterator[None]:
-  """Lifts Pillow's own limit on pixels, so that the one of `read` alone counts; one at a time.
+  """Lifts Pillow's limit on pixels, in place of which `read` has its own; one context at a time.
 
-  Pillow's warnings are silent too: of odd metadata, mostly. What can't be decoded raises anyway.
+  Silences Pillow's warnings too, mostly about odd metadata; a failure to decode still raises.
   """
   with _PILLOW, warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ def pillow_unlimited() -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-  """Yields threads within `pillow_unlimited`; on an error or Ctrl-C they drop what waits."""
+  """Yields threads within `pillow_unlimited`; an error or Ctrl-C cancels pending work."""
   with pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
     try:
       yield pool
@@ -58,7 +58,7 @@ def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 def on_canvases(
   count: int, canvas: tuple[int, int], pixels: Callable[[int], UInt8[np.ndarray, "h w 3"]]
 ) -> tuple[UInt8[np.ndarray, "k H W 3"], Int[np.ndarray, "k 2"]]:
-  """Returns pixels(0..count-1), each in the upper left corner of a canvas, and their sizes.
+  """Returns pixels(0), ... pixels(count-1) in the upper left corners of canvases, and their sizes.
 
   Args:
     canvas: (height, width) that each image fits into.
@@ -77,32 +77,32 @@ def on_canvases(
 
 
 def read(path: str | os.PathLike, max_pixels: int) -> Image.Image:
-  """Returns the image in RGB, decoded to its end and upright; call within `pillow_unlimited`.
+  """Returns the image in RGB, fully decoded and upright; call within `pillow_unlimited`.
 
-  Of a file with several frames, the first.
+  Of several frames the first is taken.
 
   Raises:
-    BrokenImage: if it can't be decoded, or has more than `max_pixels` (then none is decoded).
+    BrokenImage: if it can't be decoded, or has more than `max_pixels`, before any is decoded.
   """
   with _opened(path, max_pixels) as image:
     return to_rgb(ImageOps.exif_transpose(image))
 
 
 def decode(file: io.BytesIO, max_pixels: int) -> Image.Image:
-  """The same of a file in memory, as the published codes see it: not turned upright."""
+  """Returns the image of a file in memory, not turned upright, as in the published codes."""
   with _opened(file, max_pixels) as image:
     return to_rgb(image)
 
 
 def image_size(file: io.BytesIO, max_pixels: int) -> tuple[int, int]:
-  """Returns (width, height) in pixels from the head of a file; raises as `decode`."""
+  """Returns (width, height) in pixels from the header of a file; raises as `decode`."""
   with _opened(file, max_pixels) as image:
     return image.size
 
 
 @contextlib.contextmanager
 def _opened(file: str | os.PathLike | io.BytesIO, max_pixels: int) -> Iterator[Image.Image]:
-  """Yields an image whose pixels are not decoded yet; what goes wrong with it is a BrokenImage."""
+  """Yields an image that is not decoded yet; turns every error into a BrokenImage."""
   try:
     if not isinstance(file, io.BytesIO):
       if not os.path.isfile(file):  # a pipe would block for ever
@@ -126,9 +126,9 @@ def _opened(file: str | os.PathLike | io.BytesIO, max_pixels: int) -> Iterator[I
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """Returns the image in mode RGB, as Pillow's `convert` but for modes that it clips.
+  """Returns the image in mode RGB: as Pillow's `convert`, except for modes that it clips.
 
-  Transparency is dropped, as the published codes do: what lies under it shows. 16 bits are scaled
+  Transparency is dropped, as in the published codes: the colours below it show. 16 bits are scaled
   by 1/257, 32-bit integers too if they fit 16 bits. Floats are taken as 0..1 if none is above 1,
   else as 0..255.
 
@@ -158,7 +158,7 @@ def _to_bytes(values: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
 def resized_size(
   size: tuple[int, int], side: int
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-  """Returns the (width, height) after `resize_shorter_side`, and the box of the image it shows."""
+  """Returns (width, height) after `resize_shorter_side`, and the box of the image that it keeps."""
   shorter = min(size)
   width, height = (min(length, MAX_ASPECT * shorter) for length in size)
   left, top = (size[0] - width) // 2, (size[1] - height) // 2
@@ -167,10 +167,10 @@ def resized_size(
 
 
 def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-  """Returns the image with its shorter side `side` pixels long, bicubic with antialias.
+  """Returns the image with a shorter side of `side` pixels, bicubic with antialias.
 
-  The longer is in proportion, truncated as torchvision does; what is longer than `MAX_ASPECT` times
-  the shorter is cropped at the centre first. Small images are enlarged: all fill one canvas.
+  The longer side is in proportion, truncated as in torchvision. An image longer than `MAX_ASPECT`
+  times its shorter side is cropped at the centre first. Small images are enlarged.
   """
   size, box = resized_size(image.size, side)
   return image.resize(size, Image.Resampling.BICUBIC, box=box)

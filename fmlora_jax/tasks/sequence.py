@@ -1,4 +1,4 @@
-"""A data source cut into train, val and test, and into tasks over one label space; pure numpy."""
+"""Task sequences: a data source in splits (train, val, test) and tasks over one label space."""
 
 import dataclasses
 import hashlib
@@ -13,30 +13,31 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.types import SequenceSpec
 
 TRAIN, VAL, TEST = 0, 1, 2
+SPLIT_CODES = {"train": TRAIN, "val": VAL, "test": TEST}
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSource:
-  """Labelled images before any cut.
+  """Labelled images, before they are divided into tasks.
 
   Attributes:
-    name: for messages and the split's id.
+    name: of the benchmark.
     labels: canonical class of each record.
     class_names: by canonical class.
     canvas: (height, width) in pixels that every decoded image fits into.
     decode: record indices [k] -> pixels [k, h, w, 3] in the upper left corner of a zero canvas, and
-      (height, width) [k, 2] of each. It can be pickled, for the processes of stream.py, and its
+      (height, width) [k, 2] of each. It can be pickled, for processes that decode, and its
       ConfigError names the record that can't be decoded.
-    digest: sha256 hex of what the data are (labels, names, contents), not of how they are cut.
-    split: what the data say: TRAIN, VAL, TEST, or -1 where they say nothing; None says nothing.
-    split_name: name of a `split` that is whole: nothing is drawn from it, even if it has no VAL.
-    domains: domain of each record; None where there are none.
+    digest: sha256 hex of the data (labels, names, contents), without their splits.
+    split: published split of each record: TRAIN, VAL, TEST, or -1 for none; None if none has one.
+    split_name: name of a `split` that is complete: nothing is drawn, even if it has no VAL.
+    domains: domain of each record; None without domains.
     domain_names: by domain.
-    group: records of equal value never land in different splits where a split is drawn; copies of
-      one image have one. None: each on its own, and no image is known to be a copy.
-    shown: record -> what people find it by.
+    group: of each record; a split that is drawn never divides a group. Copies of one image are a
+      group. None: each record is its own group, and copies are unknown.
+    shown: record -> name of the record for people.
   """
 
   name: str
@@ -55,7 +56,7 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """Ascending record indices (int64) of one task's splits; its labels are positions lo..hi-1."""
+  """One task: ascending record indices (int64) of its splits, and its label positions lo..hi-1."""
 
   index: int
   name: str
@@ -68,13 +69,13 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSequence:
-  """Tasks in the order they come.
+  """Tasks in the order in which they are learned.
 
   Attributes:
     class_order: position p holds the canonical class class_order[p].
     labels: position of each record's class.
-    split_id: names the cut into train, val and test for a reader.
-    manifest_sha256: of the records and of that cut; not of the order of classes or tasks.
+    split_id: name of the division into train, val and test.
+    manifest_sha256: of the records and their splits; not of the order of classes or tasks.
   """
 
   source: DataSource
@@ -91,7 +92,7 @@ class TaskSequence:
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """Names by position."""
+    """Class names by position."""
     return tuple(self.source.class_names[c] for c in self.class_order)
 
   @property
@@ -107,11 +108,11 @@ class TaskSequence:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copies:
-  """Images of one split that are also in an earlier one.
+  """Images of one split that are also in another.
 
   Attributes:
-    val_of_train, test_of_train, test_of_val: how many there are.
-    example: the first of them and what it is a copy of; None where there is none.
+    val_of_train, test_of_train, test_of_val: their numbers.
+    example: the first copy and its original, in words; None where there is none.
   """
 
   val_of_train: int
@@ -127,18 +128,18 @@ class Copies:
 
 
 def find_copies(sequence: TaskSequence) -> Copies | None:
-  """Returns which images are in two splits; None where the source does not tell copies."""
+  """Returns the images that are in two splits; None where the source does not tell copies."""
   group = sequence.source.group
   if group is None:
     return None
   rows = {
-    part: np.concatenate([getattr(task, part) for task in sequence.tasks])
-    for part in ("train", "val", "test")
+    split: np.concatenate([getattr(task, split) for task in sequence.tasks])
+    for split in SPLIT_CODES
   }
   counts, example = {}, None
-  for part, of in (("val", "train"), ("test", "train"), ("test", "val")):
-    copies = rows[part][np.isin(group[rows[part]], group[rows[of]])]
-    counts[f"{part}_of_{of}"] = len(copies)
+  for split, of in (("val", "train"), ("test", "train"), ("test", "val")):
+    copies = rows[split][np.isin(group[rows[split]], group[rows[of]])]
+    counts[f"{split}_of_{of}"] = len(copies)
     if example is None and len(copies):
       first = copies[0]
       (same, *_) = rows[of][group[rows[of]] == group[first]].tolist()
@@ -147,11 +148,11 @@ def find_copies(sequence: TaskSequence) -> Copies | None:
 
 
 def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) -> None:
-  """Says which images are in two splits, if `warn`, or refuses them, as config.copies says."""
-  found = find_copies(sequence)
-  if found is None or found.example is None:
+  """Logs copies in two splits, if `warn`, or refuses them, as config.copies says."""
+  copies = find_copies(sequence)
+  if copies is None or copies.example is None:
     return
-  text = f"{found}, such as {found.example}"
+  text = f"{copies}, such as {copies.example}"
   if config.copies == "refuse":
     raise ConfigError(
       f"config.tasks.copies is 'refuse': {sequence.split_id}: {text}; remove them on one side, or "
@@ -164,7 +165,7 @@ def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) ->
 
 
 def make_order(count: int, order: str, seed: int) -> list[int]:
-  """Returns 0..count-1, "natural" or "shuffled" by numpy's frozen legacy stream, as SD-LoRA."""
+  """Returns 0..count-1, "natural" or "shuffled" by NumPy's frozen legacy generator, as SD-LoRA."""
   if order == "natural":
     return list(range(count))
   return np.random.RandomState(seed).permutation(count).tolist()
@@ -177,7 +178,7 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
     ConfigError: if the source has no such tasks, or a class of a task no train or no test image.
   """
   order_seed = seed if config.order_seed is None else config.order_seed
-  split = _split(source, config)
+  codes = _split(source, config)
   make_tasks = _domain_tasks if config.scenario == "dil" else _class_tasks
   class_order, members = make_tasks(source, config, order_seed)
   labels = np.argsort(class_order)[source.labels].astype(np.int32)
@@ -187,10 +188,7 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
       name=name,
       lo=lo,
       hi=hi,
-      **{
-        part: np.flatnonzero((split == code) & mask)
-        for part, code in (("train", TRAIN), ("val", VAL), ("test", TEST))
-      },
+      **{split: np.flatnonzero((codes == code) & mask) for split, code in SPLIT_CODES.items()},
     )
     for index, (name, lo, hi, mask) in enumerate(members(labels))
   )
@@ -201,14 +199,14 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
     class_order=class_order,
     labels=labels,
     split_id=_split_id(source, config),
-    manifest_sha256=_manifest(source, split),
+    manifest_sha256=_manifest(source, codes),
   )
   _refuse_empty_classes(sequence)
   return sequence
 
 
 def _class_tasks(source, config, seed):
-  """Returns the class order and what makes (name, lo, hi, mask of records) of each cil task."""
+  """Returns the class order and a function: labels -> (name, lo, hi, mask) of each cil task."""
   count = len(source.class_names)
   check_divides(config.num_tasks, count, source.name)
   size = count // config.num_tasks
@@ -232,7 +230,7 @@ def check_divides(num_tasks: int, num_classes: int, name: str) -> None:
 
 
 def _domain_tasks(source, config, seed):
-  """Returns the natural class order and what makes (name, lo, hi, mask) of each dil task."""
+  """Returns the natural class order and a function as `_class_tasks`, for dil."""
   if source.domains is None:
     raise ConfigError(
       f"config.tasks.scenario is 'dil': {source.name} has no domains; "
@@ -254,34 +252,34 @@ def _domain_tasks(source, config, seed):
   return list(range(num_classes)), members
 
 
-def _brings(source: DataSource, part: int) -> bool:
-  return source.split is not None and bool(np.any(source.split == part))
+def _has_split(source: DataSource, code: int) -> bool:
+  return source.split is not None and bool(np.any(source.split == code))
 
 
 def _split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   """Returns TRAIN, VAL or TEST of each record.
 
-  What the source brings is taken. What it does not bring is cut, per class and domain, from the
-  rest: first test, then val. The draw of a class depends on split_seed and on that class alone.
+  Published splits are taken. A missing one is drawn from the training images, per class and domain:
+  first test, then val. The draw of a class depends on split_seed and on that class alone.
   """
   if source.split_name is not None:
     return source.split
-  split = np.full(len(source.labels), TRAIN, np.int8)
+  codes = np.full(len(source.labels), TRAIN, np.int8)
   if source.split is not None:
-    split = np.maximum(source.split, TRAIN)
-  cuts_val = config.val_fraction > 0 and not _brings(source, VAL)
-  if not _brings(source, TEST):
-    draw = Draw(fraction=config.test_fraction, leave=1 + cuts_val, seed=(config.split_seed, TEST))
-    split[_draw(source, split == TRAIN, draw)] = TEST
-  if cuts_val:
+    codes = np.maximum(source.split, TRAIN)
+  draws_val = config.val_fraction > 0 and not _has_split(source, VAL)
+  if not _has_split(source, TEST):
+    draw = Draw(fraction=config.test_fraction, leave=1 + draws_val, seed=(config.split_seed, TEST))
+    codes[_draw(source, codes == TRAIN, draw)] = TEST
+  if draws_val:
     draw = Draw(fraction=config.val_fraction, leave=1, seed=(config.split_seed, VAL))
-    split[_draw(source, split == TRAIN, draw)] = VAL
-  return split
+    codes[_draw(source, codes == TRAIN, draw)] = VAL
+  return codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw:
-  """Which share of each class and domain to draw, and how many records to leave at least."""
+  """A draw: the share of each class and domain, and the records to leave at least."""
 
   fraction: float
   leave: int
@@ -318,40 +316,37 @@ def _draw(
 def _split_id(source: DataSource, config: TasksConfig) -> str:
   if source.split_name is not None:
     return f"{source.name}/{source.split_name}"
-  val = "own" if _brings(source, VAL) else f"{config.val_fraction:g}"
-  test = "own" if _brings(source, TEST) else f"{config.test_fraction:g}"
+  val = "own" if _has_split(source, VAL) else f"{config.val_fraction:g}"
+  test = "own" if _has_split(source, TEST) else f"{config.test_fraction:g}"
   seed = "" if val == test == "own" else f"-seed{config.split_seed}"
   return f"{source.name}/val{val}-test{test}{seed}"
 
 
-def _manifest(source: DataSource, split: np.ndarray) -> str:
+def _manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
   def sha256(values):
     if values is None:
       return None
     return hashlib.sha256(np.ascontiguousarray(values, "<i8").tobytes()).hexdigest()
 
-  parts = {
+  facts = {
     "n": len(source.labels),
     "labels": sha256(source.labels),
     "domains": sha256(source.domains),
-    "train": sha256(np.flatnonzero(split == TRAIN)),
-    "val": sha256(np.flatnonzero(split == VAL)),
-    "test": sha256(np.flatnonzero(split == TEST)),
     "source": source.digest,
   }
-  return hashlib.sha256(
-    json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
-  ).hexdigest()
+  facts |= {split: sha256(np.flatnonzero(codes == code)) for split, code in SPLIT_CODES.items()}
+  text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refuse_empty_classes(sequence: TaskSequence) -> None:
   for task in sequence.tasks:
-    for part in ("train", "test"):
-      found = np.bincount(sequence.labels[getattr(task, part)], minlength=sequence.num_classes)
-      empty = [sequence.class_names[p] for p in range(task.lo, task.hi) if not found[p]]
+    for split in ("train", "test"):
+      counts = np.bincount(sequence.labels[getattr(task, split)], minlength=sequence.num_classes)
+      empty = [sequence.class_names[p] for p in range(task.lo, task.hi) if not counts[p]]
       if empty:
         raise ConfigError(
-          f"{sequence.source.name}: no {part} image of class {', '.join(map(repr, empty[:10]))}"
+          f"{sequence.source.name}: no {split} image of class {', '.join(map(repr, empty[:10]))}"
           f"{' ...' if len(empty) > 10 else ''} in task {task.index} ({task.name}): every class "
           "needs one for training and one for test; add images, or remove the class"
         )

@@ -1,4 +1,4 @@
-"""Named cuts of published data into train, val and test, from the reading order or from lists.
+"""Split rules: named divisions of published data into train, val and test.
 
 None depends on a seed: TFDS reads the examples of a split sorted by a hash of their keys, so the
 first 70 % of them are the same 70 % everywhere, and the last tenth of a class the same tenth.
@@ -15,7 +15,7 @@ from jaxtyping import Int, Int8
 from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL
 
-Codes = Int8[np.ndarray, " n"]
+SplitCodes = Int8[np.ndarray, " n"]  # TRAIN, VAL or TEST of each record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,98 +23,98 @@ class Records:
   """Records of several published splits, one split after the other, each in its reading order.
 
   Attributes:
-    part: which of the splits each record is from.
-    official: TRAIN, VAL or TEST of each record, as published.
+    origin: number of the published split that each record is from.
+    official: published split of each record, as TRAIN, VAL or TEST.
     stratum: class of each record, or domain and class; >= 0.
     names: reads the file name of each record, "class/file"; None where they have none.
     root: the data folder.
   """
 
-  part: Int[np.ndarray, " n"]
-  official: Codes
+  origin: Int[np.ndarray, " n"]
+  official: SplitCodes
   stratum: Int[np.ndarray, " n"]
   names: Callable[[], Sequence[str]] | None = None
   root: pathlib.Path = pathlib.Path()
 
 
-SplitRule = Callable[[Records], Codes]
+SplitRule = Callable[[Records], SplitCodes]
 
 
 def sliced(val_from: int, test_from: int) -> SplitRule:
-  """Returns the cut of each published split at two percentages, rounded as TFDS slices are."""
+  """Divides each published split at two percentages, rounded as TFDS slices are."""
 
-  def cut(pool: Records) -> Codes:
-    rank, size = _ranks(pool.part)
+  def rule(records: Records) -> SplitCodes:
+    rank, size = _ranks(records.origin)
     val, test = (np.rint(percent * size / 100) for percent in (val_from, test_from))
     return _codes(val=rank >= val, test=rank >= test)
 
-  return cut
+  return rule
 
 
-def stratified(pool: Records) -> Codes:
-  """Returns 70/10/20 of each class, in integers: its last fifth is test, a tenth before it val."""
-  rank, size = _ranks(pool.stratum)
+def stratified(records: Records) -> SplitCodes:
+  """Divides each class 70/10/20, in integers: its last fifth is test, the tenth before it val."""
+  rank, size = _ranks(records.stratum)
   test = (2 * size + 5) // 10
   val = (size + 5) // 10
   return _codes(val=rank >= size - test - val, test=rank >= size - test)
 
 
-def published(pool: Records) -> Codes:
-  """Returns the published cut; without val if that has none."""
-  return pool.official
+def published(records: Records) -> SplitCodes:
+  """Takes the published splits; no val if none is published."""
+  return records.official
 
 
 def official(one_in: int) -> SplitRule:
-  """Returns the published cut, with val the last 1/one_in of each class's training images."""
+  """Takes the published splits, with val the last 1/one_in of each class's training images."""
 
-  def cut(pool: Records) -> Codes:
-    rank, size = _ranks_of_part(pool)
-    val = (pool.official == TRAIN) & (rank >= size - size // one_in)
-    return _codes(val=val, test=pool.official == TEST)
+  def rule(records: Records) -> SplitCodes:
+    rank, size = _ranks_in_split(records)
+    val = (records.official == TRAIN) & (rank >= size - size // one_in)
+    return _codes(val=val, test=records.official == TEST)
 
-  return cut
+  return rule
 
 
 def val_from_test(one_in: int) -> SplitRule:
-  """Returns the published cut, with val the first 1/one_in of each class's test images."""
+  """Takes the published splits, with val the first 1/one_in of each class's test images."""
 
-  def cut(pool: Records) -> Codes:
-    rank, size = _ranks_of_part(pool)
-    held = pool.official == TEST
-    return _codes(val=held, test=held & (rank >= size // one_in))
+  def rule(records: Records) -> SplitCodes:
+    rank, size = _ranks_in_split(records)
+    held_out = records.official == TEST
+    return _codes(val=held_out, test=held_out & (rank >= size // one_in))
 
-  return cut
+  return rule
 
 
 def listed(*, train: str, test: str, source: str) -> SplitRule:
-  """Returns the cut that two lists of file names make; without val.
+  """Takes train and test from two lists of file names; no val.
 
   Args:
-    train, test: YAML files in the data folder, {"data": [path, ...], ...}; the last two parts of a
-      path are class and file.
-    source: where the user finds them, for messages.
+    train, test: YAML files in the data folder, {"data": [path, ...], ...}; a path ends in class
+      and file.
+    source: where the user gets them, for messages.
   """
 
-  def cut(pool: Records) -> Codes:
-    rows = {name: row for row, name in enumerate(pool.names())}
+  def rule(records: Records) -> SplitCodes:
+    rows = {name: row for row, name in enumerate(records.names())}
     codes = np.full(len(rows), -1, np.int8)
     for code, file in ((TRAIN, train), (TEST, test)):
-      paths = _read_list(pool.root / file, source)
+      paths = _read_list(records.root / file, source)
       names = ["/".join(path.split("/")[-2:]) for path in paths]
       if unknown := [name for name in names if name not in rows]:
         raise ConfigError(
-          f"{pool.root / file}: {len(unknown)} of {len(names)} images are not in the prepared "
+          f"{records.root / file}: {len(unknown)} of {len(names)} images are not in the prepared "
           f"data, such as {unknown[0]!r}: take the lists of {source}"
         )
       codes[[rows[name] for name in names]] = code
-    if left := int(np.sum(codes < 0)):
+    if missing := int(np.sum(codes < 0)):
       raise ConfigError(
-        f"{train} and {test} in {str(pool.root)!r} leave out {left} of {len(codes)} images: take "
-        f"the lists of {source}"
+        f"{train} and {test} in {str(records.root)!r} leave out {missing} of {len(codes)} images: "
+        f"take the lists of {source}"
       )
     return codes
 
-  return cut
+  return rule
 
 
 def _read_list(path: pathlib.Path, source: str) -> list[str]:
@@ -130,12 +130,12 @@ def _read_list(path: pathlib.Path, source: str) -> list[str]:
   raise ConfigError(f"{path} can't be read ({reason}): put the list of {source} there")
 
 
-def _ranks_of_part(pool: Records):
-  return _ranks(pool.stratum * 3 + pool.official)
+def _ranks_in_split(records: Records) -> tuple[np.ndarray, np.ndarray]:
+  return _ranks(records.stratum * 3 + records.official)
 
 
 def _ranks(group: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns each record's place among those of its group, from 0, and how many these are."""
+  """Returns the rank of each record in its group, from 0, and the size of that group."""
   order = np.argsort(group, kind="stable")
   size = np.bincount(group)
   first = np.cumsum(size) - size
@@ -144,5 +144,5 @@ def _ranks(group: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
   return rank, size[group]
 
 
-def _codes(*, val: np.ndarray, test: np.ndarray) -> Codes:
+def _codes(*, val: np.ndarray, test: np.ndarray) -> SplitCodes:
   return np.where(test, TEST, np.where(val, VAL, TRAIN)).astype(np.int8)

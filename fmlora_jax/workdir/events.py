@@ -1,44 +1,43 @@
-"""TensorBoard's view of a run's numbers."""
+"""TensorBoard events of a run's numbers."""
 
 import contextlib
 import pathlib
 import time
+from collections.abc import Mapping
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
 
 class Events:
-  """A new file of events, written as they come: no thread could fail or lag behind.
+  """A new event file, written without a thread.
 
-  It is a view only. After a write that the disk refuses nothing more is written, and nothing said:
-  what the run depends on meets the same disk.
+  The thread of tensorboardX.SummaryWriter dies on a full disk, and the next values wait for it for
+  ever. Here the first error ends the file silently: metrics.jsonl, on the same disk, reports it.
 
   Args:
-    folder: of all files of the run; made if need be.
+    folder: of all event files of the run; made if need be.
     first_step: TensorBoard hides what older files hold from this step on; None hides nothing.
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int | None = None):
-    # the name has whole seconds: a quick restart would overwrite
-    suffix = f".{time.time_ns()}"
     self._writer = None
-    try:
+    with contextlib.suppress(OSError):
       folder.mkdir(parents=True, exist_ok=True)
-      self._writer = EventsWriter(str(folder / "events"), suffix)
-    except OSError:
-      return
+      # with nanoseconds: the names that tensorboardX gives have whole seconds
+      self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
     if first_step is not None:
-      start = SessionLog(status=SessionLog.START)
-      self._write(Event(wall_time=time.time(), step=first_step, session_log=start))
+      self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-  def add(self, name: str, value: float, step: int) -> None:
-    """Writes one number."""
-    self._write(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+  def add(self, values: Mapping[str, float], step: int) -> None:
+    """Writes the numbers of one step."""
+    scalars = [one for name, value in values.items() for one in scalar(name, value).value]
+    self._write(Event(step=step, summary=Summary(value=scalars)))
 
   def close(self) -> None:
-    """Closes the file; safe to call twice."""
+    """Closes the file; may be called twice."""
     writer, self._writer = self._writer, None
     if writer:
       with contextlib.suppress(OSError):
@@ -46,6 +45,7 @@ class Events:
 
   def _write(self, event: Event) -> None:
     if self._writer:
+      event.wall_time = time.time()
       try:
         self._writer.write_event(event)
         self._writer.flush()

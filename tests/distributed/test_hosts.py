@@ -1,7 +1,9 @@
 """Processes that meet, agree, disagree, and end before the others."""
 
+import multiprocessing.connection
 import os
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -53,9 +55,8 @@ program.guarded(main, sys.argv)
 """
 
 
-def call(*arguments, count=2, **changes):
-  environments = processes.environment(count, **changes)
-  return processes.start([sys.executable, "-c", PROGRAM, *arguments], environments)
+def call(how):
+  return processes.start([sys.executable, "-c", PROGRAM, how], processes.environment(2))
 
 
 def test_processes_meet_agree_and_end_together():
@@ -72,22 +73,32 @@ def test_processes_meet_agree_and_end_together():
 @pytest.mark.parametrize(("how", "code"), [("killed", -9), ("wrong", 2)])
 def test_when_one_ends_so_do_the_others_with_one_line(how, code):
   first, second = processes.ended(call(how))
-  assert (first[0], second[0]) == (hosts.ENDED, code)
+  assert (first[0], second[0]) == (hosts.PEER_LOST, code)
   assert first[2] == (
-    "error: process 1 ended before its work was done, its own last lines say why: start all again "
-    "with the same command to resume\n"
+    "error: process 1 exited early (see its log). Rerun the same command on all hosts to resume\n"
   )
   if how == "wrong":
     assert second[2] == "error: config.seed is -1: must be >= 0\n"
 
 
-def test_of_three_the_second_ends_and_the_third_hears_which():
-  started = call("killed", count=3)
+def test_of_three_that_jax_detects_the_second_ends_and_the_third_hears_which():
+  """The variables are those of Slurm, which do not say where the first process is."""
+  environments = processes.environment(3)
+  port = int(environments[0]["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
+  step = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "3"}
+  step |= {"SLURM_STEP_NUM_TASKS": "3"}
+  for index, environment in enumerate(environments):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+      del environment[name]
+    environment |= step | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
   began = time.monotonic()
-  first, second, third = processes.ended(started)
+  command = [sys.executable, "-c", PROGRAM, "killed"]
+  first, second, third = processes.ended(processes.start(command, environments))
   assert second[0] == -9
+  message = "error: process 1 exited early (see its log). Rerun the same command on all hosts"
   for code, _, errors in (first, third):
-    assert code == hosts.ENDED and "process 1 ended" in errors and errors.count("\n") == 1
+    assert code == hosts.PEER_LOST
+    assert errors.startswith(message) and errors.count("\n") == 1
   assert time.monotonic() - began < 60
 
 
@@ -101,9 +112,9 @@ def test_a_process_that_meets_nobody_gives_up_in_one_line(index):
   assert code == 2 and not shown
   address = environment["JAX_COORDINATOR_ADDRESS"]
   assert errors == (
-    f"error: the processes did not meet at JAX_COORDINATOR_ADDRESS={address} within 4 s: as many "
-    "as JAX_NUM_PROCESSES=2 must be started, each with its own number, and reach process 0; "
-    "FMLORA_JAX_LAUNCH_TIMEOUT is the limit in seconds\n"
+    f"error: timed out after 4 s waiting for 2 processes at {address}: start each with its own "
+    "JAX_PROCESS_ID and check that it can reach process 0 (FMLORA_JAX_LAUNCH_TIMEOUT changes the "
+    "limit)\n"
   )
 
 
@@ -117,7 +128,7 @@ THREE = {
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is not set: must be, beside JAX_COORDINATOR_ADDR"),
+    ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is not set: must be set with JAX_COORDINATOR_"),
     ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2: must be below JAX_NUM_PROCESSES, 2"),
     ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1': must be a whole number >= 0"),
     ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two': must be a whole number >= 1"),
@@ -176,3 +187,20 @@ def test_a_signal_from_before_the_watch_was_there_is_told_later(monkeypatch):
   assert hosts.requested_stop(0) == 0 and not watched.ask.called
   hosts.requested_stop(15)
   watched.ask.assert_called_once_with(15)
+
+
+def test_of_several_addresses_the_first_that_answers_is_taken():
+  key = b"secret"
+  with multiprocessing.connection.Listener(("127.0.0.1", 0), authkey=key) as listener:
+    port = listener.address[1]
+    reached = []
+    addresses = ["no-such-host.invalid", "127.0.0.1"]
+    thread = threading.Thread(target=lambda: reached.append(hosts._reach(addresses, port, key)))
+    thread.start()
+    with listener.accept() as accepted:
+      thread.join()
+      accepted.send_bytes(b"hello")
+      assert reached[0].recv_bytes() == b"hello"
+      reached[0].close()
+  with pytest.raises(OSError):
+    hosts._reach(addresses, port, key)

@@ -18,7 +18,7 @@ from fmlora_jax.input import resident
 from fmlora_jax.report import plots
 from fmlora_jax.train.evaluator import Evaluator
 from fmlora_jax.train.loop import NonFiniteError, Trainer
-from fmlora_jax.workdir import checkpoint, lock, log
+from fmlora_jax.workdir import checkpoint, files, lock, log, result_file
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
 
@@ -115,9 +115,11 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
 @of_one_method
 def test_a_run_replays_the_stream_of_another(finished, tmp_path):
   _, workdir, expected = finished
-  settings = small("linear_probe", seed=7, tasks={"stream": str(workdir / "stream.json")})
+  settings = small("linear_probe", seed=7, tasks={"task_file": str(workdir / "task_file.json")})
   result = run(settings, tmp_path / "run")
-  assert (tmp_path / "run" / "stream.json").read_text() == (workdir / "stream.json").read_text()
+  assert (tmp_path / "run" / "task_file.json").read_text() == (
+    workdir / "task_file.json"
+  ).read_text()
   for name in ("class_order", "n_test", "manifest_sha256", "split_id"):
     assert result[name] == expected[name], name
 
@@ -133,7 +135,7 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
     raise Killed
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(plots if call == "write_plots" else log, call, kill)
+    patch.setattr(plots if call == "write_plots" else result_file, call, kill)
     run(settings, workdir, workshop=WORKSHOP)
   assert not (workdir / "result.json").exists()
   assert_same_run(finished, workdir, run(settings, workdir, workshop=WORKSHOP))
@@ -388,9 +390,9 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
 
 def test_the_result_has_every_field_and_is_the_one_on_disk(finished):
   settings, workdir, result = finished
-  assert set(log.FIELDS) <= set(result)
+  assert set(result_file.FIELDS) == set(result)
   on_disk = json.loads((workdir / "result.json").read_text())
-  assert on_disk == json.loads(json.dumps(log.plain(result, "result")))
+  assert on_disk == json.loads(json.dumps(files.jsonable(result, "result")))
   assert on_disk["finished"] is True and on_disk["scenario"] == "cil"
   assert on_disk["weights"] == {"tag": "tiny", "sha256": "ab" * 32}
   assert on_disk["seed"] == settings.seed and on_disk["config"]["epochs"] == 1
@@ -430,7 +432,7 @@ def test_the_parameters_of_a_result_are_those_of_the_formula(finished):
   assert params["stored_total"] == shared + sum(per_task) + head
   assert params["trained"] == trained + 5 * 17
   assert params["backbone"] > backbone
-  assert result["rehearsal_bytes"] == 0
+  assert result["statistics_bytes"] == 0
 
 
 def test_metrics_tell_loss_and_norm_of_each_step_and_the_accuracies_of_each_task(finished):
@@ -494,7 +496,7 @@ def test_other_heads_learn_and_say_what_they_keep(tmp_path, kind):
   result = run(small("linear_probe", head={"kind": kind}), tmp_path / "run")
   assert result["accuracy"][0][0] > 0.25  # five classes
   statistics = 4 * 10 * 17 if kind == "class_mean" else 0  # means and counts, float32
-  assert result["rehearsal_bytes"] == statistics
+  assert result["statistics_bytes"] == statistics
 
 
 def test_hyper_parameters_are_chosen_on_validation_images(tmp_path, monkeypatch):
@@ -527,4 +529,4 @@ OTHERS = [case for case in cases.ALL if case.name not in ("fm_lora", "lora", "li
 def test_every_other_method_runs_end_to_end(tmp_path, case):
   settings = small(case.name, method_settings=case.changes, optim={"learning_rate": 1e-4})
   result = run(settings, tmp_path / "run")
-  assert set(log.FIELDS) <= set(result) and result["method"] == case.name
+  assert set(result_file.FIELDS) == set(result) and result["method"] == case.name

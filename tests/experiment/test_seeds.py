@@ -77,7 +77,7 @@ def test_each_seed_is_the_run_that_it_would_be_alone(together, tmp_path, index):
   expected = run(alone(settings, seed), tmp_path / "run")
   for name in SAME:
     assert results[index][name] == expected[name], name
-  files = ("config.json", "stream.json", "metrics.jsonl")
+  files = ("config.json", "task_file.json", "metrics.jsonl")
   for file in files:
     own = (workdir / str(seed) / file).read_text()
     assert own == (tmp_path / "run" / file).read_text(), file

@@ -15,7 +15,7 @@ from rich.console import Console
 from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.report import plots, tables
 from fmlora_jax.report.runs import group, load
-from fmlora_jax.workdir import log
+from fmlora_jax.workdir import result_file
 
 
 def text_of(results, width=200, **options):
@@ -157,7 +157,7 @@ def test_the_same_seed_twice_is_warned_about():
 
 def test_what_a_method_keeps_and_computes_besides_has_its_columns():
   passes = {"train": 1, "test": 2, "between": 3}
-  (cells,) = tables.rows({"hide": [result(passes=passes, rehearsal_bytes=61_440)]})
+  (cells,) = tables.rows({"hide": [result(passes=passes, statistics_bytes=61_440)]})
   assert cells[tables.HEADER.index("statistics")][0] == "61.4 kB"
   assert cells[tables.HEADER.index("passes")][0] == "1/2 +3"
 
@@ -177,7 +177,7 @@ def test_costs_are_three_lines():
     "time       13:32 min: import 2.1 s, train 13:20 min, other 10.2 s",
   ]
   passes = {"train": 2, "test": 2, "between": 1}
-  line = tables.costs(result(passes=passes, rehearsal_bytes=2_500_000))[1]
+  line = tables.costs(result(passes=passes, statistics_bytes=2_500_000))[1]
   assert line == "keeps      no image, but 2.5 MB of statistics of the data; forward passes 2/2 +1"
 
 
@@ -211,7 +211,7 @@ def test_markdown_is_a_table_with_the_best_in_bold():
 def test_a_folder_is_searched_and_what_is_left_out_is_said(tmp_path):
   save(tmp_path / "a" / "one", result())
   save(tmp_path / "b", result(seed=1994))
-  save(tmp_path / "broken", {"finished": False})
+  save(tmp_path / "broken", result(finished=False))
   (tmp_path / "wip").mkdir()
   (tmp_path / "wip" / "metrics.jsonl").touch()
   results, notes = load([tmp_path, tmp_path / "b" / "result.json", tmp_path / "b"])
@@ -227,7 +227,7 @@ def test_paths_without_a_result_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"nowhere: no such file or folder"):
     load([tmp_path / "nowhere"])
   for name in "ab":
-    save(tmp_path / name, {})
+    save(tmp_path / name, result(finished=False))
   with pytest.raises(ValueError, match=r"no readable result.json: left out: .*a/result.json"):
     load([tmp_path])
 
@@ -269,8 +269,8 @@ def test_a_run_with_everything_gets_all_pictures(tmp_path, tasks):
   everything = result(
     tasks=tasks, ranks=[8] * tasks, complexity=[None, *[0.5] * (tasks - 1)], interference=cosines
   )
-  log.write_result(tmp_path, everything)
-  paths = plots.write_plots(log.read_result(tmp_path), tmp_path)
+  result_file.write_result(tmp_path, everything)
+  paths = plots.write_plots(result_file.read_result(tmp_path), tmp_path)
   names = ["accuracy_matrix", "accuracy_over_tasks", "ranks", "interference"]
   assert paths == [tmp_path / "plots" / f"{name}.png" for name in names]
   for path in paths:

@@ -103,8 +103,8 @@ def test_copies_of_an_image_are_never_in_two_splits(tmp_path, caplog):
   group = made.source.group
   assert len(set(group.tolist())) == 24
   for task in made.tasks:
-    parts = [set(group[rows].tolist()) for rows in (task.train, task.val, task.test)]
-    assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 8
+    groups = [set(group[rows].tolist()) for rows in (task.train, task.val, task.test)]
+    assert all(groups) and sum(map(len, groups)) == len(set.union(*groups)) == 8
   assert "copies" not in caplog.text
 
 
@@ -138,7 +138,7 @@ def test_an_interrupt_drops_the_files_that_wait():
   assert len(done) < 100
 
 
-def test_validation_is_cut_from_train_where_there_is_none(tmp_path):
+def test_validation_is_drawn_from_train_where_there_is_none(tmp_path):
   made = make(fill(tmp_path, "train", "test"))
   assert [(len(t.train), len(t.val), len(t.test)) for t in made.tasks] == [(4, 1, 5)] * 3
 
@@ -268,7 +268,7 @@ def test_nothing_but_broken_files_is_refused(tmp_path):
   (tmp_path / "dog").mkdir()
   (tmp_path / "dog" / "x.png").touch()
   message = refusal(tmp_path, broken_files="skip")
-  assert "1 of 1 images can't be used; mend or remove them:" in message
+  assert "1 of 1 images can't be used; repair or remove them:" in message
 
 
 def test_a_file_that_changes_during_the_run_is_named(tmp_path):

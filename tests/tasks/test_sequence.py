@@ -38,10 +38,10 @@ def with_domains(labels, domains, **fields):
   return make_source(labels, domains=np.asarray(domains), domain_names=names, **fields)
 
 
-def parts_of(made):
+def splits_of(made):
   return {
-    part: np.sort(np.concatenate([getattr(task, part) for task in made.tasks]))
-    for part in ("train", "val", "test")
+    split: np.sort(np.concatenate([getattr(task, split) for task in made.tasks]))
+    for split in ("train", "val", "test")
   }
 
 
@@ -63,11 +63,11 @@ def test_every_record_lands_once_and_every_class_in_every_split(counts, val, tes
   labels = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), counts))
   config = TasksConfig(num_tasks=1, val_fraction=val, test_fraction=test, split_seed=seed)
   made = sequence.make_sequence(make_source(labels), config, seed=seed)
-  parts = parts_of(made)
-  assert sorted(np.concatenate([*parts.values()])) == list(range(len(labels)))
-  for part, rows in parts.items():
+  splits = splits_of(made)
+  assert sorted(np.concatenate([*splits.values()])) == list(range(len(labels)))
+  for split, rows in splits.items():
     found = np.bincount(labels[rows], minlength=len(counts))
-    assert found.min() >= (0 if part == "val" and not val else 1)
+    assert found.min() >= (0 if split == "val" and not val else 1)
   order = np.asarray(made.class_order)
   np.testing.assert_array_equal(order[made.labels], labels)
 
@@ -84,7 +84,7 @@ def test_tasks_are_blocks_of_positions_with_ascending_rows():
       assert (np.diff(rows) > 0).all()
       assert set(made.labels[rows]) == {task.lo, task.lo + 1}
   assert made.split_id == "digits/val0.125-test0.2-seed0"
-  sizes = {part: len(rows) for part, rows in parts_of(made).items()}
+  sizes = {split: len(rows) for split, rows in splits_of(made).items()}
   assert sizes == {"train": 1259, "val": 179, "test": 359}  # 70/10/20
 
 
@@ -93,8 +93,8 @@ def test_split_does_not_move_with_the_order_of_classes_or_the_number_of_tasks():
   one = sequence.make_sequence(source, TasksConfig(num_tasks=5), seed=1)
   other = sequence.make_sequence(source, TasksConfig(num_tasks=2, order="natural"), seed=2)
   assert one.manifest_sha256 == other.manifest_sha256
-  for part, rows in parts_of(one).items():
-    np.testing.assert_array_equal(rows, parts_of(other)[part])
+  for split, rows in splits_of(one).items():
+    np.testing.assert_array_equal(rows, splits_of(other)[split])
   moved = sequence.make_sequence(source, TasksConfig(split_seed=1), seed=1)
   assert moved.manifest_sha256 != one.manifest_sha256
   assert moved.split_id == "digits/val0.125-test0.2-seed1"
@@ -121,22 +121,22 @@ def test_manifest_knows_the_data(change):
 def test_adding_a_class_leaves_the_splits_of_the_others():
   few, many = (make_source(np.repeat(np.arange(c), 20)) for c in (3, 4))
   config = TasksConfig(num_tasks=1)
-  few, many = (parts_of(sequence.make_sequence(s, config, seed=0)) for s in (few, many))
-  for part in few:
-    np.testing.assert_array_equal(few[part], many[part][many[part] < 60])
+  few, many = (splits_of(sequence.make_sequence(s, config, seed=0)) for s in (few, many))
+  for split in few:
+    np.testing.assert_array_equal(few[split], many[split][many[split] < 60])
 
 
-def test_own_splits_are_taken_and_the_missing_one_is_cut_from_train():
+def test_published_splits_are_taken_and_the_missing_one_is_drawn():
   labels = np.tile(np.arange(2), 20)
   split = np.repeat([0, 2], 20).astype(np.int8)
   made = sequence.make_sequence(make_source(labels, split=split), TasksConfig(num_tasks=1), seed=0)
-  parts = parts_of(made)
-  np.testing.assert_array_equal(parts["test"], np.arange(20, 40))
-  assert len(parts["val"]) == 2
+  splits = splits_of(made)
+  np.testing.assert_array_equal(splits["test"], np.arange(20, 40))
+  assert len(splits["val"]) == 2
   assert made.split_id == "toy/val0.125-testown-seed0"
   split[:4] = 1
   made = sequence.make_sequence(make_source(labels, split=split), TasksConfig(num_tasks=1), seed=0)
-  np.testing.assert_array_equal(parts_of(made)["val"], np.arange(4))
+  np.testing.assert_array_equal(splits_of(made)["val"], np.arange(4))
   assert made.split_id == "toy/valown-testown"
 
 
@@ -144,10 +144,10 @@ def test_groups_are_never_torn():
   labels = np.tile(np.repeat(np.arange(2), 10), 3)
   group = np.tile(np.arange(20), 3)
   source = with_domains(labels, np.repeat(np.arange(3), 20), group=group)
-  parts = parts_of(sequence.make_sequence(source, TasksConfig(num_tasks=2), seed=0))
-  groups = [set(group[rows]) for rows in parts.values()]
+  splits = splits_of(sequence.make_sequence(source, TasksConfig(num_tasks=2), seed=0))
+  groups = [set(group[rows]) for rows in splits.values()]
   assert sum(map(len, groups)) == 20
-  assert [len(rows) for rows in parts.values()] == [42, 6, 12]
+  assert [len(rows) for rows in splits.values()] == [42, 6, 12]
 
 
 def test_domains_are_tasks_over_shared_classes():
@@ -173,8 +173,8 @@ def test_cil_pools_domains_with_the_splits_of_dil():
   dil = sequence.make_sequence(source, TasksConfig(scenario="dil", num_tasks=3), seed=0)
   cil = sequence.make_sequence(source, TasksConfig(scenario="cil", num_tasks=2), seed=0)
   assert dil.manifest_sha256 == cil.manifest_sha256
-  for part, rows in parts_of(cil).items():
-    np.testing.assert_array_equal(rows, parts_of(dil)[part])
+  for split, rows in splits_of(cil).items():
+    np.testing.assert_array_equal(rows, splits_of(dil)[split])
 
 
 def test_til_has_the_data_of_cil():
@@ -238,8 +238,8 @@ def test_a_digit_for_test_in_one_domain_is_for_test_in_all():
   made = tasks.make(
     TasksConfig(benchmark="digits_dil", scenario="dil", num_tasks=4), seed=0, source_size=8
   )
-  for part in ("train", "val", "test"):
-    bases = [(getattr(task, part) % 1797).tolist() for task in made.tasks]
+  for split in ("train", "val", "test"):
+    bases = [(getattr(task, split) % 1797).tolist() for task in made.tasks]
     assert bases[0] == bases[1] == bases[2] == bases[3]
 
 

@@ -1,4 +1,4 @@
-"""Named cuts, against counts that are known of the real data and against TFDS's own slices."""
+"""Split rules, against counts that are known of the real data and against TFDS's own slices."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from fmlora_jax.tasks.benchmarks import cifar100, cub200, domainnet, imagenet_r
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL
 
 
-def pool(counts, official, stratum):
+def records_of(counts, official, stratum):
   return splits.Records(
-    part=np.repeat(np.arange(len(counts)), counts),
+    origin=np.repeat(np.arange(len(counts)), counts),
     official=np.repeat(np.asarray(official, np.int8), counts),
     stratum=np.asarray(stratum),
   )
@@ -25,23 +25,35 @@ def numbers(codes):
   return np.bincount(codes, minlength=3).tolist()
 
 
-CIFAR = pool([50_000, 10_000], [TRAIN, TEST], np.arange(60_000) % 100)
+CIFAR = records_of([50_000, 10_000], [TRAIN, TEST], np.arange(60_000) % 100)
 
 
 @pytest.mark.parametrize(
-  ("cut", "records", "expected"),
+  ("rule", "records", "expected"),
   [
     (
       imagenet_r.SPLITS["slice"],
-      pool([30_000], [TEST], np.arange(30_000) % 200),
+      records_of([30_000], [TEST], np.arange(30_000) % 200),
       [21000, 3000, 6000],
     ),
-    (imagenet_r.SPLITS["slice80"], pool([30_000], [TEST], np.zeros(30_000, int)), [24000, 0, 6000]),
+    (
+      imagenet_r.SPLITS["slice80"],
+      records_of([30_000], [TEST], np.zeros(30_000, int)),
+      [24000, 0, 6000],
+    ),
     (cifar100.SPLITS["official"], CIFAR, [45000, 5000, 10000]),
     (cifar100.SPLITS["paper"], CIFAR, [42000, 6000, 12000]),
     (cifar100.SPLITS["full"], CIFAR, [50000, 0, 10000]),
-    (cub200.SPLITS["full"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [9430, 0, 2358]),
-    (cub200.SPLITS["paper"], pool([5994, 5794], [0, 2], np.zeros(11788, int)), [8252, 1178, 2358]),
+    (
+      cub200.SPLITS["full"],
+      records_of([5994, 5794], [0, 2], np.zeros(11788, int)),
+      [9430, 0, 2358],
+    ),
+    (
+      cub200.SPLITS["paper"],
+      records_of([5994, 5794], [0, 2], np.zeros(11788, int)),
+      [8252, 1178, 2358],
+    ),
   ],
   ids=[
     "imagenet_r/slice",
@@ -53,15 +65,15 @@ CIFAR = pool([50_000, 10_000], [TRAIN, TEST], np.arange(60_000) % 100)
     "cub200/paper",
   ],
 )
-def test_counts_of_the_published_data(cut, records, expected):
-  codes = cut(records)
+def test_counts_of_the_published_data(rule, records, expected):
+  codes = rule(records)
   assert codes.dtype == np.int8
   assert numbers(codes) == expected
 
 
 @pytest.mark.parametrize("count", [1, 7, 30, 101, 5994, 30_000])
 def test_slices_are_rounded_as_tfds_does(count):
-  codes = splits.sliced(70, 80)(pool([count], [TEST], np.zeros(count, int)))
+  codes = splits.sliced(70, 80)(records_of([count], [TEST], np.zeros(count, int)))
   template = tfds.core.ShardedFileTemplate(
     data_dir="any", dataset_name="any", split="test", filetype_suffix="array_record"
   )
@@ -74,17 +86,17 @@ def test_slices_are_rounded_as_tfds_does(count):
   assert np.all(np.diff(codes) >= 0)
 
 
-def test_each_class_is_cut_in_its_reading_order():
+def test_each_class_is_divided_in_its_reading_order():
   stratum = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [10, 25, 51]))
-  codes = splits.stratified(pool([len(stratum)], [TEST], stratum))
+  codes = splits.stratified(records_of([len(stratum)], [TEST], stratum))
   for label, expected in enumerate([[7, 1, 2], [17, 3, 5], [36, 5, 10]]):
     assert numbers(codes[stratum == label]) == expected
     assert np.all(np.diff(codes[stratum == label]) >= 0)
 
 
-def test_official_cuts_keep_the_published_test_images():
+def test_official_splits_keep_the_published_test_images():
   stratum = np.tile(np.arange(4), 25)
-  records = pool([64, 36], [TRAIN, TEST], stratum)
+  records = records_of([64, 36], [TRAIN, TEST], stratum)
   codes = domainnet.SPLITS["official"](records)
   np.testing.assert_array_equal(codes == TEST, records.official == TEST)
   for label in range(4):  # 16 of each class for training: the last 2 are for validation
@@ -100,8 +112,8 @@ def test_official_cuts_keep_the_published_test_images():
 LISTED = ["n01/art_0.jpg", "n01/toy_1.jpg", "n02/art_0.jpg", "n03/sketch_5.jpg"]
 
 
-def listed_pool(root):
-  named = pool([4], [TEST], [0, 0, 1, 2])
+def listed_records(root):
+  named = records_of([4], [TEST], [0, 0, 1, 2])
   return dataclasses.replace(named, names=lambda: LISTED, root=root)
 
 
@@ -112,9 +124,9 @@ def write_lists(root, train, test):
     (root / f"imagenet-r_{name}.yaml").write_text(yaml.safe_dump(lists))
 
 
-def test_lists_of_file_names_make_a_cut_in_any_order(tmp_path):
+def test_lists_of_file_names_make_a_split_in_any_order(tmp_path):
   write_lists(tmp_path, train=[LISTED[3], LISTED[0]], test=[LISTED[2], LISTED[1]])
-  codes = imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
+  codes = imagenet_r.SPLITS["coda"](listed_records(tmp_path))
   assert codes.tolist() == [TRAIN, TEST, TEST, TRAIN]
 
 
@@ -128,14 +140,14 @@ def test_lists_of_file_names_make_a_cut_in_any_order(tmp_path):
 def test_lists_that_do_not_fit_the_data_are_refused(tmp_path, train, test, message):
   write_lists(tmp_path, train, test)
   with pytest.raises(ConfigError, match=f"{message}.*CODA-Prompt"):
-    imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
+    imagenet_r.SPLITS["coda"](listed_records(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["data: [1, 2]", "[]", "data: {", "targets: []"])
 def test_a_list_that_is_missing_or_damaged_is_named(tmp_path, text):
   with pytest.raises(ConfigError, match="imagenet-r_train.yaml can't be read .no such file"):
-    imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
+    imagenet_r.SPLITS["coda"](listed_records(tmp_path))
   write_lists(tmp_path, LISTED[:2], LISTED[2:])
   (tmp_path / "imagenet-r_test.yaml").write_text(text)
   with pytest.raises(ConfigError, match="imagenet-r_test.yaml can't be read .*CODA-Prompt"):
-    imagenet_r.SPLITS["coda"](listed_pool(tmp_path))
+    imagenet_r.SPLITS["coda"](listed_records(tmp_path))

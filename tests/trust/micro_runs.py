@@ -23,7 +23,7 @@ from fmlora_jax.experiment.run import Experiment, run
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.report import plots
 from fmlora_jax.train.evaluator import Evaluator
-from fmlora_jax.workdir import checkpoint, log
+from fmlora_jax.workdir import checkpoint, files, identity, log, result_file, step_folders
 
 EVERY = 3  # steps between checkpoints
 CHANGES = {
@@ -44,16 +44,16 @@ METHODS = {
 }
 # where a run kills itself: (owner, function, before or after its n-th call)
 POINTS: dict[str, tuple[object, str, str, int]] = {
-  "before the workdir is claimed": (checkpoint, "claim", "before", 1),
-  "after the workdir is claimed": (checkpoint, "claim", "after", 1),
+  "before the workdir is claimed": (identity, "claim_workdir", "before", 1),
+  "after the workdir is claimed": (identity, "claim_workdir", "after", 1),
   "before the first save": (checkpoint.CheckpointStore, "save", "before", 1),
   "in a save, all written and not yet named": (
     atomicity.AtomicRenameTemporaryPath, "finalize", "before", 3
   ),
-  "in a save, named and not yet synced": (checkpoint.disk, "sync", "before", 2),
+  "in a save, named and not yet synced": (files, "fsync_tree", "before", 2),
   "in a save, not yet read again": (checkpoint.CheckpointStore, "_load", "before", 2),
-  "in a save, before others are dropped": (checkpoint.CheckpointStore, "_drop", "before", 1),
-  "in a save, one of the others half dropped": (checkpoint.CheckpointStore, "_drop", "half", 2),
+  "in a save, before others are dropped": (step_folders.StepFolders, "_drop", "before", 1),
+  "in a save, one of the others half dropped": (step_folders.StepFolders, "_drop", "half", 2),
   "after a save within a task": (checkpoint.CheckpointStore, "save", "after", 1),
   "before metrics": (log.RunLog, "scalars", "before", 8),
   "in a line of metrics": (log.RunLog, "scalars", "half", 8),
@@ -68,8 +68,8 @@ POINTS: dict[str, tuple[object, str, str, int]] = {
   "after the save of a task's end": (Experiment, "_save", "after", 3),
   "at the switch of tasks": (Experiment, "_learn_task", "before", 2),
   "before the plots": (plots, "write_plots", "before", 1),
-  "before result.json": (log, "write_result", "before", 1),
-  "in result.json": (log, "replace", "half", 3),
+  "before result.json": (result_file, "write_result", "before", 1),
+  "in result.json": (result_file, "write_atomically", "half", 1),
 }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _half_done(name: str, owner, *rest) -> None:
   elif name == "scalars":
     with open(owner._workdir / log.METRICS, "a") as file:
       file.write('{"task": ')
-  else:  # replace(path, text)
+  else:  # write_atomically(path, text)
     owner.with_name(f".{owner.name}.{os.getpid()}").write_text(rest[0][:9])
   _die()
 

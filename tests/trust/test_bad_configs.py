@@ -79,7 +79,7 @@ BAD = [  # (values, the key that the message begins with, what is allowed)
   ({"tasks": {"benchmark": "cifar100", "split": "../a"}}, "config.tasks.split", "one of official"),
   ({"tasks": {"benchmark": "domainnet", "domains": ("..",)}}, "config.tasks.domains", "one of cl"),
   ({"tasks": {"data_dir": "a\nb"}}, "config.tasks.data_dir", "printable characters"),
-  ({"tasks": {"stream": "a\0b"}}, "config.tasks.task_file", "printable characters"),
+  ({"tasks": {"task_file": "a\0b"}}, "config.tasks.task_file", "printable characters"),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 from fmlora_jax import methods
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
 from fmlora_jax.config.diff import leaves
-from fmlora_jax.workdir import checkpoint
+from fmlora_jax.workdir import identity as identity_lib
 
 
 def flipped(value):
@@ -28,8 +28,8 @@ def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
   """The method's own too."""
   settings = Config(method=methods.config_class(method)(name=method))
   identity = {"config": json.loads(json.dumps(dataclasses.asdict(settings)))}
-  identity |= {"weights_sha256": "ab", "manifest_sha256": "cd", "stream_sha256": "ef"}
-  checkpoint.claim_workdir(tmp_path / "run", identity)
+  identity |= {"weights_sha256": "ab", "manifest_sha256": "cd", "task_file_sha256": "ef"}
+  identity_lib.claim_workdir(tmp_path / "run", identity)
   as_said = total = 0
   for field, value in leaves(identity):
     other = json.loads(json.dumps(identity))
@@ -41,7 +41,7 @@ def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
     place[name] = other_method if field == "config.method.name" else flipped(value)
     expected = f"({field}: {value!r} there, {place[name]!r} now)"
     try:
-      checkpoint.claim_workdir(tmp_path / "run", other)
+      identity_lib.claim_workdir(tmp_path / "run", other)
       taken, said = True, ""
     except ConfigError as error:
       taken, said = False, str(error)
@@ -60,17 +60,17 @@ def test_a_field_that_came_later_has_its_default_or_is_refused(tmp_path):
   now = {"config": json.loads(json.dumps(dataclasses.asdict(methods.build_config({}))))}
   before = json.loads(json.dumps(now))
   del before["config"]["optim"]["clip_norm"], before["config"]["method"]["drs"]["price"]
-  checkpoint.claim_workdir(tmp_path / "run", before)
-  checkpoint.claim_workdir(tmp_path / "run", now)
+  identity_lib.claim_workdir(tmp_path / "run", before)
+  identity_lib.claim_workdir(tmp_path / "run", now)
   now["config"]["method"]["drs"]["price"] = 0.5
   with pytest.raises(ConfigError, match=r"\(config\.method\.drs\.price: None there, 0\.5 now\)"):
-    checkpoint.claim_workdir(tmp_path / "run", now)
+    identity_lib.claim_workdir(tmp_path / "run", now)
 
 
 def test_a_setting_that_is_changed_to_its_default_is_refused(tmp_path):
   now = {"config": json.loads(json.dumps(dataclasses.asdict(Config())))}
   before = json.loads(json.dumps(now))
   before["config"]["epochs"] += 1
-  checkpoint.claim_workdir(tmp_path / "run", before)
+  identity_lib.claim_workdir(tmp_path / "run", before)
   with pytest.raises(ConfigError, match=r"\(config\.epochs: 31 there, 30 now\)"):
-    checkpoint.claim_workdir(tmp_path / "run", now)
+    identity_lib.claim_workdir(tmp_path / "run", now)

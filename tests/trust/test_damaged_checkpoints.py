@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fmlora_jax.train import mesh
-from fmlora_jax.workdir import checkpoint
+from fmlora_jax.workdir import checkpoint, step_folders
 from fmlora_jax.workdir.checkpoint import CheckpointStore, DamagedError, Snapshot
 
 # orbax drops coroutines when it can't read a file
@@ -67,7 +67,7 @@ def damaged(saved, tmp_path, kinds):
     elif found != whole:
       silent.append(name)
     shutil.rmtree(workdir)
-  assert all("checkpoints/8 can't be used: " in reason for reason in refused)
+  assert all("checkpoints/8 is unusable: " in reason for reason in refused)
   return refused, silent
 
 
@@ -124,7 +124,7 @@ def test_arrays_that_were_exchanged_are_named(saved, tmp_path):
   workdir = shutil.copytree(saved, tmp_path / "run")
   exchange(workdir)
   _, reason = read(workdir)
-  assert "cur/head, mem/half, opt_state/count and 1 others in it: not what was saved" in reason
+  assert "cur/head, mem/half, opt_state/count and 1 others differ from what was saved" in reason
 
 
 def test_three_arrays_are_all_named(tmp_path):
@@ -134,7 +134,7 @@ def test_three_arrays_are_all_named(tmp_path):
     opened.save(step, Snapshot(arrays=arrays, record={}), keep=True)
   exchange(tmp_path)
   _, reason = read(tmp_path)
-  assert "can't be used: a, b, c in it: not what was saved" in reason
+  assert "is unusable: its arrays a, b, c differ from what was saved" in reason
 
 
 def change_record(path, change):
@@ -149,7 +149,7 @@ def no_step(workdir):
 
 
 def unfinished(workdir):
-  target = workdir / "checkpoints" / f"12{checkpoint.TEMPORARY}"
+  target = workdir / "checkpoints" / f"12{step_folders.TEMPORARY}"
   shutil.copytree(workdir / "checkpoints" / "8", target)
 
 
@@ -160,7 +160,7 @@ def without_digests(workdir):
 
 def of_another_run(workdir):
   other = store(workdir, identity={"config": {"seed": 2}, "weights_sha256": "ab"})
-  other._kept = [4, 8]
+  other._permanent = [4, 8]
   other.save(999, Snapshot(arrays=ARRAYS, record={}), keep=False)
 
 
@@ -179,7 +179,7 @@ NO_STEPS = {
   without_digests: "it has no digests",
   of_another_run: "it is another run's (config.seed: 2 there, 1 now)",
   renamed: "it is that of step 4",
-  edited: "its record, in _CHECKPOINT_METADATA, is not what was saved",
+  edited: "its record, in _CHECKPOINT_METADATA, differs from what was saved",
 }
 
 
@@ -206,7 +206,7 @@ def test_the_newest_good_one_is_taken_or_none_and_nothing_is_lost(saved, tmp_pat
     (workdir / "checkpoints" / f"{step}.unusable").mkdir()
   assert store(workdir, note=notes.append).latest() is None
   assert len(notes) == 3 and "set aside as 8.unusable-" in notes[0]
-  assert notes[2] == "no checkpoint can be used: the run begins again"
+  assert notes[2] == "no usable checkpoint: starting from the beginning"
   left = {path.name for path in (workdir / "checkpoints").iterdir()}
   assert left == {"4.unusable", "4.unusable-", "8.unusable", "8.unusable-"}
 
@@ -214,7 +214,7 @@ def test_the_newest_good_one_is_taken_or_none_and_nothing_is_lost(saved, tmp_pat
 def test_a_run_may_rather_be_refused(saved, tmp_path):
   workdir = shutil.copytree(saved, tmp_path / "run")
   no_step(workdir)
-  with pytest.raises(DamagedError, match=r"checkpoints/999 can't be used: "):
+  with pytest.raises(DamagedError, match=r"checkpoints/999 is unusable: "):
     store(workdir, on_damage="refuse").latest()
   assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8", "999"}
 
@@ -233,7 +233,7 @@ def test_what_the_disk_does_not_give_back_stops_the_run_and_replaces_nothing(
 
   opened.save(11, Snapshot(arrays=ARRAYS, record={}), keep=False)
   monkeypatch.setattr(checkpoint.ocp, "save", rot)
-  with pytest.raises(DamagedError, match=r"checkpoints/12 can't be used: "):
+  with pytest.raises(DamagedError, match=r"checkpoints/12 is unusable: "):
     opened.save(12, Snapshot(arrays=ARRAYS, record={}), keep=False)
   left = {path.name for path in (workdir / "checkpoints").iterdir()}
   assert left == {"4", "8", "11", "12"}
@@ -272,13 +272,13 @@ def test_restored_arrays_lie_where_they_must(saved):
 
 def test_files_and_folders_of_a_step_are_synced_after_it_has_its_name(tmp_path, monkeypatch):
   """B6: orbax leaves its own JSON files, the last move and the folder above to the system."""
-  synced, real = [], checkpoint.disk.os.fsync
+  synced, real = [], checkpoint.files.os.fsync
 
   def fsync(file):
-    synced.append(checkpoint.disk.os.readlink(f"/proc/self/fd/{file}"))
+    synced.append(checkpoint.files.os.readlink(f"/proc/self/fd/{file}"))
     real(file)
 
-  monkeypatch.setattr(checkpoint.disk.os, "fsync", fsync)
+  monkeypatch.setattr(checkpoint.files.os, "fsync", fsync)
   store(tmp_path).save(4, Snapshot(arrays=ARRAYS, record={}), keep=True)
   step = tmp_path / "checkpoints" / "4"
   assert {str(path) for path in (step.parent, step, *step.rglob("*"))} <= set(synced)

@@ -74,7 +74,7 @@ OF_TASKS = {  # the same of keys that the sequence of tasks depends on
   "data_dir": ({"benchmark": "image_folder", "data_dir": "FOLDER", "num_tasks": 2}, "OTHER"),
   "split": ({"benchmark": "cifar100", "data_dir": "PREPARED"}, "paper"),
   "domains": ({"benchmark": "domainnet", "data_dir": "PREPARED"}, ("real",)),
-  "task_file": ({}, "STREAM"),
+  "task_file": ({}, "TASK_FILE"),
   "val_fraction": ({}, 0.3),
   "test_fraction": ({}, 0.4),
   "split_seed": ({}, 1),
@@ -226,10 +226,10 @@ def places(tmp_path, prepared):
   (tmp_path / "BROKEN" / "train" / "ant" / "0.png").write_bytes(b"no image")
   copy = tmp_path / "COPIES" / "test" / "ant" / "0.png"
   copy.write_bytes((tmp_path / "COPIES" / "train" / "ant" / "0.png").read_bytes())
-  stream = tmp_path / "stream.json"
+  tasks_of_another = tmp_path / "task_file.json"
   other = tasks.make(config.TasksConfig(), seed=9, source_size=8)
-  stream.write_text(task_file.dump_task_file(other))
-  return {"PREPARED": str(prepared), "STREAM": str(stream)} | {
+  tasks_of_another.write_text(task_file.dump_task_file(other))
+  return {"PREPARED": str(prepared), "TASK_FILE": str(tasks_of_another)} | {
     folder: str(tmp_path / folder) for folder in ("FOLDER", "OTHER", "BROKEN", "COPIES")
   }
 

@@ -9,7 +9,7 @@ import pytest
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment.run import run
 from fmlora_jax.experiment.setup import SetupCache
-from fmlora_jax.workdir import checkpoint, disk, log
+from fmlora_jax.workdir import checkpoint, files, log, result_file
 
 MESSAGE = r"^\S+: the disk is full, [\d,]+ bytes needed, [\d,]+ free: make room, and "
 
@@ -71,7 +71,7 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
     expected = micro_runs.outcome(small_disk / "whole")
     writes = [(checkpoint.CheckpointStore, "save", call + 1) for call in range(len(saves))]
     writes += [(log.RunLog, "scalars", call) for call in (1, 7)]
-    writes += [(log, "write_result", 1)]
+    writes += [(result_file, "write_result", 1)]
     equal = 0
     for i, (owner, name, call) in enumerate(writes):
       workdir = small_disk / str(i)
@@ -85,5 +85,5 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
 
 def test_a_run_that_will_not_fit_is_refused_in_one_line(tmp_path):
   with pytest.raises(ConfigError, match=r"checkpoints need 9(,000){6} bytes, [\d,]+ are free"):
-    disk.require_room(tmp_path, 9_000_000_000_000_000_000, "checkpoints")
-  disk.require_room(tmp_path, 1, "checkpoints")
+    files.require_free_space(tmp_path, 9_000_000_000_000_000_000, "checkpoints")
+  files.require_free_space(tmp_path, 1, "checkpoints")

@@ -113,13 +113,13 @@ def test_a_process_that_is_suspended_ends_the_other(tmp_path, index):
     began = time.monotonic()
     _, errors = started[1 - index].communicate(timeout=120)
     took = time.monotonic() - began
-    assert started[1 - index].returncode == hosts.ENDED
+    assert started[1 - index].returncode == hosts.PEER_LOST
     assert errors == (
-      f"error: process {index} was silent for 20 s, stopped or out of reach: {watchdog.AGAIN}\n"
+      f"error: process {index} was silent for 20 s: suspended or unreachable. {watchdog.FIX}\n"
     )
     started[index].send_signal(signal.SIGCONT)
     _, errors = started[index].communicate(timeout=30)
-    assert started[index].returncode == hosts.ENDED
+    assert started[index].returncode == hosts.PEER_LOST
     assert errors.splitlines()[-1].startswith("error: process ")  # jax may have logged before
   finally:
     for process in started:
@@ -145,7 +145,7 @@ def test_ten_kills_of_either_of_two_processes(tmp_path):
     began = time.monotonic()
     ends = processes.ended(started)
     gone.append(time.monotonic() - began)
-    assert ends[1 - killed][0] == hosts.ENDED, ends
+    assert ends[1 - killed][0] == hosts.PEER_LOST, ends
     again = processes.ended(start([workdir] * 2, [settings] * 2))
     assert [code for code, *_ in again] == [0, 0], again
     result = json.loads((workdir / "result.json").read_text())

@@ -1,5 +1,4 @@
 import errno
-import json
 import shutil
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.train import mesh
-from fmlora_jax.workdir import checkpoint, log
+from fmlora_jax.workdir import checkpoint
 from fmlora_jax.workdir.checkpoint import CheckpointStore, Snapshot
 
 TREE = {
@@ -95,7 +94,7 @@ def test_a_checkpoint_that_a_kill_left_behind_goes_with_the_next_start(tmp_path,
   opened = store(tmp_path)
   opened.save(3, snapshot(3), keep=True)
   opened.save(5, snapshot(5), keep=False)
-  monkeypatch.setattr(opened, "_drop", lambda path: None)  # killed before it
+  monkeypatch.setattr(opened._folders, "_drop", lambda path: None)  # killed before it
   opened.save(7, snapshot(7), keep=False)
   assert steps(tmp_path) == [3, 5, 7]
   half_gone = next(path for path in (tmp_path / "checkpoints" / "5").iterdir() if path.is_dir())
@@ -131,7 +130,7 @@ def test_a_step_stays_until_it_is_saved_once_more_and_verified(tmp_path, monkeyp
       opened.save(3, snapshot(2.0), keep=True)
   with monkeypatch.context() as patch:
     patch.setattr(opened, "_verified", full)  # what was written can't be read
-    with pytest.raises(checkpoint.DamagedError, match=r"checkpoints/3\.again can't be used"):
+    with pytest.raises(checkpoint.DamagedError, match=r"checkpoints/3\.again is unusable"):
       opened.save(3, snapshot(2.0), keep=True)
   notes = []
   opened = store(tmp_path, note=notes.append)
@@ -140,14 +139,14 @@ def test_a_step_stays_until_it_is_saved_once_more_and_verified(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_kill_while_a_step_is_exchanged_does_no_harm(tmp_path, monkeypatch, renamed):
+def test_a_kill_while_a_step_is_replaced_does_no_harm(tmp_path, monkeypatch, renamed):
   opened = store(tmp_path)
   opened.save(3, snapshot(1.0), keep=False)
   with monkeypatch.context() as patch:
     if renamed:
-      patch.setattr(opened, "_drop", lambda path: None)
+      patch.setattr(opened._folders, "_drop", lambda path: None)
     else:
-      patch.setattr(opened, "_finish_exchange", lambda step: None)
+      patch.setattr(opened._folders, "_finish_replacement", lambda step: None)
       patch.setattr(opened, "_drop_others", lambda *args: None)
     opened.save(3, snapshot(2.0), keep=True)
   assert left(tmp_path) == ["3" if renamed else "3.again", "3.before"]
@@ -195,94 +194,3 @@ def test_a_leaf_that_does_not_fit_is_refused_by_name(arrays, message):
   template = {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}
   with pytest.raises(ValueError, match=message):
     checkpoint.fill(template, arrays, "opt_state")
-
-
-def test_a_new_folder_is_claimed_and_claimed_again(tmp_path):
-  workdir = tmp_path / "deep" / "run"
-  checkpoint.claim_workdir(workdir, IDENTITY)
-  assert json.loads((workdir / "config.json").read_text()) == IDENTITY
-  checkpoint.claim_workdir(workdir, IDENTITY)
-  assert [path.name for path in workdir.iterdir()] == ["config.json"]
-  written = (workdir / "config.json").read_text()
-  checkpoint.claim_workdir(tmp_path / "other", dict(reversed(IDENTITY.items())))
-  assert (tmp_path / "other" / "config.json").read_text() == written
-  (tmp_path / "empty").mkdir()
-  checkpoint.claim_workdir(tmp_path / "empty", IDENTITY)
-
-
-def test_tuples_are_the_lists_that_json_makes_of_them(tmp_path):
-  checkpoint.claim_workdir(tmp_path / "run", {"config": {"ranks": (1, 2)}})
-  checkpoint.claim_workdir(tmp_path / "run", {"config": {"ranks": (1, 2)}})
-
-
-def test_another_run_is_refused_with_every_difference(tmp_path):
-  workdir = tmp_path / "run"
-  checkpoint.claim_workdir(workdir, IDENTITY)
-  before = (workdir / "config.json").read_text()
-  other = {"config": {"seed": 2, "optim": {"learning_rate": 0.2, "clip_norm": 1.0}}}
-  with pytest.raises(ConfigError) as error:
-    checkpoint.claim_workdir(workdir, other)
-  for difference in (
-    "config.seed: 1 there, 2 now",
-    "config.optim.learning_rate: 0.1 there, 0.2 now",
-    "config.optim.clip_norm: None there, 1.0 now",
-    "weights_sha256: 'ab' there, None now",
-  ):
-    assert difference in str(error.value)
-  assert (workdir / "config.json").read_text() == before
-
-
-def test_free_fields_may_differ_and_others_may_not(tmp_path):
-  def identity(free, batch_size):
-    return {
-      "config": {
-        "batch_size": batch_size,
-        "eval_batch_size": free,
-        "checkpoint": {"every_steps": free},
-        "input": {"steps_per_dispatch": free},
-        "tasks": {"data_dir": f"/{free}"},
-        "weights": {"path": f"/{free}"},
-      }
-    }
-
-  checkpoint.claim_workdir(tmp_path / "run", identity(1, 4))
-  checkpoint.claim_workdir(tmp_path / "run", identity(10, 4))
-  with pytest.raises(ConfigError, match=r"\(config\.batch_size: 4 there, 40 now\)"):
-    checkpoint.claim_workdir(tmp_path / "run", identity(10, 40))
-
-
-def test_a_folder_from_before_there_was_a_free_field_is_its_runs_still(tmp_path):
-  checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1}})
-  checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1, "mesh": {"fsdp": 2}}})
-  with pytest.raises(ConfigError, match=r"\(config\.method\.drs\.rank: None there, 2 now\)"):
-    checkpoint.claim_workdir(tmp_path / "run", {"config": {"seed": 1, "drs": {"rank": 2}}})
-
-
-def test_a_kill_while_a_folder_is_claimed_does_no_harm(tmp_path, monkeypatch):
-  def kill(*_):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(log.os, "replace", kill)
-    checkpoint.claim_workdir(tmp_path / "run", IDENTITY)
-  assert [path.name for path in (tmp_path / "run").iterdir()] != ["config.json"]
-  monkeypatch.setattr(log.os, "getpid", lambda: 1)  # of another process
-  checkpoint.claim_workdir(tmp_path / "run", IDENTITY)
-  assert json.loads((tmp_path / "run" / "config.json").read_text()) == IDENTITY
-
-
-def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):
-  (tmp_path / "photo.jpg").write_text("mine")
-  with pytest.raises(ConfigError, match=r"holds photo\.jpg but no config\.json: must be new"):
-    checkpoint.claim_workdir(tmp_path, IDENTITY)
-  assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("photo.jpg", "mine")]
-  for name in ("notes", "a", "z"):
-    (tmp_path / name).mkdir()
-  with pytest.raises(ConfigError, match=r"holds a, notes, photo\.jpg but no config\.json"):
-    checkpoint.check_folder(tmp_path)
-
-
-def test_a_damaged_config_is_refused_in_one_line(tmp_path):
-  (tmp_path / "config.json").write_text('{"config": ')
-  with pytest.raises(ConfigError, match=r"config\.json can't be read .*choose another --workdir"):
-    checkpoint.claim_workdir(tmp_path, IDENTITY)

@@ -35,8 +35,8 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
     holder = json.loads((folder / lock.FILE).read_text())
   assert (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid())
   assert str(refused.value) == (
-    f"workdir {folder} is in use by process {os.getpid()} on {socket.gethostname()} since "
-    f"{holder['since']}: must be one run's at a time; wait, stop that one, or choose another with "
+    f"workdir {folder} is in use by process {os.getpid()} on {socket.gethostname()} (since "
+    f"{holder['since']}). Only one run may write to it: wait, stop that process, or pass another "
     "--workdir"
   )
   with lock.hold_lock(folder):
@@ -82,7 +82,7 @@ def test_a_lock_that_its_holder_deletes_meanwhile_is_made_again(tmp_path, monkey
 def test_a_holder_that_has_not_said_who_it_is_is_refused_too(tmp_path):
   with open(tmp_path / lock.FILE, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    message = re.escape(f"workdir {tmp_path} is in use: must be")
+    message = re.escape(f"workdir {tmp_path} is in use. Only")
     with pytest.raises(ConfigError, match=message), lock.hold_lock(tmp_path):
       pass
 
@@ -105,6 +105,8 @@ def test_a_link_is_not_followed(tmp_path):
   (tmp_path / "mine").write_text("important")
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / lock.FILE).symlink_to(tmp_path / "mine")
-  with pytest.raises(ConfigError, match=r"holds the link '\.lock': must hold files .* of its own"):
+  with pytest.raises(
+    ConfigError, match=r"holds the link '\.lock': must hold plain files and folders"
+  ):
     lock.hold_lock(tmp_path / "run").__enter__()
   assert (tmp_path / "mine").read_text() == "important"

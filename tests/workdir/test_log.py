@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import os
 import re
 import struct
 import types
@@ -16,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir import log as writer
+from fmlora_jax.workdir.matrix_table import matrix_table
 
 PLAN = writer.TaskPlan(
   index=1,
@@ -189,7 +189,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_an_error(tmp_path):
 @pytest.mark.parametrize("width", [80, 40])
 def test_the_matrix_fits_the_console_and_cuts_no_number(tasks, width):
   console = plain_console(width)
-  console.print(writer.matrix_table(*matrix(tasks), console))
+  console.print(matrix_table(*matrix(tasks), console))
   text = console.file.getvalue()
   assert all(len(line) <= width for line in text.splitlines())
   assert not re.search(r"\d…|a…", text)
@@ -201,72 +201,6 @@ def test_the_matrix_shows_the_right_cell_when_columns_are_left_out():
   console = plain_console(80)
   accuracy = np.tril((np.arange(30)[:, None] + np.arange(30)) / 100)
   accuracy[np.triu_indices(30, 1)] = np.nan
-  console.print(writer.matrix_table(accuracy, np.full(30, 10), console))
+  console.print(matrix_table(accuracy, np.full(30, 10), console))
   last = console.file.getvalue().splitlines()[-1].split()
   assert last == ["30", *map(str, range(29, 36)), "…", *map(str, range(52, 59)), "43.50"]
-
-
-def test_a_result_is_read_back_as_plain_values(tmp_path):
-  result = dict.fromkeys(writer.FIELDS) | {"finished": True}
-  result |= {"acc": np.float32(0.5), "seed": np.int64(3), "accuracy": np.array([[1.0, np.nan]])}
-  result |= {"config": {"path": tmp_path, "ranks": (4, 8)}, "aaa": float("inf"), "own": True}
-  path = writer.write_result(tmp_path, result)
-  assert path == tmp_path / "result.json"
-  assert "NaN" not in path.read_text()
-  back = writer.read_result(tmp_path)
-  assert back == writer.read_result(path)
-  assert (back["acc"], back["seed"], back["aaa"], back["own"]) == (0.5, 3, None, True)
-  assert back["accuracy"] == [[1.0, None]]
-  assert back["config"] == {"path": str(tmp_path), "ranks": [4, 8]}
-
-
-def test_a_value_that_json_cannot_hold_is_refused_with_its_path(tmp_path):
-  with pytest.raises(TypeError, match=r"config\.a\[1\] is of type object"):
-    writer.write_result(tmp_path, {"config": {"a": [1, object()]}})
-  assert list(tmp_path.iterdir()) == []
-
-
-def test_a_crash_while_writing_leaves_the_old_result(tmp_path, monkeypatch):
-  writer.write_result(tmp_path, {"seed": 1})
-
-  def crash(*_):
-    raise OSError("disk full")
-
-  monkeypatch.setattr(os, "replace", crash)
-  with pytest.raises(OSError, match="disk full"):
-    writer.write_result(tmp_path, {"seed": 2})
-  assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 1}
-
-
-@pytest.mark.parametrize(
-  ("text", "message"),
-  [
-    (None, "no result.json; a run writes it at its very end"),
-    ('{"acc": 1', "can't be read as a result"),
-    ("\udcff", "can't be read as a result"),
-    ("[1]", "not the result of a finished run"),
-    ('{"acc": 1}', "not the result of a finished run"),
-    ('{"finished": true}', "lacks method, benchmark"),
-    ('{"finished": true}', "delete the file, and the command of the run makes it again"),
-  ],
-)
-def test_a_missing_or_damaged_result_gives_one_clear_line(tmp_path, text, message):
-  if text is not None:
-    (tmp_path / "result.json").write_text(text, errors="surrogateescape")
-  with pytest.raises(ValueError, match=re.escape(message)) as caught:
-    writer.read_result(tmp_path)
-  assert str(tmp_path) in str(caught.value)
-  assert "\n" not in str(caught.value)
-
-
-def test_a_path_that_does_not_exist_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r"nowhere: no such file or folder"):
-    writer.read_result(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-  ("seconds", "text"),
-  [(8.14, "8.1 s"), (59.99, "1:00 min"), (125.0, "2:05 min"), (3725.4, "1:02:05 h")],
-)
-def test_durations_are_easy_to_read(seconds, text):
-  assert writer.duration(seconds) == text

@@ -1,1 +1,1 @@
-"""One file per benchmark, found by its name: `make(config, source_size) -> Source`."""
+"""One file per benchmark, found by its name: `make(config, source_size) -> DataSource`."""

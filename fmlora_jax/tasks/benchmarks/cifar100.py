@@ -7,7 +7,7 @@ TFDS `cifar100`.
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
 from fmlora_jax.tasks.sequence import DataSource
-from fmlora_jax.tasks.tfds import source
+from fmlora_jax.tasks.tfds.source import PublishedSplit, make_source
 
 BUILDERS = ("cifar100",)
 PUBLISHED = {"train": 50_000, "test": 10_000}
@@ -20,5 +20,5 @@ SPLITS = {
 
 def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the training images, then the test images."""
-  parts = [source.PublishedSplit("cifar100", split, count) for split, count in PUBLISHED.items()]
-  return source.source(config, source_size, parts, rules=SPLITS)
+  published = [PublishedSplit("cifar100", split, count) for split, count in PUBLISHED.items()]
+  return make_source(config, source_size, published, rules=SPLITS)

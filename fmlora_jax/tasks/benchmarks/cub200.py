@@ -6,7 +6,7 @@ Source: C. Wah et al. (2011), The Caltech-UCSD Birds-200-2011 Dataset; TFDS `cal
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
 from fmlora_jax.tasks.sequence import DataSource
-from fmlora_jax.tasks.tfds import source
+from fmlora_jax.tasks.tfds.source import PublishedSplit, make_source
 
 BUILDERS = ("caltech_birds2011",)
 PUBLISHED = {"train": 5_994, "test": 5_794}
@@ -19,7 +19,7 @@ SPLITS = {
 
 def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the published training images, then the published test images."""
-  parts = [
-    source.PublishedSplit("caltech_birds2011", split, count) for split, count in PUBLISHED.items()
+  published = [
+    PublishedSplit("caltech_birds2011", split, count) for split, count in PUBLISHED.items()
   ]
-  return source.source(config, source_size, parts, rules=SPLITS)
+  return make_source(config, source_size, published, rules=SPLITS)

@@ -37,7 +37,7 @@ def enlarge(image: UInt8[np.ndarray, "8 8"], size: int) -> Image.Image:
 
 
 def pack(images: list[Image.Image], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what `DataSource.decode` does: three equal channels, and sizes."""
+  """Returns images with three equal channels, and their sizes, as `DataSource.decode`."""
   grey = np.stack([np.asarray(image) for image in images]) if images else np.zeros((0, size, size))
   rgb = np.repeat(grey[..., None].astype(np.uint8), 3, axis=-1)
   return rgb, np.full((len(images), 2), size, np.int32)
@@ -48,6 +48,7 @@ def _decode(images: UInt8[np.ndarray, "n 8 8"], size: int, rows: Int[np.ndarray,
 
 
 def digest(name: str, images: np.ndarray, labels: np.ndarray) -> str:
+  """Returns the `DataSource.digest` of a benchmark made of the digits."""
   return hashlib.sha256(
     name.encode() + images.tobytes() + labels.astype("<i4").tobytes()
   ).hexdigest()

@@ -17,7 +17,7 @@ BLUR = 1 / 24  # standard deviation in image sides: a third of an original pixel
 
 
 def _render(image: Image.Image, domain: str, seed: int) -> Image.Image:
-  """Returns the grey image as it looks in `domain`; `seed` is of the noise."""
+  """Returns the grey image in the style of `domain`; `seed` is of the noise."""
   if domain == "inverted":
     return ImageChops.invert(image)
   if domain == "rotated":

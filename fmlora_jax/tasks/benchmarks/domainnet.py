@@ -9,7 +9,7 @@ Source: X. Peng et al. (2019), arXiv:1812.01754; TFDS `domainnet`.
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
 from fmlora_jax.tasks.sequence import DataSource
-from fmlora_jax.tasks.tfds import source
+from fmlora_jax.tasks.tfds.source import PublishedSplit, make_source
 
 DOMAINS = {  # in the order of S-Prompts: numbers of training and of test images
   "clipart": (33_525, 14_604),
@@ -30,9 +30,9 @@ SPLITS = {
 def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns each domain's training and test images, domain after domain."""
   domains = config.domains or tuple(DOMAINS)
-  parts = [
-    source.PublishedSplit(f"domainnet/{domain}", split, published, domain=index)
+  published = [
+    PublishedSplit(f"domainnet/{domain}", split, count, domain=index)
     for index, domain in enumerate(domains)
-    for split, published in zip(("train", "test"), DOMAINS[domain], strict=True)
+    for split, count in zip(("train", "test"), DOMAINS[domain], strict=True)
   ]
-  return source.source(config, source_size, parts, rules=SPLITS, domain_names=domains)
+  return make_source(config, source_size, published, rules=SPLITS, domain_names=domains)

@@ -18,12 +18,12 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
 
-SPLITS = {  # in any case of letters; "eval" is none: it stands for val and for test
+SPLIT_NAMES = {  # in any case of letters; not "eval", which means val or test
   **dict.fromkeys(("train", "training"), TRAIN),
   **dict.fromkeys(("val", "valid", "validation", "dev"), VAL),
   **dict.fromkeys(("test", "testing"), TEST),
 }
-LAYOUTS = (  # what the folders above an image stand for, outermost first
+LAYOUTS = (  # roles of the folders above an image, outermost first
   ("class",),
   ("split", "class"),
   ("domain", "class"),
@@ -32,19 +32,19 @@ LAYOUTS = (  # what the folders above an image stand for, outermost first
 )
 MAX_DEPTH = max(map(len, LAYOUTS))
 MAX_LISTED = 10  # names in one message
-CHUNK = 4096  # files in the queue of the threads: its entries take memory
+CHUNK = 4096  # files queued for the threads at a time, to limit memory
 LINE_EVERY_S = 10.0  # while files are checked
 
 _log = logging.getLogger(__name__)
 
-Parts = tuple[str, ...]  # of a path below data_dir: its folders and, of a file, its name
+RelativePath = tuple[str, ...]  # names of folders below data_dir and, for a file, its name
 
 
 def make(config: TasksConfig, source_size: int) -> DataSource:
-  """Returns the images of config.data_dir, each decoded once to see that it can be.
+  """Returns the images of config.data_dir, after decoding each once as a check.
 
-  The layout is told by depth and by the names of splits, those in `SPLITS`. Copies of one file are
-  never cut apart into train, val and test, unless the folders do that.
+  Depth and names of splits, those in `SPLIT_NAMES`, tell the layout. Copies of one file are never
+  in different splits, unless the folders put them there.
 
   Raises:
     ConfigError: if there is no such folder, its layout is none of `LAYOUTS`, a class is missing
@@ -54,42 +54,43 @@ def make(config: TasksConfig, source_size: int) -> DataSource:
   files, empty = _walk(root)
   layout = _layout(root, files)
   _refuse_gaps(root, files, empty)
-  names = {role: sorted({parts[i] for parts in files}) for i, role in enumerate(layout)}
+  names = {role: sorted({path[i] for path in files}) for i, role in enumerate(layout)}
   _log.info("checking %d files of %s: %s", len(files), root, _described(layout, files))
-  reader = Reader(root=root, side=source_size, max_pixels=config.max_pixels)
+  reader = ImageReader(root=root, side=source_size, max_pixels=config.max_pixels)
   checked = _check(reader, files, skip=config.broken_files == "skip")
   files = list(checked)
-
-  def ids(role):
-    number = {name: i for i, name in enumerate(names[role])}
-    return np.asarray([number[parts[layout.index(role)]] for parts in files], np.int32)
-
-  codes = np.asarray([SPLITS[name.casefold()] for name in names.get("split", ())], np.int8)
-  split = codes[ids("split")] if "split" in layout else None
+  ids = {role: _ids(files, layout.index(role), names[role]) for role in layout}
+  codes = np.asarray([SPLIT_NAMES[name.casefold()] for name in names.get("split", ())], np.int8)
   sizes = np.asarray([size for size, _ in checked.values()], np.int32)
   first: dict[str, int] = {}  # record of each content
   group = np.asarray([first.setdefault(sha, i) for i, (_, sha) in enumerate(checked.values())])
   canvas = tuple(sizes.max(axis=0).tolist())
   return DataSource(
     name="image_folder",
-    labels=ids("class"),
+    labels=ids["class"],
     class_names=tuple(names["class"]),
     canvas=canvas,
     decode=functools.partial(_decode, reader, files, sizes, canvas),
     digest=_digest(checked),
-    split=split,
-    domains=ids("domain") if "domain" in layout else None,
+    split=codes[ids["split"]] if "split" in ids else None,
+    domains=ids.get("domain"),
     domain_names=tuple(names.get("domain", ())),
     group=group,
     shown=functools.partial(_shown, files),
   )
 
 
-def _described(layout: tuple[str, ...], files: Sequence[Parts]) -> str:
-  """Returns such as "layout split/class/*, splits test (40), train (160), 10 classes"."""
+def _ids(files: Sequence[RelativePath], level: int, names: Sequence[str]) -> Int[np.ndarray, " n"]:
+  """Returns the index in `names` of each file's folder at a level."""
+  number = {name: i for i, name in enumerate(names)}
+  return np.asarray([number[path[level]] for path in files], np.int32)
+
+
+def _described(layout: tuple[str, ...], files: Sequence[RelativePath]) -> str:
+  """Returns a text like "layout split/class/*, splits test (40), train (160), 10 classes"."""
   described = f"layout {'/'.join(layout)}/*"
   for i, role in enumerate(layout):
-    counts = collections.Counter(parts[i] for parts in files)
+    counts = collections.Counter(path[i] for path in files)
     if role == "class":
       described += f", {len(counts)} classes"
     else:
@@ -97,13 +98,13 @@ def _described(layout: tuple[str, ...], files: Sequence[Parts]) -> str:
   return described
 
 
-def _refusal(root: pathlib.Path, what: str) -> ConfigError:
-  return ConfigError(f"config.tasks.data_dir is {str(root)!r}: {what}")
+def _refusal(root: pathlib.Path, reason: str) -> ConfigError:
+  return ConfigError(f"config.tasks.data_dir is {str(root)!r}: {reason}")
 
 
-def _listed(paths: Sequence[Parts]) -> str:
+def _listed(paths: Sequence[RelativePath]) -> str:
   more = f" and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
-  return ", ".join(repr("/".join(parts)) for parts in paths[:MAX_LISTED]) + more
+  return ", ".join(repr("/".join(path)) for path in paths[:MAX_LISTED]) + more
 
 
 def _root(data_dir: str | None) -> pathlib.Path:
@@ -118,28 +119,20 @@ def _root(data_dir: str | None) -> pathlib.Path:
   return root
 
 
-def _walk(root: pathlib.Path) -> tuple[list[Parts], list[Parts]]:
-  """Returns the image files, by their endings, and the folders that hold nothing; both sorted."""
+def _walk(root: pathlib.Path) -> tuple[list[RelativePath], list[RelativePath]]:
+  """Returns the image files, by their extensions, and the empty folders; both sorted."""
   known = images.extensions()
   files, empty, ignored = [], [], collections.Counter()
   pending = [()]
   while pending:
-    parts = pending.pop()
-    if len(parts) > MAX_DEPTH:
-      raise _refusal(root, f"folder {_listed([parts])} is too deep, or links back; {_wanted()}")
-    try:
-      with os.scandir(root.joinpath(*parts)) as entries:
-        visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
-        folders = [(*parts, e.name) for e in visible if e.is_dir()]
-        others = [e.name for e in visible if not e.is_dir()]
-    except OSError as error:
-      raise _refusal(root, f"folder {_listed([parts])} can't be read: {error.strerror}") from None
-    taken = [name for name in others if os.path.splitext(name)[1].lower() in known]
-    ignored.update(os.path.splitext(name)[1] or name for name in {*others} - {*taken})
-    if not folders and not taken:
-      empty.append(parts)
-    files += ((*parts, name) for name in taken)
-    pending += folders
+    path = pending.pop()
+    folders, others = _entries(root, path)
+    image_names = [name for name in others if os.path.splitext(name)[1].lower() in known]
+    ignored.update(os.path.splitext(name)[1] or name for name in {*others} - {*image_names})
+    if not folders and not image_names:
+      empty.append(path)
+    files += ((*path, name) for name in image_names)
+    pending += ((*path, name) for name in folders)
   if ignored:
     count, kinds = sum(ignored.values()), ", ".join(sorted(ignored)[:MAX_LISTED])
     _log.warning("%s: ignored %d files that are no images: %s", root, count, kinds)
@@ -148,20 +141,33 @@ def _walk(root: pathlib.Path) -> tuple[list[Parts], list[Parts]]:
   return sorted(files), sorted(empty)
 
 
+def _entries(root: pathlib.Path, path: RelativePath) -> tuple[list[str], list[str]]:
+  """Returns the names of folders and of files in a folder, without hidden ones."""
+  if len(path) > MAX_DEPTH:
+    raise _refusal(root, f"folder {_listed([path])} is too deep, or links back; {_wanted()}")
+  try:
+    with os.scandir(root.joinpath(*path)) as entries:
+      visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+      folders = [e.name for e in visible if e.is_dir()]
+      return folders, [e.name for e in visible if not e.is_dir()]
+  except OSError as error:
+    raise _refusal(root, f"folder {_listed([path])} can't be read: {error.strerror}") from None
+
+
 def _wanted() -> str:
   return f"must be laid out as one of {', '.join('/'.join(roles) + '/*' for roles in LAYOUTS)}"
 
 
-def _layout(root: pathlib.Path, files: Sequence[Parts]) -> tuple[str, ...]:
+def _layout(root: pathlib.Path, files: Sequence[RelativePath]) -> tuple[str, ...]:
   """Returns the one of `LAYOUTS` that fits all files."""
-  by_depth = {len(parts) - 1: parts for parts in reversed(files)}
+  by_depth = {len(path) - 1: path for path in reversed(files)}
   if len(by_depth) > 1:
     raise _refusal(
       root, f"images at different depths, {_listed([*by_depth.values()])}; {_wanted()}"
     )
   (depth,) = by_depth
-  levels = [{parts[i] for parts in files} for i in range(depth)]
-  splits = [{name for name in names if name.casefold() in SPLITS} for names in levels]
+  levels = [{path[i] for path in files} for i in range(depth)]
+  splits = [{name for name in names if name.casefold() in SPLIT_NAMES} for names in levels]
 
   def fits(roles):
     if len(roles) != depth:
@@ -169,17 +175,17 @@ def _layout(root: pathlib.Path, files: Sequence[Parts]) -> tuple[str, ...]:
     if roles == ("class",):  # a class may be called "train", but not all of them
       return splits[0] != levels[0]
     return all(
-      role == "class" or found == (names if role == "split" else set())
-      for role, names, found in zip(roles, levels, splits, strict=True)
+      role == "class" or split_names == (names if role == "split" else set())
+      for role, names, split_names in zip(roles, levels, splits, strict=True)
     )
 
   fitting = [roles for roles in LAYOUTS if fits(roles)]
   if len(fitting) != 1:
-    found = " / ".join(_listed([(name,) for name in sorted(names)]) for names in levels)
+    folders = " / ".join(_listed([(name,) for name in sorted(names)]) for names in levels)
     raise _refusal(
       root,
-      f"found folders {found or 'none, but images such as ' + _listed(files[:1])}; {_wanted()}, "
-      f"where split is one of {', '.join(SPLITS)}, and domain is none of these",
+      f"found folders {folders or 'none, but images such as ' + _listed(files[:1])}; {_wanted()}, "
+      f"where split is one of {', '.join(SPLIT_NAMES)}, and domain is none of these",
     )
   (roles,) = fitting
   if "split" in roles:
@@ -189,7 +195,7 @@ def _layout(root: pathlib.Path, files: Sequence[Parts]) -> tuple[str, ...]:
 
 def _refuse_twice(root: pathlib.Path, names: set[str]) -> None:
   for code in {TRAIN, VAL, TEST}:
-    same = sorted(name for name in names if SPLITS[name.casefold()] == code)
+    same = sorted(name for name in names if SPLIT_NAMES[name.casefold()] == code)
     if len(same) > 1:
       raise _refusal(
         root,
@@ -198,10 +204,12 @@ def _refuse_twice(root: pathlib.Path, names: set[str]) -> None:
       )
 
 
-def _refuse_gaps(root: pathlib.Path, files: Sequence[Parts], empty: Sequence[Parts]) -> None:
-  filled = {parts[:-1] for parts in files}
+def _refuse_gaps(
+  root: pathlib.Path, files: Sequence[RelativePath], empty: Sequence[RelativePath]
+) -> None:
+  filled = {path[:-1] for path in files}
   levels = [sorted(set(level)) for level in zip(*filled, strict=True)]
-  gaps = sorted({*empty, *(parts for parts in itertools.product(*levels) if parts not in filled)})
+  gaps = sorted({*empty, *(path for path in itertools.product(*levels) if path not in filled)})
   if gaps:
     raise _refusal(
       root,
@@ -211,71 +219,72 @@ def _refuse_gaps(root: pathlib.Path, files: Sequence[Parts], empty: Sequence[Par
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reader:
-  """Reads the files below `root` at shorter side `side`."""
+class ImageReader:
+  """Reads the files below `root`, resized to a shorter side of `side` pixels."""
 
   root: pathlib.Path
   side: int
   max_pixels: int
 
-  def check(self, parts: Parts) -> tuple[tuple[int, int], str] | images.BrokenImage:
-    """Returns (height, width) as kept and sha256 hex of the file, or what is wrong with it."""
-    path = self.root.joinpath(*parts)
+  def check(self, path: RelativePath) -> tuple[tuple[int, int], str] | images.BrokenImage:
+    """Returns (height, width) after resizing and sha256 hex of the file, or its fault."""
+    file_path = self.root.joinpath(*path)
     try:
-      (width, height), _ = images.resized_size(images.read(path, self.max_pixels).size, self.side)
-      with open(path, "rb") as file:
+      image = images.read(file_path, self.max_pixels)
+      (width, height), _ = images.resized_size(image.size, self.side)
+      with open(file_path, "rb") as file:
         return (height, width), hashlib.file_digest(file, "sha256").hexdigest()
     except images.BrokenImage as error:
       return error
 
-  def pixels(self, parts: Parts) -> UInt8[np.ndarray, "h w 3"]:
-    image = images.read(self.root.joinpath(*parts), self.max_pixels)
+  def pixels(self, path: RelativePath) -> UInt8[np.ndarray, "h w 3"]:
+    image = images.read(self.root.joinpath(*path), self.max_pixels)
     return np.asarray(images.resize_shorter_side(image, self.side))
 
 
 def _check(
-  reader: Reader, files: Sequence[Parts], *, skip: bool
-) -> dict[Parts, tuple[tuple[int, int], str]]:
-  """Returns the files that can be decoded, with what `Reader.check` says of them."""
+  reader: ImageReader, files: Sequence[RelativePath], *, skip: bool
+) -> dict[RelativePath, tuple[tuple[int, int], str]]:
+  """Returns the files that can be decoded, with the results of `ImageReader.check`."""
   good, bad, line_due = {}, {}, time.monotonic() + LINE_EVERY_S
   with images.threads() as pool:
     chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
     results = itertools.chain.from_iterable(pool.map(reader.check, chunk) for chunk in chunks)
-    for parts, result in zip(files, results, strict=True):
-      (bad if isinstance(result, images.BrokenImage) else good)[parts] = result
+    for path, result in zip(files, results, strict=True):
+      (bad if isinstance(result, images.BrokenImage) else good)[path] = result
       if time.monotonic() >= line_due:
         line_due += LINE_EVERY_S
         _log.info("  %d of %d files checked", len(good) + len(bad), len(files))
   if bad:
-    reasons = [f"  {_listed([parts])}: {error}" for parts, error in bad.items()]
+    reasons = [f"  {_listed([path])}: {error}" for path, error in bad.items()]
     if len(reasons) > MAX_LISTED:
       reasons[MAX_LISTED:] = [f"  and {len(reasons) - MAX_LISTED} more"]
-    what = f"{len(bad)} of {len(files)} images can't be used"
+    count = f"{len(bad)} of {len(files)} images can't be used"
     if not (skip and good):
-      mend = "mend or remove them" + (", or set config.tasks.broken_files to skip" * (not skip))
-      raise _refusal(reader.root, "\n".join([f"{what}; {mend}:", *reasons]))
-    _log.warning("%s: %s, skipped:\n%s", reader.root, what, "\n".join(reasons))
+      fix = "repair or remove them" + (", or set config.tasks.broken_files to skip" * (not skip))
+      raise _refusal(reader.root, "\n".join([f"{count}; {fix}:", *reasons]))
+    _log.warning("%s: %s, skipped:\n%s", reader.root, count, "\n".join(reasons))
   return good
 
 
-def _digest(checked: dict[Parts, tuple[tuple[int, int], str]]) -> str:
-  """Returns a sha256 over paths, so class names too, and contents."""
-  lines = (f"{'/'.join(parts)}\0{content}\n" for parts, (_, content) in checked.items())
+def _digest(checked: dict[RelativePath, tuple[tuple[int, int], str]]) -> str:
+  """Returns a sha256 over paths, which hold the class names, and contents."""
+  lines = (f"{'/'.join(path)}\0{content}\n" for path, (_, content) in checked.items())
   return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
-def _shown(files: Sequence[Parts], record: int) -> str:
+def _shown(files: Sequence[RelativePath], record: int) -> str:
   return "/".join(files[record])
 
 
 def _decode(
-  reader: Reader,
-  files: Sequence[Parts],
+  reader: ImageReader,
+  files: Sequence[RelativePath],
   sizes: Int[np.ndarray, "n 2"],
   canvas: tuple[int, int],
   rows: Int[np.ndarray, " k"],
 ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
-  """Returns the records `rows` of `files`, each in the corner of a canvas."""
+  """Returns the records `rows` of `files` on canvases, and their sizes."""
 
   def pixels(index):
     file = files[rows[index]]

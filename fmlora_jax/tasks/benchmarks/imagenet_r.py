@@ -1,4 +1,4 @@
-"""ImageNet-R: 30,000 renditions of 200 ImageNet classes; one published split, so the cut is ours.
+"""ImageNet-R: 30,000 renditions of 200 ImageNet classes, all in one published split.
 
 Source: D. Hendrycks et al. (2021), arXiv:2006.16241; TFDS `imagenet_r`.
 """
@@ -6,7 +6,7 @@ Source: D. Hendrycks et al. (2021), arXiv:2006.16241; TFDS `imagenet_r`.
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks import splits
 from fmlora_jax.tasks.sequence import DataSource
-from fmlora_jax.tasks.tfds import source
+from fmlora_jax.tasks.tfds.source import PublishedSplit, make_source
 
 BUILDERS = ("imagenet_r",)
 SPLITS = {
@@ -23,5 +23,5 @@ SPLITS = {
 
 def make(config: TasksConfig, source_size: int) -> DataSource:
   """Returns the 200 classes that have images, of the 1,000 that TFDS numbers."""
-  part = source.PublishedSplit("imagenet_r", "test", published=30_000)
-  return source.source(config, source_size, [part], rules=SPLITS)
+  published = [PublishedSplit("imagenet_r", "test", num_published=30_000)]
+  return make_source(config, source_size, published, rules=SPLITS)

@@ -2,15 +2,15 @@
 
 from fmlora_jax.config import TasksConfig
 from fmlora_jax.tasks.sequence import DataSource
-from fmlora_jax.tasks.tfds import source
+from fmlora_jax.tasks.tfds.source import PublishedSplit, make_source, usable_splits
 
 
 def make(config: TasksConfig, source_size: int) -> DataSource:
-  """Returns its splits train, validation and test; a set with one split is cut as the config says.
+  """Returns the splits train, validation and test; of a set with one split the config draws them.
 
   Raises:
-    ConfigError: if it has none of them, or not exactly one kind of image and one of label.
+    ConfigError: if it has none of them, or not one feature with images and one with labels.
   """
   name = config.benchmark.removeprefix("tfds:")
-  parts = [source.PublishedSplit(name, split) for split in source.published(name, config)]
-  return source.source(config, source_size, parts)
+  published = [PublishedSplit(name, split) for split in usable_splits(name, config)]
+  return make_source(config, source_size, published)

@@ -1,13 +1,11 @@
-"""The first look at each record of a prepared split, and what is kept of it ever after."""
+"""Index of a prepared split: label, image size and content hash of each record."""
 
-import base64
 import dataclasses
 import hashlib
 import io
 import logging
 import pathlib
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,21 +16,21 @@ from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks import images
 
 CHUNK = 1024  # records read at a time
-LINE_EVERY_S = 10.0  # between lines that say how far it is
+LINE_EVERY_S = 10.0  # between lines that show the progress
 MAX_LISTED = 10  # records in one message
-DTYPES = {"labels": "<u2", "sizes": "<u2", "contents": "<u8"}  # of the arrays of Looks
+DTYPES = {"labels": "<u2", "sizes": "<u2", "contents": "<u8"}  # of the arrays of RecordIndex
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Files:
+class SplitFiles:
   """The files of one prepared split.
 
   Attributes:
     split: such as "domainnet/real train".
     paths: in reading order.
-    lengths: records of each, as TFDS wrote them down.
+    lengths: records in each, as TFDS recorded them.
   """
 
   split: str
@@ -48,10 +46,10 @@ class Files:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordIndex:
-  """What is known of all records of a split.
+  """Facts about all records of a split.
 
   Attributes:
-    labels: of each record, as TFDS numbers its classes.
+    labels: of each record, in TFDS's numbering of classes.
     sizes: (width, height) in pixels of each image.
     contents: the first 8 bytes of the sha256 of each image's file.
   """
@@ -60,26 +58,29 @@ class RecordIndex:
   sizes: UInt16[np.ndarray, "n 2"]
   contents: UInt64[np.ndarray, " n"]
 
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the arrays by name, little-endian on every machine."""
+    return {name: np.ascontiguousarray(getattr(self, name), DTYPES[name]) for name in DTYPES}
+
   def digests(self) -> dict[str, str]:
     """Returns the sha256 hex of each array."""
-    return {name: hashlib.sha256(array).hexdigest() for name, array in self._arrays()}
-
-  def packed(self) -> dict[str, str]:
-    """Returns each array as text."""
-    return {name: base64.b64encode(zlib.compress(array)).decode() for name, array in self._arrays()}
-
-  def _arrays(self) -> Iterator[tuple[str, bytes]]:
-    for name, dtype in DTYPES.items():
-      yield name, np.ascontiguousarray(getattr(self, name), dtype).tobytes()
+    return {name: hashlib.sha256(array).hexdigest() for name, array in self.arrays().items()}
 
 
-def unpack(text: Mapping[str, str]) -> RecordIndex:
-  """Inverse of `RecordIndex.packed`."""
-  arrays = {
-    name: np.frombuffer(zlib.decompress(base64.b64decode(text[name])), dtype)
-    for name, dtype in DTYPES.items()
-  }
-  return RecordIndex(**arrays | {"sizes": arrays["sizes"].reshape(-1, 2)})
+def to_npz(index: RecordIndex) -> bytes:
+  """Returns the contents of an .npz file."""
+  file = io.BytesIO()
+  np.savez_compressed(file, **index.arrays())
+  return file.getvalue()
+
+
+def from_npz(path: pathlib.Path) -> RecordIndex | None:
+  """Returns the index in an .npz file; None if the file is absent or damaged."""
+  try:
+    with np.load(path) as arrays:
+      return RecordIndex(**{name: arrays[name].astype(DTYPES[name]) for name in DTYPES})
+  except Exception:  # damage raises errors of many types within NumPy, zipfile and zlib
+    return None
 
 
 def content_hash(content: bytes) -> int:
@@ -87,27 +88,27 @@ def content_hash(content: bytes) -> int:
   return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
-def read(get: Callable, place: Any) -> Any:
-  """Returns what is read from files; BrokenImage says what was wrong with them."""
+def read(get: Callable, position: Any) -> Any:
+  """Returns get(position), a read from files; BrokenImage gives the reason of a failure."""
   try:
-    return get(place)
-  except Exception as error:  # array_record raises what its C++ says
+    return get(position)
+  except Exception as error:  # array_record raises errors of its C++ code
     reason = " ".join(str(error).split()) or type(error).__name__
     raise images.BrokenImage(f"its file can't be read ({reason})") from error
 
 
 def image_bytes(record: Mapping[str, Any], image: str) -> bytes:
-  """Returns the image's file; TFDS makes None of what a cut-off array_record lacks."""
+  """Returns the image's file; TFDS gives None for a record that a truncated file lacks."""
   content = record[image]
   if not isinstance(content, bytes):
-    raise images.BrokenImage("the record is empty: its file is cut off or damaged")
+    raise images.BrokenImage("the record is empty: its file is truncated or damaged")
   return content
 
 
 def index_records(
-  files: Files, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
+  files: SplitFiles, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
 ) -> RecordIndex:
-  """Returns what there is to know of each record, from the bytes and the head of its image's file.
+  """Returns the index of a split, from the bytes and the header of each image's file.
 
   Args:
     keys: of the image and of the label in a record.
@@ -116,7 +117,7 @@ def index_records(
     ConfigError: naming the first records that are no image, too large or without a label.
   """
   num, line_due = len(data), time.monotonic() + LINE_EVERY_S
-  _log.info("looking at the %d records of %s, once", num, files.split)
+  _log.info("indexing the %d records of %s, once", num, files.split)
   labels, sizes = np.zeros(num, np.uint16), np.zeros((num, 2), np.uint16)
   contents, faults = np.zeros(num, np.uint64), []
   with images.pillow_unlimited():
@@ -143,13 +144,13 @@ def index_records(
 
 
 def blocks(num: int) -> Iterator[range]:
-  """Yields 0..num-1 in parts to read at a time."""
+  """Yields 0..num-1 in ranges of records to read at a time."""
   for lo in range(0, num, CHUNK):
     yield range(lo, min(lo + CHUNK, num))
 
 
 def _records(data, rows: range) -> list[Mapping[str, Any] | images.BrokenImage]:
-  """Returns the records, one by one where they can't be read together, to tell which can't."""
+  """Returns the records; one by one where a joint read fails, to find the broken ones."""
   try:
     return read(data.__getitems__, rows)
   except images.BrokenImage:
@@ -163,8 +164,8 @@ def _record(data, row: int) -> Mapping[str, Any] | images.BrokenImage:
     return error
 
 
-def first_change(files: Files, before: RecordIndex | None, now: RecordIndex) -> str:
-  """Returns "first record 17 of ...", or how many there are; None is too old to tell."""
+def first_change(files: SplitFiles, before: RecordIndex | None, now: RecordIndex) -> str:
+  """Returns "first record 17 of ...", or the number of records where `before` can't tell."""
   if before is None or len(before.labels) != len(now.labels):
     return f"{len(now.labels)} records now"
   changed = (before.labels != now.labels) | (before.contents != now.contents)

@@ -1,4 +1,4 @@
-"""Labelled images of a benchmark, put together from splits that TFDS prepared."""
+"""Data sources of benchmarks whose published splits TFDS prepared."""
 
 import dataclasses
 import functools
@@ -13,19 +13,19 @@ from jaxtyping import Int, UInt8
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
-from fmlora_jax.tasks.splits import Records, SplitRule
-from fmlora_jax.tasks.tfds.prepared import Prepared, Split, data_root, open_builder
+from fmlora_jax.tasks.splits import Records, SplitCodes, SplitRule
+from fmlora_jax.tasks.tfds.prepared import PreparedData, PreparedSplit, data_root, open_builder
 
-SPLIT_CODES = {"train": TRAIN, "validation": VAL, "test": TEST}  # what TFDS calls its splits
+TFDS_SPLITS = {"train": TRAIN, "validation": VAL, "test": TEST}  # by TFDS's names
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-  """`DataSource.decode` of the records of several splits, one split after the other."""
+  """`DataSource.decode` for the records of several splits, one split after the other."""
 
-  splits: tuple[Split, ...]
+  splits: tuple[PreparedSplit, ...]
   canvas: tuple[int, int]
   side: int
   max_pixels: int
@@ -33,12 +33,9 @@ class Decoder:
   def __call__(
     self, rows: Int[np.ndarray, " k"]
   ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
-    starts = np.cumsum([0, *(len(split.labels) for split in self.splits)])
-    parts = np.searchsorted(starts, rows, side="right") - 1
-
     def pixels(index):
-      position = int(rows[index] - starts[parts[index]])
-      return self.splits[parts[index]].pixels(position, self.side, self.max_pixels)
+      split, position = _locate(self.splits, int(rows[index]))
+      return split.pixels(position, self.side, self.max_pixels)
 
     return images.on_canvases(len(rows), self.canvas, pixels)
 
@@ -49,97 +46,87 @@ class PublishedSplit:
 
   Attributes:
     builder, split: as TFDS names them.
-    published: its number of records; None if we do not know it.
-    domain: which of the benchmark's domains it is.
+    num_published: records in the publication; None if unknown.
+    domain: index of the benchmark's domain.
   """
 
   builder: str
   split: str
-  published: int | None = None
+  num_published: int | None = None
   domain: int = 0
 
 
-def published(name: str, config: TasksConfig) -> list[str]:
+def usable_splits(name: str, config: TasksConfig) -> list[str]:
   """Returns the splits of the builder `name` that are for training, validation or test.
 
   Raises:
     ConfigError: if there is none, or the data are not prepared.
   """
-  found = list(open_builder(name, data_root(config.data_dir), config.benchmark).info.splits)
-  if ignored := [split for split in found if split not in SPLIT_CODES]:
+  names = list(open_builder(name, data_root(config.data_dir), config.benchmark).info.splits)
+  if ignored := [split for split in names if split not in TFDS_SPLITS]:
     _log.warning("%s: splits %s are not used", name, ", ".join(ignored))
-  taken = [split for split in SPLIT_CODES if split in found]
-  if not taken:
+  usable = [split for split in TFDS_SPLITS if split in names]
+  if not usable:
     raise ConfigError(
       f"config.tasks.benchmark is {config.benchmark!r}: must have one of the splits "
-      f"{', '.join(SPLIT_CODES)}, has {', '.join(found)}"
+      f"{', '.join(TFDS_SPLITS)}, has {', '.join(names)}"
     )
-  return taken
+  return usable
 
 
-def source(
+def make_source(
   config: TasksConfig,
   side: int,
-  parts: Sequence[PublishedSplit],
+  published: Sequence[PublishedSplit],
   *,
   rules: Mapping[str, SplitRule] | None = None,
   domain_names: Sequence[str] = (),
 ) -> DataSource:
-  """Returns the records of `parts`, part after part, as one source.
+  """Returns the records of published splits, one split after the other, as one source.
 
   Classes are numbered by the rank of their TFDS label among the labels present.
 
   Args:
-    config: says where the data are, and names the cut.
-    side: shorter side in pixels that images are kept at.
-    parts: published splits, of one builder or of several with the same classes.
-    rules: by name of the split, the default first. Without any, the published splits are taken,
-      and what they lack is drawn as the config says.
-    domain_names: of the domains of `parts`.
+    config: says where the data are, and names the split rule.
+    side: shorter side in pixels that images are resized to.
+    published: splits of one builder, or of several with the same classes.
+    rules: split rules by name, the default first. Without any, the published splits are taken, and
+      a missing one is drawn as the config says.
+    domain_names: of the domains of `published`.
 
   Raises:
-    ConfigError: if data are missing, can't be used, or are not what they were.
+    ConfigError: if data are missing, can't be used, or have changed since their first use.
   """
-  prepared = {name: Prepared(name, config) for name in dict.fromkeys(p.builder for p in parts)}
-  first, *others = prepared.values()
-  for other in others:
-    if other.class_names != first.class_names:
-      raise ConfigError(f"{other.name} and {first.name} have other classes: prepare them again")
-  splits = tuple(prepared[part.builder].split(part.split) for part in parts)
+  prepared = _open(published, config)
+  splits = tuple(prepared[each.builder].split(each.split) for each in published)
   counts = [len(split.labels) for split in splits]
-  if odd := [
-    f"{split.name} {count} ({part.published})"
-    for part, split, count in zip(parts, splits, counts, strict=True)
-    if part.published not in (None, count)
-  ]:
-    _log.warning("not the (published) number of records, so not comparable: %s", ", ".join(odd))
+  _warn_of_counts(published, splits)
   used, labels = np.unique(np.concatenate([s.labels for s in splits]), return_inverse=True)
-  domains = np.repeat([part.domain for part in parts], counts)
-  pool = Records(
-    part=np.repeat(np.arange(len(parts)), counts),
-    official=np.repeat([SPLIT_CODES[part.split] for part in parts], counts).astype(np.int8),
-    stratum=domains * len(used) + labels,
-    names=lambda: [name for split in splits for name in split.file_names()],
-    root=data_root(config.data_dir),
-  )
+  domains = np.repeat([each.domain for each in published], counts)
+  official = np.repeat([TFDS_SPLITS[each.split] for each in published], counts).astype(np.int8)
   if rules:
+    records = Records(
+      origin=np.repeat(np.arange(len(published)), counts),
+      official=official,
+      stratum=domains * len(used) + labels,
+      names=lambda: [name for split in splits for name in split.file_names()],
+      root=data_root(config.data_dir),
+    )
     split_name = config.split or next(iter(rules))
-    split = rules[split_name](pool)
-    owners = np.repeat([part.builder for part in parts], counts)
-    for name, builder in prepared.items():
-      builder.pin(split_name, split[owners == name])
+    codes = rules[split_name](records)
+    _pin(prepared, np.repeat([each.builder for each in published], counts), split_name, codes)
   else:
-    split_name, split = None, pool.official if len(parts) > 1 else None
-  sizes = [images.resized_size(size, side)[0] for size in _distinct(splits)]
-  width, height = np.max(sizes, axis=0).tolist()
+    split_name, codes = None, official if len(published) > 1 else None
+  canvas = _canvas(splits, side)
+  first = next(iter(prepared.values()))
   return DataSource(
     name=config.benchmark,
     labels=labels.astype(np.int32),
     class_names=tuple(first.class_names[label] for label in used),
-    canvas=(height, width),
-    decode=Decoder(splits=splits, canvas=(height, width), side=side, max_pixels=config.max_pixels),
-    digest=_digest(prepared, parts, splits),
-    split=split,
+    canvas=canvas,
+    decode=Decoder(splits=splits, canvas=canvas, side=side, max_pixels=config.max_pixels),
+    digest=_digest(prepared, published, splits),
+    split=codes,
     split_name=split_name,
     domains=domains.astype(np.int32) if domain_names else None,
     domain_names=tuple(domain_names),
@@ -148,29 +135,70 @@ def source(
   )
 
 
-def _groups(splits: Sequence[Split]) -> Int[np.ndarray, " n"]:
-  """Returns the first record with the same content, of each record."""
-  contents = np.concatenate([split.known.contents for split in splits])
+def _open(published: Sequence[PublishedSplit], config: TasksConfig) -> dict[str, PreparedData]:
+  """Returns the prepared data by builder; refuses builders with other classes than the first."""
+  prepared = {
+    name: PreparedData(name, config) for name in dict.fromkeys(each.builder for each in published)
+  }
+  first, *others = prepared.values()
+  for other in others:
+    if other.class_names != first.class_names:
+      raise ConfigError(f"{other.name} and {first.name} have other classes: prepare them again")
+  return prepared
+
+
+def _warn_of_counts(published: Sequence[PublishedSplit], splits: Sequence[PreparedSplit]) -> None:
+  if odd := [
+    f"{split.name} has {len(split.labels)}, published {each.num_published}"
+    for each, split in zip(published, splits, strict=True)
+    if each.num_published not in (None, len(split.labels))
+  ]:
+    _log.warning(
+      "record counts differ from the published ones, so results are not comparable: %s",
+      "; ".join(odd),
+    )
+
+
+def _pin(
+  prepared: Mapping[str, PreparedData], builders: np.ndarray, rule: str, codes: SplitCodes
+) -> None:
+  """Pins the result of a split rule in the manifest of each builder."""
+  for name, data in prepared.items():
+    data.manifest.pin(rule, codes[builders == name])
+
+
+def _canvas(splits: Sequence[PreparedSplit], side: int) -> tuple[int, int]:
+  """Returns the (height, width) that each resized image fits into."""
+  sizes = np.unique(np.concatenate([split.index.sizes for split in splits]), axis=0)
+  # .tolist(): products of Python's integers do not overflow
+  resized = [images.resized_size(tuple(size), side)[0] for size in sizes.tolist()]
+  width, height = np.max(resized, axis=0).tolist()
+  return height, width
+
+
+def _groups(splits: Sequence[PreparedSplit]) -> Int[np.ndarray, " n"]:
+  """Returns, for each record, the first record with the same content."""
+  contents = np.concatenate([split.index.contents for split in splits])
   _, first, member = np.unique(contents, return_index=True, return_inverse=True)
   return first[member]
 
 
-def _shown(splits: Sequence[Split], record: int) -> str:
-  """Returns a record of several splits, one split after the other, as its own split shows it."""
+def _locate(splits: Sequence[PreparedSplit], record: int) -> tuple[PreparedSplit, int]:
+  """Returns the split that holds a record, and its position there."""
   starts = np.cumsum([0, *(len(split.labels) for split in splits)])
-  part = int(np.searchsorted(starts, record, side="right")) - 1
-  return splits[part].files.shown(record - int(starts[part]))
+  number = int(np.searchsorted(starts, record, side="right")) - 1
+  return splits[number], record - int(starts[number])
 
 
-def _distinct(splits: Sequence[Split]) -> list[tuple[int, int]]:
-  """Returns each (width, height) that any image has."""
-  sizes = np.unique(np.concatenate([split.sizes for split in splits]), axis=0)
-  return [tuple(size) for size in sizes.tolist()]  # Python's integers: these do not overflow
+def _shown(splits: Sequence[PreparedSplit], record: int) -> str:
+  """Returns "record 17 of cifar100 test (FILE)"."""
+  split, position = _locate(splits, record)
+  return split.files.shown(position)
 
 
-def _digest(prepared: Mapping[str, Prepared], parts, splits) -> str:
+def _digest(prepared: Mapping[str, PreparedData], published, splits) -> str:
   facts = [
-    [part.builder, prepared[part.builder].version, part.split, *s.known.digests().values()]
-    for part, s in zip(parts, splits, strict=True)
+    [each.builder, prepared[each.builder].version, each.split, *split.index.digests().values()]
+    for each, split in zip(published, splits, strict=True)
   ]
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

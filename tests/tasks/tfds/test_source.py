@@ -1,4 +1,4 @@
-"""Benchmarks read from data that TFDS's own builders wrote: pixels, order, cuts and manifests."""
+"""Benchmarks read from data that TFDS's own builders wrote: pixels, order, splits and manifests."""
 
 import io
 import json
@@ -17,6 +17,7 @@ from PIL import Image
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.tasks.sequence import SPLIT_CODES
 from fmlora_jax.tasks.tfds import index
 
 
@@ -54,7 +55,7 @@ def test_pixels_are_those_of_pillow_whatever_the_file(prepared):
   assert modes >= {"L", "CMYK", "P", "RGBA", "LA", "1", "RGB"}
 
 
-def test_imagenet_r_is_cut_by_the_lists_of_others(prepared, tmp_path):
+def test_imagenet_r_is_divided_by_the_lists_of_others(prepared, tmp_path):
   shutil.copytree(prepared / "imagenet_r", tmp_path / "imagenet_r")
   reader = tfds.builder("imagenet_r", data_dir=prepared, file_format="array_record")
   raw = {"image": tfds.decode.SkipDecoding()}
@@ -124,16 +125,15 @@ def test_classes_are_ranked_by_their_tfds_label(prepared):
     ("domainnet", "full", (516, 0, 180)),
   ],
 )
-def test_cuts(prepared, benchmark, split, expected):
+def test_splits(prepared, benchmark, split, expected):
   made = make(prepared, benchmark, split=split)
-  assert tuple(sum(len(getattr(t, part)) for t in made.tasks) for part in PARTS) == expected
-  rows = np.concatenate([getattr(t, part) for t in made.tasks for part in PARTS])
+  assert tuple(sum(len(getattr(t, name)) for t in made.tasks) for name in SPLIT_CODES) == expected
+  rows = np.concatenate([getattr(t, name) for t in made.tasks for name in SPLIT_CODES])
   assert len(np.unique(rows)) == len(rows) == sum(expected)
-  assert made.split_id == f"{benchmark}/{split or CUT_BY_DEFAULT[benchmark]}"
+  assert made.split_id == f"{benchmark}/{split or DEFAULT_SPLITS[benchmark]}"
 
 
-PARTS = ("train", "val", "test")
-CUT_BY_DEFAULT = {
+DEFAULT_SPLITS = {
   "imagenet_r": "slice",
   "cifar100": "official",
   "cub200": "paper",
@@ -196,13 +196,13 @@ def test_a_manifest_is_written_once_and_read_after(cifar, monkeypatch):
   path, manifest = manifest_of(cifar)
   assert manifest["splits"]["train"]["num"] == 240
   assert manifest["splits"]["train"]["histogram"] == [12] * 20 + [0] * 80
-  assert manifest["cuts"]["official"]["val"] == 20
+  assert manifest["split_rules"]["official"]["val"] == 20
   before = path.read_bytes()
 
-  def look(*arguments):
-    raise AssertionError("looked at the records again")
+  def again(*arguments):
+    raise AssertionError("indexed the records again")
 
-  monkeypatch.setattr(index, "index_records", look)
+  monkeypatch.setattr(index, "index_records", again)
   second = make(cifar, "cifar100")
   assert second.manifest_sha256 == first.manifest_sha256
   assert path.read_bytes() == before
@@ -221,20 +221,20 @@ def test_data_that_changed_are_refused(cifar):
     make(cifar, "cifar100")
 
 
-def test_data_that_were_copied_are_looked_at_again_and_taken(cifar, tmp_path_factory):
+def test_data_that_were_copied_are_indexed_again_and_taken(cifar, tmp_path_factory):
   first = make(cifar, "cifar100")
   elsewhere = tmp_path_factory.mktemp("copies") / "data"
   shutil.copytree(cifar, elsewhere, copy_function=shutil.copyfile)
   assert make(elsewhere, "cifar100").manifest_sha256 == first.manifest_sha256
 
 
-def test_a_cut_that_changed_is_refused(cifar, monkeypatch):
+def test_a_split_that_changed_is_refused(cifar, monkeypatch):
   make(cifar, "cifar100")
   from fmlora_jax.tasks import splits
   from fmlora_jax.tasks.benchmarks import cifar100
 
   monkeypatch.setitem(cifar100.SPLITS, "official", splits.official(5))
-  with pytest.raises(ConfigError, match="its cut of cifar100 has changed"):
+  with pytest.raises(ConfigError, match="its split of cifar100 has changed"):
     make(cifar, "cifar100")
 
 
@@ -243,18 +243,60 @@ def test_a_damaged_manifest_is_refused(cifar):
   path, manifest = manifest_of(cifar)
   manifest["splits"]["train"]["sha256"]["labels"] = "0" * 64
   path.write_text(json.dumps(manifest))
-  with pytest.raises(ConfigError, match="is damaged at 'train': remove it"):
+  with pytest.raises(
+    ConfigError, match="cifar100 train .* has other labels, images or order than when"
+  ):
     make(cifar, "cifar100")
   path.write_text("{")
   with pytest.raises(ConfigError, match="can't be read"):
     make(cifar, "cifar100")
 
 
+def changed_index(root):
+  """Damages the stored index of the training records."""
+  (path,) = root.glob(".fmlora_index_cifar100_*_train.npz")
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def no_index(root):
+  for path in root.glob(".fmlora_index_*"):
+    path.unlink()
+
+
+def old_manifest(root):
+  """Makes the manifest one of version 1, which held the index itself and had other names."""
+  no_index(root)
+  path, manifest = manifest_of(root)
+  manifest["cuts"] = manifest.pop("split_rules")
+  manifest["splits"]["train"] |= {"labels": "packed", "sizes": "packed", "contents": "packed"}
+  path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("change", [changed_index, no_index, old_manifest])
+def test_an_index_that_does_not_serve_is_made_again(cifar, change):
+  first = make(cifar, "cifar100")
+  _, before = manifest_of(cifar)
+  change(cifar)
+  assert make(cifar, "cifar100").manifest_sha256 == first.manifest_sha256
+  assert manifest_of(cifar)[1] == before
+  for path in cifar.glob(".fmlora_index_*"):
+    assert index.from_npz(path) is not None
+  from fmlora_jax.tasks import splits
+  from fmlora_jax.tasks.benchmarks import cifar100
+
+  with pytest.MonkeyPatch.context() as patch:  # what the manifest said still holds
+    patch.setitem(cifar100.SPLITS, "official", splits.official(5))
+    with pytest.raises(ConfigError, match="its split of cifar100 has changed"):
+      make(cifar, "cifar100")
+
+
 def test_a_folder_that_can_not_be_written_is_no_obstacle(cifar, monkeypatch, caplog):
-  def refuse(self, text):
+  def refuse(self, content):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr("pathlib.Path.write_text", refuse)
+  monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
   with caplog.at_level(logging.WARNING):
     made = make(cifar, "cifar100")
   assert len(made.tasks) == 5
@@ -264,7 +306,9 @@ def test_a_folder_that_can_not_be_written_is_no_obstacle(cifar, monkeypatch, cap
 def test_the_wrong_number_of_records_is_said(cifar, caplog):
   with caplog.at_level(logging.WARNING):
     make(cifar, "cifar100")
-  assert "cifar100 train 240 (50000), cifar100 test 60 (10000)" in caplog.text
+  assert (
+    "cifar100 train has 240, published 50000; cifar100 test has 60, published 10000" in caplog.text
+  )
 
 
 # What users get wrong
