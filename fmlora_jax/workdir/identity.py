@@ -44,8 +44,8 @@ def claim_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
       links or files that no run wrote.
   """
   path = workdir / IDENTITY
-  check_folder(workdir)
   refuse_links(workdir, workdir.glob("*"))
+  check_folder(workdir)
   if not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")

@@ -104,7 +104,7 @@ def test_bad_configs_are_refused_at_once_with_key_and_range(monkeypatch):
   assert len(BAD) >= 40 and max(took) < 2
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "result.json", "stream.json"])
+@pytest.mark.parametrize("name", ["checkpoints", "result.json", "task_file.json"])
 def test_a_workdir_with_a_link_out_of_it_is_refused_and_nothing_is_written(tmp_path, name):
   (tmp_path / "elsewhere").mkdir()
   (tmp_path / "run").mkdir()
