@@ -215,10 +215,10 @@ def main(argv: list[str]) -> None:
   from fmlora_jax.experiment.setup import SetupCache
   from fmlora_jax.report import plots, tables
 
-  workshop = SetupCache(keeps_images=True)
+  cache = SetupCache(keeps_images=True)
 
   def run_one(one):  # of a finished run no more is said than that it is
-    return run(one.config, one.workdir, Console(quiet=one.state == "finished"), workshop)
+    return run(one.config, one.workdir, Console(quiet=one.state == "finished"), cache)
 
   program.keep_programs()
   with lock.hold_lock(folder):

@@ -29,12 +29,12 @@ import pytest
 
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files
+from fmlora_jax.experiment.setup import build_setup
 from fmlora_jax.input import augment, resident
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
 from fmlora_jax.tasks.sequence import DataSource, Task, TaskSequence
 from fmlora_jax.train import mesh
-from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.rng import named_key
 from fmlora_jax.train.step import TrainState
 from fmlora_jax.types import Adapters, Batch, Sizes, TaskView, Variables
@@ -173,23 +173,30 @@ class Lab:
     self.backbone = _backbone(sizes, self.config.compute_dtype)
     self.weights = random_weights(sizes)
     self.method = methods.make_method(self.config, self.backbone, self.spec)
-    self.trainer = Trainer(
+    self.setup = build_setup(
       self.config,
       self.method,
       self.sequence,
       self.weights,
+      sizes=sizes,
       normalisation="half",
-      image_size=SIZES.image_size,
       mesh=mesh.make_mesh(),
-      streams=self.config.input.mode == "stream",
+      is_streaming=self.config.input.mode == "stream",
     )
+    self.trainer, self.root = self.setup.trainer, self.setup.root
     self.stages: list[Stage] = []
-    self.variables = self.method.init(named_key(self.trainer.root, "init", task=0), self.weights)
+    self.variables = self.method.init(named_key(self.root, "init", task=0), self.weights)
+
+  def view(self, task: int) -> TaskView:
+    return self.setup.views.view(task)
+
+  def replicate(self, tree):
+    return mesh.place(tree, mesh.replicated(self.setup.mesh))
 
   def learn(self, num: int | None = None) -> list[Stage]:
     """Learns until `num` tasks are learned, None means all; returns them all."""
     for index in range(len(self.stages), self.spec.num_tasks if num is None else num):
-      view, before = self.trainer.view(index), self.variables
+      view, before = self.view(index), self.variables
       begun, facts = self.method.begin_task(before, view)
       losses = []
       for state, stats, _ in self.trainer.train(self.trainer.init(begun, index), begun, view):
@@ -215,7 +222,7 @@ class Lab:
     """Returns the first images of a split of a task as the ViT sees them at test time."""
     records = getattr(self.sequence.tasks[task], part)[:count]
     examples = resident.load_examples(self.sequence, records, count)
-    return _center(self.trainer.put(examples), np.arange(count), **self.trainer.center.keywords)
+    return _center(self.replicate(examples), np.arange(count), **self.setup.center.keywords)
 
   def images(self, count: int = 8, part: str = "train", task: int = 0) -> jax.Array:
     return self.batch(count, part, task).images

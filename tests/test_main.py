@@ -413,7 +413,7 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
   result = run(config_of(SMALL), workdir)
   shown, two = capsys.readouterr().out, "2 x cpu (cpu), 2 processes"
   assert "devices    1 x cpu (cpu)\n" in shown and "resumed in task 1, step" in shown
-  assert f"devices    changed from {two}: from here on the last bits may differ\n" in shown
+  assert f"devices    changed (before: {two}): results may differ in the last bits\n" in shown
   assert result["devices"] == [two, "1 x cpu (cpu)"]
   assert expected["devices"] == ["1 x cpu (cpu)"]
   assert result["accuracy"] == expected["accuracy"]

@@ -94,20 +94,19 @@ def count_programs(ranks: Sequence[int] = RANKS) -> int:
       "drs": {"strategy": "fixed", "rank": max(ranks)},
     },
   )
-  parts = SetupCache().parts(config)
-  trainer, backbone = parts.trainer, vit.make_vit(parts.sizes)
-  method = trainer.method
+  setup = SetupCache().setup(config)
+  trainer, backbone, method = setup.trainer, vit.make_vit(setup.sizes), setup.method
 
   def with_rank(rank):
     drs = dataclasses.replace(config.method.drs, rank=rank)
     changed = dataclasses.replace(config, method=dataclasses.replace(config.method, drs=drs))
-    return methods.make_method(changed, backbone, trainer.sequence.spec)
+    return methods.make_method(changed, backbone, setup.sequence.spec)
 
-  variables = method.init(trainer.root, trainer.weights)
+  variables = method.init(setup.root, setup.weights)
   for index, rank in enumerate(ranks):
-    view = trainer.view(index)
+    view = setup.views.view(index)
     variables, _ = with_rank(rank).begin_task(variables, view)
     for state, _, _ in trainer.train(trainer.init(variables, index), variables, view):
       params = state.params
     variables, _ = method.end_task(variables.replace(**params), view)
-  return trainer.num_programs()
+  return setup.programs.num_compiled

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fmlora_jax.distributed import hosts
@@ -75,14 +75,6 @@ def check() -> None:
   """Raises `Stopped` if the program is to stop; all of several processes must call it."""
   if signum := hosts.requested_stop(_asked):
     raise Stopped(signum)
-
-
-def checked(items: Iterable[Any]) -> Iterator[Any]:
-  """Yields the items of a generator, with a `check` before each; always closes it."""
-  with contextlib.closing(iter(items)) as items:
-    for item in items:
-      check()
-      yield item
 
 
 class _Handler:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmlora_jax.config import Config
+from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.input import resident
 from fmlora_jax.models import vit
+from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.evaluator import count_correct
-from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Sizes, Variables
 
 TIMED_SECONDS = 1.0  # of training steps, or one step where that takes longer
@@ -42,30 +43,31 @@ class Cost:
     return sum(self.bytes.values())
 
 
-def measure_train_step(trainer: Trainer, variables: Variables, index: int, limit: int) -> Cost:
+def measure_train_step(setup: RunSetup, variables: Variables, index: int, limit: int) -> Cost:
   """Returns what a training step of task `index` takes.
 
   Args:
     variables: with which the task begins.
     limit: bytes of a device; what takes more is not run.
   """
-  view = trainer.view(index)
-  state = jax.tree.map(jnp.copy, trainer.put(trainer.init(variables, index)))
-  fixed = trainer.fixed(variables, view)
+  view, whole = setup.views.view(index), mesh_lib.replicated(setup.mesh)
+  trainer, rules = setup.trainer, setup.method.rules(index)
+  state = jax.tree.map(jnp.copy, mesh_lib.place(trainer.init(variables, index), whole))
+  context = trainer.step_context(variables, view)
   examples, rows = _first(view.train_chunks(0))
   waiting = _first(view.val_batches(0))[0] if view.val_batches else None
   most = int(np.sum(rows[:, 0] >= 0))
-  rows = trainer.put(rows)
+  rows, one = mesh_lib.place((rows, np.int32(1)), whole)
   began = time.monotonic()
-  lowered = trainer.chunk(index).lower(state, fixed, examples, rows, trainer.put(jnp.int32(1)))
+  lowered = setup.programs.multi_step(rules).lower(state, context, examples, rows, one)
   program = lowered.compile()
   compiling = time.monotonic() - began
-  batch = jax.eval_shape(trainer.augment, examples, rows[0], trainer.root)
-  step = jax.jit(trainer.stepper(index).step).lower(state, fixed, batch)
+  batch = jax.eval_shape(setup.programs.augment, examples, rows[0], setup.root)
+  step = jax.jit(setup.programs.train_step(rules).step).lower(state, context, batch)
   cost = Cost(
     gflops=_gflops(step, len(batch.labels)),
     bytes={
-      "weights": _num_bytes((trainer.weights, fixed.frozen)),
+      "weights": _num_bytes((setup.weights, context.frozen)),
       "state": _num_bytes((state, variables)),
       "images": _num_bytes((examples, waiting)),
       "temp": program.memory_analysis().temp_size_in_bytes,
@@ -78,7 +80,7 @@ def measure_train_step(trainer: Trainer, variables: Variables, index: int, limit
   def run(num: int) -> float:
     nonlocal state
     began = time.monotonic()
-    state, _ = program(state, fixed, examples, rows, trainer.put(jnp.int32(num)))
+    state, _ = program(state, context, examples, rows, mesh_lib.place(np.int32(num), whole))
     jax.block_until_ready(state)
     return (time.monotonic() - began) / num
 
@@ -87,26 +89,27 @@ def measure_train_step(trainer: Trainer, variables: Variables, index: int, limit
   return dataclasses.replace(cost, seconds=run(num))
 
 
-def measure_test_step(trainer: Trainer, variables: Variables, limit: int) -> Cost:
+def measure_test_step(setup: RunSetup, variables: Variables, limit: int) -> Cost:
   """Measures the classification of a batch of test images; arguments as `measure_train_step`."""
-  size, spec, method = trainer.config.eval_batch_size, trainer.sequence.spec, trainer.method
-  model = jax.jit(method.fold)(trainer.weights, variables)
-  own = trainer.share.rows(size)
-  records = trainer.sequence.tasks[0].train[:size][own]  # any: no image is looked at
-  examples = trainer.assemble(
-    resident.load_examples(trainer.sequence, records, own.stop - own.start)
+  size, spec, method = setup.config.eval_batch_size, setup.sequence.spec, setup.method
+  model = jax.jit(method.fold)(setup.weights, variables)
+  own = setup.loader.shard.rows(size)
+  records = setup.sequence.tasks[0].train[:size][own]  # any: no image is looked at
+  examples = resident.load_examples(setup.sequence, records, own.stop - own.start)
+  examples = mesh_lib.shard_batch(examples, setup.mesh)
+  owner, masks = mesh_lib.place(
+    (np.zeros(size, np.int32), np.ones((spec.num_tasks, spec.num_classes), bool)),
+    mesh_lib.replicated(setup.mesh),
   )
-  owner = trainer.put(np.zeros(size, np.int32))
-  masks = trainer.put(np.ones((spec.num_tasks, spec.num_classes), bool))
-  functions = {"predict": method.predict, "center": trainer.center}
+  functions = {"predict": method.predict, "center": setup.center}
   began = time.monotonic()
   program = count_correct.lower(model, examples, owner, masks, **functions).compile()
   compiling = time.monotonic() - began
-  batch = jax.eval_shape(trainer.center, examples, owner)
+  batch = jax.eval_shape(setup.center, examples, owner)
   cost = Cost(
     gflops=_gflops(jax.jit(method.predict).lower(model, batch.images), size),
     bytes={
-      "weights": _num_bytes((trainer.weights, model)),
+      "weights": _num_bytes((setup.weights, model)),
       "state": _num_bytes(variables),
       "images": _num_bytes(examples),
       "temp": program.memory_analysis().temp_size_in_bytes,

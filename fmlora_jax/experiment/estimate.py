@@ -24,11 +24,10 @@ from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import costs
 from fmlora_jax.experiment.costs import Cost
-from fmlora_jax.experiment.setup import SetupCache
+from fmlora_jax.experiment.setup import RunSetup, SetupCache
 from fmlora_jax.input import resident
 from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train.labels import num_trained
-from fmlora_jax.train.loop import Trainer
 from fmlora_jax.types import Variables
 
 FEW = 8  # images of a task, for what a method does between tasks
@@ -90,39 +89,39 @@ def estimate(config: Config) -> Estimate:
   Raises:
     ConfigError: as the run.
   """
-  settled, workshop = settle(config), SetupCache()
-  trainer = _without_images(workshop, settled)
-  begun, facts = _begin_tasks(workshop, settled)
+  settled, cache = settle(config), SetupCache()
+  setup = _without_images(cache, settled)
+  begun, facts = _begin_tasks(cache, settled)
   limit = memory.device_memory() or memory.host_memory()
-  num_tasks = len(trainer.sequence.tasks)
+  num_tasks = len(setup.sequence.tasks)
   stages = [
     ProgramCost(
       first=first,
       last=end - 1,
-      trained=_num_trained(trainer, begun[first], first),
-      step=costs.measure_train_step(trainer, begun[first], first, limit),
+      trained=_num_trained(setup, begun[first], first),
+      step=costs.measure_train_step(setup, begun[first], first, limit),
     )
     for first, end in itertools.pairwise((*begun, num_tasks))
   ]
   last, step = stages[-1].first, stages[-1].step
-  test = costs.measure_test_step(trainer, begun[last], limit)
+  test = costs.measure_test_step(setup, begun[last], limit)
 
   def needed(batch_size):
-    other = _without_images(workshop, dataclasses.replace(settled, batch_size=batch_size))
+    other = _without_images(cache, dataclasses.replace(settled, batch_size=batch_size))
     return costs.measure_train_step(other, begun[last], last, limit=0).total
 
-  most = resident.capacity(trainer.sequence, "train")
-  known, multiple = (settled.batch_size, step.total), trainer.mesh.size
+  most = resident.capacity(setup.sequence, "train")
+  known, multiple = (settled.batch_size, step.total), setup.mesh.size
   return Estimate(
     config=config,
     stages=stages,
     test=test,
-    forward_gflops=costs.forward_gflops(settled, workshop.parts(settled).sizes),
-    stored=trainer.method.stored([facts[min(i, len(facts) - 1)] for i in range(num_tasks)]),
+    forward_gflops=costs.forward_gflops(settled, setup.sizes),
+    stored=setup.method.stored([facts[min(i, len(facts) - 1)] for i in range(num_tasks)]),
     limit=limit,
     largest_batch=largest_batch(needed, known, limit=limit, most=most, multiple=multiple),
     largest_task=most,
-    seconds=_seconds(trainer, stages, test),
+    seconds=_seconds(setup, stages, test),
     caveats=config.method.largest()[1],
   )
 
@@ -135,13 +134,13 @@ def settle(config: Config) -> Config:
   return dataclasses.replace(config, seed=seed, seeds=(), method=method, input=threads)
 
 
-def _without_images(workshop: SetupCache, config: Config) -> Trainer:
-  """Returns the run's trainer, with one image of noise in place of all."""
-  trainer = workshop.parts(config).trainer
-  sequence = trainer.sequence
+def _without_images(cache: SetupCache, config: Config) -> RunSetup:
+  """Returns the run's setup, with one image of noise in place of all."""
+  setup = cache.setup(config)
+  sequence = setup.sequence
   noise = np.random.default_rng(0).integers(0, 256, (*sequence.source.canvas, 3), np.uint8)
   source = dataclasses.replace(sequence.source, decode=functools.partial(_repeat, noise))
-  return trainer.reseeded(config.seed, dataclasses.replace(sequence, source=source))
+  return setup.with_sequence(dataclasses.replace(sequence, source=source))
 
 
 def _repeat(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -150,20 +149,20 @@ def _repeat(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
   return np.broadcast_to(image, (len(rows), *image.shape)), sizes
 
 
-def _begin_tasks(workshop: SetupCache, config: Config) -> tuple[dict[int, Variables], list[dict]]:
+def _begin_tasks(cache: SetupCache, config: Config) -> tuple[dict[int, Variables], list[dict]]:
   """Returns the variables with which a task begins, by its index, and what its hooks said of it.
 
   They are of task 0, and of task 1 if that one runs another program; facts are of both.
   """
   devices = jax.device_count()
   little = dataclasses.replace(config, batch_size=-(-FEW // devices) * devices)
-  trainer = _without_images(workshop, little)
-  trainer = trainer.reseeded(config.seed, _few_images(trainer.sequence))
-  method = trainer.method
-  variables = method.init(trainer.root, trainer.weights)
+  setup = _without_images(cache, little)
+  setup = setup.with_sequence(_few_images(setup.sequence))
+  method = setup.method
+  variables = method.init(setup.root, setup.weights)
   begun, programs, facts = {}, [], []
-  for index in range(min(2, len(trainer.sequence.tasks))):
-    view = trainer.view(index)
+  for index in range(min(2, len(setup.sequence.tasks))):
+    view = setup.views.view(index)
     variables, before = method.begin_task(variables, view)
     program = method.rules(index), jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
     if program not in programs:
@@ -181,9 +180,9 @@ def _few_images(sequence: TaskSequence) -> TaskSequence:
   return dataclasses.replace(sequence, tasks=tasks)
 
 
-def _num_trained(trainer: Trainer, variables: Variables, index: int) -> int:
+def _num_trained(setup: RunSetup, variables: Variables, index: int) -> int:
   params = {"shared": variables.shared, "cur": variables.cur}
-  return num_trained(params, trainer.method.rules(index))
+  return num_trained(params, setup.method.rules(index))
 
 
 def largest_batch(
@@ -217,13 +216,13 @@ def largest_batch(
   return max(fitting, default=None)
 
 
-def _seconds(trainer: Trainer, stages: list[ProgramCost], test: Cost) -> dict[str, float] | None:
+def _seconds(setup: RunSetup, stages: list[ProgramCost], test: Cost) -> dict[str, float] | None:
   """Returns the time of all steps, of all tests, and of passes between tasks."""
   if None in (test.seconds, *(stage.step.seconds for stage in stages)):
     return None
-  config, sequence, passes = trainer.config, trainer.sequence, trainer.method.passes
+  config, sequence, passes = setup.config, setup.sequence, setup.method.passes
   train = sum(
-    config.epochs * trainer.steps_per_epoch(index) * stage.step.seconds
+    setup.trainer.num_steps(index) * stage.step.seconds
     for stage in stages
     for index in range(stage.first, stage.last + 1)
   )

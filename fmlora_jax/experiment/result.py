@@ -1,78 +1,30 @@
-"""What a run has reached: in every checkpoint its progress, at its end result.json."""
+"""The contents of result.json."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from fmlora_jax.experiment import provenance
+from fmlora_jax.experiment.session import GROUPS, Progress
 from fmlora_jax.experiment.setup import RunSetup
+from fmlora_jax.tasks.sequence import find_copies
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Variables
 from fmlora_jax.workdir import result_file
 
 
-@dataclasses.dataclass
-class Progress:
-  """What a run knows besides arrays; JSON in every checkpoint.
-
-  Attributes:
-    task: the current one, from 0.
-    training: whether the checkpoint lies within the task, not at its end.
-    facts: what the method said of each task so far.
-    correct: rows of counts of right answers, [after task][test set].
-    ahead: dil only: right answers on each task's test set just before it is learned.
-    baseline: dil only: the same with the untrained head.
-    seconds: wall time of all sessions up to this checkpoint, as `clock.Clock` tells it: what a
-      session did after its last one is lost, and so is its time.
-    trained: trained parameters of the last task.
-    devices: what it was computed on, in words; of several sessions one after the other where it
-      changed.
-    code: the same of the commit and the versions of libraries.
-    val_read: whether the method read validation images.
-  """
-
-  task: int = 0
-  training: bool = False
-  facts: list[dict] = dataclasses.field(default_factory=list)
-  correct: list[list[int]] = dataclasses.field(default_factory=list)
-  ahead: list[int | None] = dataclasses.field(default_factory=list)
-  baseline: list[int | None] = dataclasses.field(default_factory=list)
-  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-  trained: int = 0
-  devices: list[str] = dataclasses.field(default_factory=list)
-  code: list[str] = dataclasses.field(default_factory=list)
-  val_read: bool = False
-
-  def counts(self, num_tasks: int) -> Int[np.ndarray, "T T"]:
-    """Returns right answers, [after task][test set]; 0 where nothing was measured."""
-    counts = np.zeros((num_tasks, num_tasks), int)
-    for i, row in enumerate(self.correct):
-      counts[i, : len(row)] = row
-    return counts
-
-  def matrix(self, n_test: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T T"]:
-    """Returns the accuracy matrix so far; n_test is how many images each test set has."""
-    return metrics.accuracy_matrix(self.counts(len(n_test)), n_test, len(self.correct))
-
-
 def build_result(
-  parts: RunSetup,
-  progress: Progress,
-  variables: Variables,
-  n_test: Int[np.ndarray, " T"],
-  alone: dict[str, int],
+  setup: RunSetup, progress: Progress, variables: Variables, n_test: Int[np.ndarray, " T"]
 ) -> dict[str, Any]:
-  """Returns what result.json holds of a run that has learned all tasks; design.md section 5.
+  """Builds the contents of result.json for a run that has learned all tasks.
 
   Args:
     n_test: images of each test set.
-    alone: right answers on some of them, in one batch and each in one of its own.
   """
-  trainer, info = parts.trainer, parts.info
-  config, sequence, method = trainer.config, trainer.sequence, trainer.method
+  config, sequence, method = setup.config, setup.sequence, setup.method
   ahead, baseline = (
     [None if c is None else c / n for c, n in zip(counts, n_test, strict=True)] if counts else None
     for counts in (progress.ahead, progress.baseline)
@@ -84,7 +36,7 @@ def build_result(
   head = variables.mem["head"]
   means = sum(head[name].size for name in ("mean", "count") if name in head)
   statistics = 4 * (means + stored.get("statistics", 0))
-  learned = {name: getattr(variables, name) for name in ("shared", "cur", "mem")}
+  learned = {name: getattr(variables, name) for name in GROUPS}
   return {
     "schema": result_file.SCHEMA,
     "method": config.method.name,
@@ -103,19 +55,17 @@ def build_result(
       "trained": progress.trained,
       "stored_per_task": stored["per_task"],
       "stored_total": stored["shared"] + sum(stored["per_task"]) + _num_params(head),
-      "backbone": _num_params(trainer.weights),
+      "backbone": _num_params(setup.weights),
     },
     "statistics_bytes": statistics,
-    "protocol": provenance.protocol(
-      trainer, kept=statistics, val_read=progress.val_read, code=progress.code, alone=alone
-    ),
+    "protocol": _protocol(setup, progress, statistics),
     "passes": dataclasses.asdict(method.passes),
     "caveats": list(method.caveats),
-    "weights": {"tag": info.tag, "sha256": info.sha256},
-    "normalisation": parts.normalisation,
+    "weights": {"tag": setup.info.tag, "sha256": setup.info.sha256},
+    "normalisation": setup.normalisation,
     "augmentation": config.input.augmentation,
     "input": {
-      "mode": "stream" if trainer.streams else "resident",
+      "mode": "stream" if setup.loader.is_streaming else "resident",
       "workers": config.input.workers,
     },
     "epochs": config.epochs,
@@ -127,6 +77,31 @@ def build_result(
     "git_commit": provenance.git_commit(),
     "config": dataclasses.asdict(config),
     "finished": True,
+  }
+
+
+def _protocol(setup: RunSetup, progress: Progress, statistics: int) -> dict[str, Any]:
+  """Returns how the numbers came about, as JSON values.
+
+  Split, weights, pixels and devices have fields of their own in a result.
+
+  Args:
+    statistics: stored bytes of statistics of the data.
+  """
+  copies = find_copies(setup.sequence)
+  return {
+    "old_image_bytes": 0,  # a method can't reach a task's images once it is over: see TaskView
+    "old_statistics_bytes": statistics,
+    "task_identity_at_test": setup.sequence.scenario == "til",
+    "measured_on": setup.config.tasks.evaluate_on,
+    "validation_images": sum(len(task.val) for task in setup.sequence.tasks),
+    "validation_read_by_method": progress.val_read,
+    "copies": None if copies is None else dataclasses.asdict(copies),
+    "code": progress.code,
+    "checks": {
+      "finite": "loss, gradient and parameters at each step, all that is saved",
+      "frozen": "weights and frozen parameters at each task's end and each checkpoint",
+    },
   }
 
 

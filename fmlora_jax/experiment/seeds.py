@@ -1,8 +1,8 @@
-"""One experiment with several seeds in one process: a whole run each, and what they say together.
+"""One experiment with several seeds in one process: a whole run each, and a summary of all.
 
-The runs come one after the other and share weights, decoded images and compiled programs. Steps
-that were vmapped over five seeds took 1.1 to 1.4 times as long on a CPU, and gave other last bits:
-each seed folds its own past into the projections, so no product with the backbone can be shared.
+The runs follow each other and share weights, decoded images and compiled programs. Steps vmapped
+over five seeds took 1.1 to 1.4 times as long on a CPU and gave other last bits: each seed folds its
+own past into the projections, so no product with the backbone can be shared.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ def run_each(
 ) -> list[dict[str, Any]]:
   """Runs, resumes or re-reads the experiment with each of `config.seeds`; returns their results.
 
-  Each has the folder WORKDIR/SEED, in which the same config with that one seed would run too. When
-  all are done, WORKDIR/seeds.json sums them up.
+  Each has the folder WORKDIR/SEED, which a run of that single seed can resume. The summary of all
+  is WORKDIR/seeds.json.
 
   Args:
-    console: where to show what goes on; None takes the standard output.
-    began: when the program began, by time.monotonic(): its start counts for the first seed.
+    console: for the output; None takes the standard output.
+    began: when the program began, by time.monotonic(); the time counts for the first seed.
 
   Raises:
     ConfigError: if the workdir is that of a single run, or as `run`.
@@ -63,21 +63,21 @@ def run_each(
 
 def _run_each(config, workdir, console, began):
   console = (console or Console()) if hosts.is_first() else Console(quiet=True)
-  workshop, results = SetupCache(keeps_images=True), []
+  cache, results = SetupCache(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
-    place, own = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
-    finished = (place / result_file.RESULT).exists()
+    folder, single = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
+    finished = (folder / result_file.RESULT).exists()
     note = f"\nseed {seed}, {i + 1} of {len(config.seeds)}{' (finished)' * finished}"
     console.print(Text(note), soft_wrap=True)
     shown = Console(quiet=True) if finished else console
-    results.append(run(own, place, shown, workshop, None if results else began))
+    results.append(run(single, folder, shown, cache, None if results else began))
   return results
 
 
 def summary(results: Sequence[RunResult]) -> dict[str, Any]:
-  """Returns what seeds.json holds: of each score the mean, the std (ddof 1) and every seed's.
+  """Returns the contents of seeds.json: mean, std (ddof 1) and every seed's value of each score.
 
-  Mean and std are None where a seed has no such score, the std also where there is one seed.
+  Mean and std are None where a seed has no such score; the std also for a single seed.
   """
   scores = {}
   for name in SCORES:

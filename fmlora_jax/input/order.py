@@ -1,6 +1,6 @@
-"""In which order the images of a task are visited: a function of seed, task and step alone.
+"""The order of a task's images: a function of seed, task and step alone.
 
-So the number of the step is all that a checkpoint must hold of the position in the data.
+A checkpoint holds the position in the data as the number of the step.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ def _batches(values, batch_size):
   return rows.reshape(-1, batch_size)
 
 
-_epoch = functools.lru_cache(maxsize=2)(epoch_indices)  # a chunk may end one and begin the next
+_epoch = functools.lru_cache(maxsize=2)(epoch_indices)  # a chunk may span two epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-  """The rows of a task's training steps, several steps at a time; a sequence that can be pickled.
+  """The rows of a task's training steps, several steps at a time: a sequence, can be pickled.
 
   Attributes:
     num, batch_size, seed, task: as of `epoch_indices`; epochs follow each other.
@@ -53,26 +53,26 @@ class Chunks:
     return len(self.bounds) - 1
 
   def __getitem__(self, index: int) -> Int[np.ndarray, "K B"]:
-    """Returns the rows of the steps of chunk `index`; of steps that it lacks all are -1."""
+    """Returns the rows of the steps of chunk `index`; those of missing steps are -1."""
     if not 0 <= index < len(self):
       raise IndexError(index)
     steps = range(*self.bounds[index : index + 2])
     rows = np.full((self.size, self.batch_size), -1, np.int32)
     epoch_steps = -(-self.num // self.batch_size)
-    for place, step in enumerate(steps):
+    for i, step in enumerate(steps):
       epoch, batch = divmod(step, epoch_steps)
-      rows[place] = _epoch(self.num, self.batch_size, self.seed, self.task, epoch)[batch]
+      rows[i] = _epoch(self.num, self.batch_size, self.seed, self.task, epoch)[batch]
     return rows
 
 
 def bounds(start: int, end: int, size: int, every: int) -> tuple[int, ...]:
-  """Returns how start..end is cut: pieces of at most `size`, ending at each multiple of `every`.
+  """Returns the bounds of chunks of start..end, of at most `size`, ending at multiples of `every`.
 
   Args:
     every: 0 for none.
   """
-  cuts = [start]
-  while cuts[-1] < end:
-    step = cuts[-1]
-    cuts.append(min(step + size, end, step + every - step % every if every else end))
-  return tuple(cuts)
+  ends = [start]
+  while ends[-1] < end:
+    step = ends[-1]
+    ends.append(min(step + size, end, step + every - step % every if every else end))
+  return tuple(ends)

@@ -1,9 +1,9 @@
-"""Images decoded once: a task's on the device, those that measure it on the host."""
+"""Images decoded once: a task's on the device, test images on the host."""
 
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -12,13 +12,18 @@ from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks.sequence import DataSource, TaskSequence
 from fmlora_jax.types import Examples
 
-# images decoded at a time, so that memory holds one copy of the task and a stop comes through
+# images decoded at a time: memory holds one copy of a task, and a stop is noticed in between
 CHUNK = 256
+# Bytes of the images of one block of a stream, or one batch where that takes more. The device holds
+# two blocks, the host two, and four more for each process that decodes.
+BLOCK_BYTES = 2**26
+
+Rows = Int[np.ndarray, "*K B"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessShard:
-  """The part of each array of images that this process decodes: one of `count` equal parts."""
+  """This process's part of each array of images: one of `count` equal parts."""
 
   index: int = 0
   count: int = 1
@@ -41,9 +46,15 @@ def capacity(sequence: TaskSequence, split: str) -> int:
 
 
 def num_bytes(sequence: TaskSequence, capacity: int) -> int:
-  """Returns the memory that what `load_examples` returns takes."""
+  """Returns the bytes of `Examples` of so many images."""
   height, width = sequence.source.canvas
   return capacity * (height * width * 3 + 2 * 4 + 4 + 1)
+
+
+def steps_per_block(sequence: TaskSequence, batch_size: int, at_most: int) -> int:
+  """Returns the batches of a streamed block of BLOCK_BYTES; at least one."""
+  fitting = BLOCK_BYTES // num_bytes(sequence, batch_size)
+  return max(1, min(at_most, fitting))
 
 
 def choose_mode(
@@ -54,19 +65,19 @@ def choose_mode(
   device: int | None,
   host: int,
 ) -> str:
-  """Returns "resident" or "stream": what `mode` says, and of "auto" resident where it fits.
+  """Returns "resident" or "stream": `mode`, or for "auto" resident where the images fit.
 
   Args:
     sequence: the tasks.
-    measured: "test" or "val", the images that fill the accuracy matrix.
-    mode: as of config.InputConfig.
-    device: bytes that images may take there: training and validation images of one task. None
+    measured: "test" or "val", the split that fills the accuracy matrix.
+    mode: `config.InputConfig.mode`.
+    device: bytes for images on the device, the training and validation images of one task; None
       where the device's memory is the host's.
-    host: bytes that images may take there: those of the next task, and all that is measured; where
-      its memory is the device's, those of the current task too.
+    host: bytes for images on the host, those of the next task and all of `measured`; where its
+      memory is the device's, the current task's too.
 
   Raises:
-    ConfigError: if "resident" does not fit, with what is needed, what there is, and the mend.
+    ConfigError: if mode is "resident" and the images do not fit.
   """
   lacking = None if mode == "stream" else _lacking(sequence, measured, device=device, host=host)
   if mode == "resident" and lacking:
@@ -78,20 +89,20 @@ def choose_mode(
 
 
 def _lacking(sequence: TaskSequence, measured: str, *, device: int | None, host: int) -> str | None:
-  """Returns what does not fit where; None if all does."""
+  """Returns which images do not fit where, in words; None if all fit."""
   largest = capacity(sequence, "train") + capacity(sequence, "val")
   tests = sum(len(getattr(task, measured)) for task in sequence.tasks)
   height, width = sequence.source.canvas
   if device is None:
-    places = [("host", 2 * largest + tests, host)]
+    needs = [("host", 2 * largest + tests, host)]
   else:
-    places = [("device", largest, device), ("host", largest + tests, host)]
-  for place, images, budget in places:
+    needs = [("device", largest, device), ("host", largest + tests, host)]
+  for memory, images, budget in needs:
     needed = num_bytes(sequence, images)
     if needed > budget:
       return (
         f"{images} images of {sequence.source.name}, of {height} x {width} pixels, take "
-        f"{needed / 2**30:.2f} GiB, the {place} has {budget / 2**30:.2f} GiB for them"
+        f"{needed / 2**30:.2f} GiB, the {memory} has {budget / 2**30:.2f} GiB for them"
       )
   return None
 
@@ -102,13 +113,13 @@ def load_examples(
   capacity: int,
   stop: threading.Event | None = None,
 ) -> Examples:
-  """Returns the records `indices` as numpy arrays of `capacity` rows; the rest is padding.
+  """Returns the records `indices` as NumPy arrays of `capacity` rows; the rest is padding.
 
   Args:
-    sequence: where the records are from.
+    sequence: source of the records.
     indices: at most `capacity` of them.
     capacity: rows of the result. Padding rows are black, of label 0, and not valid.
-    stop: set by who wants the result no more.
+    stop: set when the result is not needed any more.
 
   Raises:
     ConfigError: of `DataSource.decode`.
@@ -137,30 +148,67 @@ def _chunks(count: int, stop: threading.Event | None) -> Iterator[slice]:
     yield slice(lo, min(lo + CHUNK, count))
 
 
-def read_resident(
-  examples: Examples, blocks: Iterable[Int[np.ndarray, "*K B"]]
-) -> Iterator[tuple[Examples, Int[np.ndarray, "*K B"]]]:
-  """Yields (examples, rows) of each block of rows: what `stream.Stream.read` does, from memory."""
+def read_resident(examples: Examples, blocks: Iterable[Rows]) -> Iterator[tuple[Examples, Rows]]:
+  """Yields (examples, rows) of each block of rows: the whole task each time."""
   for rows in blocks:
     yield examples, rows
 
 
-def cache_decoded(sequence: TaskSequence, records: Sequence[int]) -> TaskSequence:
-  """Returns the sequence with a source that decodes each of `records` once, and no other.
+def load_block(
+  sequence: TaskSequence, indices: Int[np.ndarray, " n"], rows: Rows, shard: ProcessShard
+) -> tuple[Examples, Rows]:
+  """Returns this process's part of the images of a block, and the block's rows counted in it all.
 
-  A source that already does so for other runs stays as it is.
+  Args:
+    sequence: source of the records.
+    indices: the records that rows count in.
+    rows: of the block; -1 is padding.
+    shard: the part.
+  """
+  used = rows >= 0
+  part = shard.rows(rows.size)
+  examples = load_examples(sequence, indices[rows[used]][part], part.stop - part.start)
+  own = np.full_like(rows, -1)
+  own[used] = np.arange(np.sum(used))
+  return examples, own
+
+
+def read_blocks(
+  blocks: Iterable[Rows],
+  *,
+  sequence: TaskSequence,
+  indices: Int[np.ndarray, " n"],
+  shard: ProcessShard,
+  put: Callable[[Examples], Examples],
+) -> Iterator[tuple[Examples, Rows]]:
+  """Yields, for each block, its images alone on the devices, and its rows counted in them.
+
+  Args:
+    blocks: rows of each; -1 is padding.
+    sequence, indices, shard: as of `load_block`.
+    put: this process's part of a block -> the block on the devices.
+  """
+  for block in blocks:
+    examples, rows = load_block(sequence, indices, block, shard)
+    yield put(examples), rows
+
+
+def cache_decoded(sequence: TaskSequence, records: Sequence[int]) -> TaskSequence:
+  """Returns the sequence with a source that decodes each of `records` once, and no other record.
+
+  A source with such a cache, which several runs share, stays as it is.
   """
   if isinstance(sequence.source.decode, DecodedCache):
     return sequence
-  kept = DecodedCache(sequence.source, np.asarray(records))
-  return dataclasses.replace(sequence, source=dataclasses.replace(sequence.source, decode=kept))
+  cache = DecodedCache(sequence.source, np.asarray(records))
+  return dataclasses.replace(sequence, source=dataclasses.replace(sequence.source, decode=cache))
 
 
 class DecodedCache:
-  """A `DataSource.decode` that decodes each of some records once and keeps its pixels on the host.
+  """A `DataSource.decode` with a cache of pixels on the host.
 
   Args:
-    source: decodes them.
+    source: decodes each record once.
     records: the only ones that may be asked for, ascending.
   """
 
@@ -170,14 +218,14 @@ class DecodedCache:
     self._sizes = np.zeros((len(records), 2), np.int32)  # 0: not decoded yet
 
   def decode(self, rows: Int[np.ndarray, " k"], stop: threading.Event | None = None) -> None:
-    """Decodes those of `rows` that are not kept yet; `stop` and errors as of `load_examples`."""
-    places = np.searchsorted(self._records, rows)
-    new = self._sizes[places, 0] == 0
-    rows, places = rows[new], places[new]
+    """Decodes those of `rows` that are not cached yet; `stop` and errors as of `load_examples`."""
+    slots = np.searchsorted(self._records, rows)
+    new = self._sizes[slots, 0] == 0
+    rows, slots = rows[new], slots[new]
     for part in _chunks(len(rows), stop):
-      self._images[places[part]], self._sizes[places[part]] = self._decode(rows[part])
+      self._images[slots[part]], self._sizes[slots[part]] = self._decode(rows[part])
 
   def __call__(self, rows: Int[np.ndarray, " k"]) -> tuple[np.ndarray, np.ndarray]:
     self.decode(rows)
-    places = np.searchsorted(self._records, rows)
-    return self._images[places], self._sizes[places]
+    slots = np.searchsorted(self._records, rows)
+    return self._images[slots], self._sizes[slots]

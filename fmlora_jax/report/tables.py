@@ -115,7 +115,7 @@ def protocols(groups: Mapping[str, Group]) -> list[str]:
 
 def _protocol(run: RunResult) -> str:
   card, tag_and_hash = run["protocol"], " ".join(weights(run))
-  copies, alone = card["copies"], card["checks"]["batch_of_one"]
+  copies = card["copies"]
   num_copies = "not looked for"
   if copies is not None:
     num_copies = str(sum(n for n in copies.values() if isinstance(n, int)))
@@ -129,8 +129,6 @@ def _protocol(run: RunResult) -> str:
     f"{card['validation_images']} validation images {read} by the method",
     f"weights {tag_and_hash}, pixels {run['normalisation']}",
     f"on {'; then '.join(run['devices'])}",
-    f"right alone {alone['right_alone']}, in a batch {alone['right_together']} of "
-    f"{alone['images']} images",
   ]
   return "; ".join(parts)
 

@@ -1,5 +1,6 @@
 """Counts of right answers over padded batches of test images."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -28,10 +29,10 @@ def count_correct(
 class Evaluator:
   """Classifies test images with a folded model: one forward pass each, one program for all tasks.
 
-  Runs that share `predict` and `center` share the program.
+  Runs with the same `predict` and `center` share the program.
 
   Args:
-    method: gives `predict`.
+    method: its `predict` is used.
     center: (examples, rows [B]) -> Batch, as at test time.
   """
 
@@ -47,19 +48,23 @@ class Evaluator:
     """Returns how many images of each test set are predicted right; 0 of sets without images.
 
     Args:
-      model: what `Method.fold` returned.
-      batches: (images, the set that each is from), on the devices and all of one shape.
+      model: result of `Method.fold`.
+      batches: (images, index of each one's set), on the devices and all of one shape.
       masks: row i: the classes that may be predicted for images of set i.
     """
-    counts = [self._count(model, *batch, masks) for batch in batches]
-    return np.sum([np.asarray(count) for count in counts], axis=0)
+    counts = []
+    for batch in batches:
+      if counts:  # one batch waits while another is computed: the device never holds more
+        counts[-1] = np.asarray(counts[-1])
+      counts.append(self._count(model, *batch, masks))
+    return np.sum(np.asarray(counts), axis=0)
 
 
 def allowed_classes(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]:
   """Returns which classes may be predicted for images of each test set after task `learned`.
 
-  Those of all tasks so far; in til, where the task is given, those of the set's own. Source:
-  protocol of L2P and its successors, which never predict a class that was not seen.
+  In cil and dil the classes of all tasks so far; in til, where the task is given, those of the
+  set's task. Source: protocol of L2P and its successors, which never predict an unseen class.
   """
   classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
   if spec.scenario == "til":
@@ -68,17 +73,22 @@ def allowed_classes(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]
 
 
 def iterate_batches(
-  read: Callable, sizes: Sequence[int], batch_size: int, put: Callable
+  read: Callable, sizes: Sequence[int], batch_size: int, replicate: Callable
 ) -> Iterator[tuple[Examples, Int[Array, " B"]]]:
-  """Yields the batches of test sets that follow each other in what `read` reads.
+  """Yields the batches of test sets that lie one after the other in the images of `read`.
 
   Args:
     read: blocks of rows -> (the images of a block alone, its rows) of each.
     sizes: of the sets; a batch may span several, and the last one is padded.
     batch_size: over all devices.
-    put: host arrays with a leading batch axis -> the devices.
+    replicate: host arrays -> all devices.
+
+  Raises:
+    Stopped: between two batches, if the program is to stop.
   """
   owners = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
   blocks = order.natural(len(owners), batch_size)
-  for (examples, _), rows in zip(stop.checked(read(blocks)), blocks, strict=True):
-    yield examples, put(owners[rows])  # padding has any owner: it is not valid
+  with contextlib.closing(read(blocks)) as batches:
+    for (examples, _), rows in zip(batches, blocks, strict=True):
+      stop.check()
+      yield examples, replicate(owners[rows])  # padding has any owner: it is not valid

@@ -1,4 +1,7 @@
-"""The training step, and many of them in one device program."""
+"""The training step, and the compiled program that does many of them."""
+
+import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -17,11 +20,11 @@ from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays,
 
 @flax.struct.dataclass
 class TrainState:
-  """What a step changes; donated to it.
+  """State of training: all that a step changes, donated to it.
 
   Attributes:
     params: {"shared", "cur"}.
-    opt_state: exists for trained leaves only.
+    opt_state: of trained leaves only.
     step: steps done in this task.
   """
 
@@ -32,12 +35,12 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepContext:
-  """What a step only reads.
+  """Inputs that all steps of a task share and none changes.
 
   Attributes:
     frozen, mem: groups of `Variables`.
     task: the current one.
-    total_steps: of this task; ends the cosine.
+    total_steps: of this task; the end of learning-rate schedules.
     root: PRNG key of the run.
   """
 
@@ -49,12 +52,7 @@ class StepContext:
 
 
 class TrainStep:
-  """The step of a method under one table of rules; pure functions, made once.
-
-  Attributes:
-    step: (state, fixed, batch) -> (state, {"loss", "grad_norm"}). Where one of these or a parameter
-      would not be finite, the state stays as it was: its count tells.
-  """
+  """The training step of a method under one table of rules: pure functions."""
 
   def __init__(self, method: Method, config: Config, rules: Rules):
     self.method, self.config, self.rules = method, config, rules
@@ -64,35 +62,40 @@ class TrainStep:
     return optim.make_optimizer(self.config, self.method.groups, labels), labels
 
   def init(self, variables: Variables) -> TrainState:
-    """Returns the state at the start of a task: a fresh optimiser."""
+    """Returns the state at the start of a task, with a fresh optimizer."""
     params = {"shared": variables.shared, "cur": variables.cur}
     optimizer, _ = self._optimizer(params)
     return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
 
-  def step(self, state: TrainState, fixed: StepContext, batch: Batch) -> tuple[TrainState, dict]:
+  def step(self, state: TrainState, context: StepContext, batch: Batch) -> tuple[TrainState, dict]:
+    """Returns the next state and {"loss", "grad_norm"}.
+
+    Where one of these or a trained parameter is not finite, the state stays as it was, its count of
+    steps too.
+    """
     optimizer, labels = self._optimizer(state.params)
-    trained, still = partition(state.params, labels)
-    key = named_key(fixed.root, "method", task=fixed.task.index, step=state.step)
+    trained, frozen = partition(state.params, labels)
+    key = named_key(context.root, "method", task=context.task.index, step=state.step)
 
     def loss_fn(trained):
-      params = combine(trained, still)
-      variables = Variables(frozen=fixed.frozen, mem=fixed.mem, **params)
-      output = self.method.apply(variables, batch.images, fixed.task, key, batch.valid)
-      losses = heads.local_losses(output.logits, batch.labels, fixed.task)
+      params = combine(trained, frozen)
+      variables = Variables(frozen=context.frozen, mem=context.mem, **params)
+      output = self.method.apply(variables, batch.images, context.task, key, batch.valid)
+      losses = heads.local_losses(output.logits, batch.labels, context.task)
       return heads.weighted_mean(losses, batch.valid) + output.penalty
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
     stats = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     # set_to_zero ignores what it is given for the frozen leaves; nothing is computed for them
-    grads = combine(grads, jax.tree.map(jnp.zeros_like, still))
+    grads = combine(grads, jax.tree.map(jnp.zeros_like, frozen))
     now = {
-      "progress": state.step / fixed.total_steps,
-      "epoch": state.step // (fixed.total_steps // self.config.epochs),
+      "progress": state.step / context.total_steps,
+      "epoch": state.step // (context.total_steps // self.config.epochs),
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
     updates, _ = partition(updates, labels)
     trained = optax.apply_updates(trained, updates)
-    new = TrainState(params=combine(trained, still), opt_state=opt_state, step=state.step + 1)
+    new = TrainState(params=combine(trained, frozen), opt_state=opt_state, step=state.step + 1)
     finite = is_finite((stats, trained))
     return jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state), stats
 
@@ -102,20 +105,53 @@ def is_finite(tree) -> Bool[Array, ""]:
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def make_multi_step(stepper: TrainStep, augment, mesh: jax.sharding.Mesh):
-  """Returns the jitted (state, fixed, examples, rows [K, B], num) -> (state, stats of K numbers).
+class TrainPrograms:
+  """Compiled training programs of a method; tasks with the same rules and shapes share them.
 
-  It does the first `num` of K steps, or those before one that is not finite; `num` is traced, so a
-  task's last chunk compiles nothing new. Every step draws its crops from the key of (task, step),
-  and gathers what is frozen where it uses it. State and stats are whole on each device.
+  Args:
+    method: to train.
+    config: of the run, or of one that differs in the seed.
+    augment: (examples, rows [B], key) -> Batch.
+    mesh: devices.
+
+  Attributes:
+    num_compiled: programs compiled so far.
   """
-  whole = mesh_lib.replicated(mesh)
 
-  def chunk(
-    state: TrainState, fixed: StepContext, examples: Examples, rows: Int[Array, "K B"], num
-  ):
+  def __init__(self, method: Method, config: Config, augment: Callable, mesh: jax.sharding.Mesh):
+    self.method, self.augment = method, augment
+    self._config, self._mesh = config, mesh
+    self._multi_steps: dict[Rules, Callable] = {}
+    self.num_compiled = 0
+
+  def train_step(self, rules: Rules) -> TrainStep:
+    return TrainStep(self.method, self._config, rules)
+
+  def multi_step(self, rules: Rules) -> Callable:
+    """Returns the jitted (state, context, examples, rows [K, B], num) -> (state, stats of K).
+
+    It does the first `num` of K steps, or those before one that is not finite; `num` is traced, so
+    a task's last chunk compiles nothing new. Every step draws its crops from the key of (task,
+    step), and gathers frozen arrays where it uses them. State and stats are replicated.
+    """
+    if rules not in self._multi_steps:
+      whole = mesh_lib.replicated(self._mesh)
+      function = functools.partial(self._several, self.train_step(rules))
+      self._multi_steps[rules] = jax.jit(function, donate_argnums=0, out_shardings=whole)
+    return self._multi_steps[rules]
+
+  def _several(
+    self,
+    train_step: TrainStep,
+    state: TrainState,
+    context: StepContext,
+    examples: Examples,
+    rows: Int[Array, "K B"],
+    num: Int[Array, ""],
+  ) -> tuple[TrainState, dict]:
+    self.num_compiled += 1  # once a trace
+    whole, first = mesh_lib.replicated(self._mesh), state.step
     stats = {name: jnp.zeros(rows.shape[0]) for name in ("loss", "grad_norm")}
-    first = state.step
 
     def goes_on(carry):
       i, state, _ = carry
@@ -123,14 +159,12 @@ def make_multi_step(stepper: TrainStep, augment, mesh: jax.sharding.Mesh):
 
     def body(carry):
       i, state, stats = carry
-      key = named_key(fixed.root, "augment", task=fixed.task.index, step=state.step)
+      key = named_key(context.root, "augment", task=context.task.index, step=state.step)
       batch = jax.lax.with_sharding_constraint(
-        augment(examples, rows[i], key), mesh_lib.batch_sharding(mesh)
+        self.augment(examples, rows[i], key), mesh_lib.batch_sharding(self._mesh)
       )
-      gathered = jax.lax.with_sharding_constraint(fixed.frozen, whole)
-      state, now = stepper.step(state, fixed.replace(frozen=gathered), batch)
+      gathered = jax.lax.with_sharding_constraint(context.frozen, whole)
+      state, now = train_step.step(state, context.replace(frozen=gathered), batch)
       return i + 1, state, {name: stats[name].at[i].set(now[name]) for name in stats}
 
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, stats))[1:]
-
-  return jax.jit(chunk, donate_argnames="state", out_shardings=whole)

@@ -76,7 +76,7 @@ def test_parameters_are_those_of_a_run_with_the_largest_rank(found, tmp_path):
 
 
 def test_the_time_is_that_of_all_steps_tests_and_passes_between(found):
-  made = setup.SetupCache().parts(dry_run.settle(small())).trainer
+  made = setup.SetupCache().setup(dry_run.settle(small())).trainer
   steps = [made.steps_per_epoch(i) for i in range(5)]
   first, later = (stage.step.seconds for stage in found.stages)
   assert found.seconds["train"] == pytest.approx(steps[0] * first + sum(steps[1:]) * later)
@@ -100,25 +100,25 @@ def test_the_estimate_is_shown_with_what_it_leaves_open(found, capsys):
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_the_program_of_the_estimate_is_the_run_s(mode):
   settings = small("linear_probe", input={"mode": mode})
-  made = setup.SetupCache().parts(settings).trainer
+  made = setup.SetupCache().setup(settings)
   variables = made.method.init(made.root, made.weights)
-  view = made.view(0)
+  view = made.views.view(0)
   variables, _ = made.method.begin_task(variables, view)
   cost = costs.measure_train_step(made, variables, 0, limit=2**40)
   assert cost.compiling > 0 and cost.seconds > 0
   lowered = []
-  chunk = made.chunk(0)
+  multi_step = made.programs.multi_step(made.method.rules(0))
 
   def recorded(*arguments):
-    lowered.append(chunk.lower(*arguments))
-    return chunk(*arguments)
+    lowered.append(multi_step.lower(*arguments))
+    return multi_step(*arguments)
 
-  made._chunks[made.method.rules(0)] = made.stepper(0), recorded
-  for _ in made.train(made.init(variables, 0), variables, view):
+  made.programs.multi_step = lambda rules: recorded
+  for _ in made.trainer.train(made.trainer.init(variables, 0), variables, view):
     pass
   temp = lowered[0].compile().memory_analysis().temp_size_in_bytes
   assert temp == cost.bytes["temp"]
-  state = made.init(variables, 0)
+  state = made.trainer.init(variables, 0)
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables)))
   assert cost.bytes["state"] == held
 

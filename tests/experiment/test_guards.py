@@ -1,7 +1,6 @@
 """What stops a run is named: the leaf that drifted, the array that is not finite."""
 
 import re
-import types
 
 import jax.numpy as jnp
 import pytest
@@ -13,13 +12,12 @@ RULES = (("cur/head", "head"), (".*", "frozen"))
 
 
 def watched():
-  """Returns (Frozen, the params it watches): weights a and b, shared c and d, and a head."""
-  method = types.SimpleNamespace(rules=lambda task: RULES)
-  trainer = types.SimpleNamespace(method=method, weights={"a": jnp.ones(2), "b": jnp.ones(2)})
+  """Returns (guard, weights a and b, params: shared c and d, and a head)."""
+  weights = {"a": jnp.ones(2), "b": jnp.ones(2)}
   params = {"shared": {"c": jnp.ones(3), "d": jnp.ones(3)}, "cur": {"head": jnp.ones(2)}}
-  frozen = guards.FrozenGuard(trainer)
+  frozen = guards.FrozenGuard(weights, lambda task: RULES)
   frozen.begin(0, params)
-  return frozen, trainer, params
+  return frozen, weights, params
 
 
 def test_what_trains_may_change():
@@ -28,8 +26,8 @@ def test_what_trains_may_change():
 
 
 def test_the_first_leaf_that_drifted_is_named_and_the_others_counted():
-  frozen, trainer, params = watched()
-  trainer.weights["b"] = jnp.zeros(2)
+  frozen, weights, params = watched()
+  weights["b"] = jnp.zeros(2)
   with pytest.raises(FrozenError, match=r"^weights/b is frozen .* in task 3, .*\(1 of 4 frozen"):
     frozen.check(2, params)
   moved = params | {"shared": {"c": jnp.zeros(3), "d": jnp.zeros(3)}}

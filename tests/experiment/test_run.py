@@ -11,8 +11,7 @@ import pytest
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.distributed import memory
-from fmlora_jax.experiment import clock
-from fmlora_jax.experiment import setup as parts
+from fmlora_jax.experiment import clock, setup
 from fmlora_jax.experiment.run import run
 from fmlora_jax.input import resident
 from fmlora_jax.report import plots
@@ -37,7 +36,7 @@ SMALL = {
 }
 # of runs that are stopped and resumed here: a config is traced once; test_main.py resumes one in a
 # process of its own
-WORKSHOP = parts.SetupCache()
+CACHE = setup.SetupCache()
 SAME = ("params_sha256", "accuracy", "acc", "aaa", "ranks", "interference", "params", "class_order")
 
 
@@ -57,7 +56,7 @@ def finished(request, tmp_path_factory):
   """(config, workdir, result) of a run that nothing stopped: two tasks of ten steps."""
   settings = small(request.param)
   workdir = tmp_path_factory.mktemp(request.param) / "run"
-  return settings, workdir, run(settings, workdir, workshop=WORKSHOP)
+  return settings, workdir, run(settings, workdir, cache=CACHE)
 
 
 # for what holds whatever is learned; trust/test_kills.py kills runs of other methods
@@ -84,7 +83,7 @@ def stop(settings, workdir, owner, name, calls):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(owner, name, then_die)
     with pytest.raises(Killed):
-      run(settings, workdir, workshop=WORKSHOP)
+      run(settings, workdir, cache=CACHE)
   return took[-1]
 
 
@@ -104,7 +103,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, sa
   before = stop(settings, workdir, checkpoint.CheckpointStore, "save", saves)
   assert not (workdir / "result.json").exists()
   began = time.monotonic()
-  result = run(settings, workdir, workshop=WORKSHOP)
+  result = run(settings, workdir, cache=CACHE)
   took = before + time.monotonic() - began
   assert_same_run(finished, workdir, result)
   seconds = result["wall_seconds"]
@@ -136,9 +135,9 @@ def test_a_kill_between_the_last_task_and_the_result_does_no_harm(
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(plots if call == "write_plots" else result_file, call, kill)
-    run(settings, workdir, workshop=WORKSHOP)
+    run(settings, workdir, cache=CACHE)
   assert not (workdir / "result.json").exists()
-  assert_same_run(finished, workdir, run(settings, workdir, workshop=WORKSHOP))
+  assert_same_run(finished, workdir, run(settings, workdir, cache=CACHE))
   assert (workdir / "plots" / "accuracy_matrix.png").exists()
 
 
@@ -148,7 +147,7 @@ def test_a_picture_that_can_not_be_drawn_costs_no_result(finished, tmp_path, mon
     raise RuntimeError("no font")
 
   monkeypatch.setattr(plots, "write_plots", fail)
-  result = run(finished[0], tmp_path / "run", workshop=WORKSHOP)
+  result = run(finished[0], tmp_path / "run", cache=CACHE)
   assert "warning    no plots: RuntimeError: no font" in capsys.readouterr().out
   assert_same_run(finished, tmp_path / "run", result)
 
@@ -230,7 +229,7 @@ def test_what_is_needed_next_is_decoded_while_a_task_is_trained(finished, tmp_pa
   main = threading.current_thread().name
   assert {decoder.threads[row] for row in [*first.train, *first.val]} == {main}
   ahead = [*first.test, *second.train, *second.val, *second.test]
-  assert {decoder.threads[row] for row in ahead} == {"decode ahead_0"}
+  assert {decoder.threads[row] for row in ahead} == {"prefetch_0"}
 
 
 @of_one_method
@@ -246,7 +245,7 @@ def test_an_image_that_can_not_be_decoded_ahead_stops_the_run_at_its_task(
     decoder.refused.add(broken)
     with pytest.raises(config.ConfigError, match=f"^record {broken} can't be used$"):
       run(settings, workdir)
-  assert not [thread for thread in threading.enumerate() if "decode ahead" in thread.name]
+  assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
   steps = {json.loads(line)["step"] for line in lines(workdir)}
   assert max(steps) == (9 if part == "train" else 19)  # of ten steps a task
   assert_same_run(finished, workdir, run(settings, workdir))
@@ -282,7 +281,7 @@ def test_a_streamed_run_resumes_within_a_task_whatever_it_was_before(finished, t
   settings, workdir = finished[0], tmp_path / "run"
   before = settings if first == "resident" else streamed(settings)
   stop(before, workdir, checkpoint.CheckpointStore, "save", 1)
-  assert_same_run(finished, workdir, run(streamed(settings), workdir, workshop=WORKSHOP))
+  assert_same_run(finished, workdir, run(streamed(settings), workdir, cache=CACHE))
 
 
 def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypatch, capsys):
@@ -314,7 +313,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_once(finished, tmp_
   assert max(steps) == 6
   with open(workdir / "metrics.jsonl", "a") as file:
     file.write('{"task": 0, "st')  # a line that was being written
-  assert_same_run(finished, workdir, run(settings, workdir, workshop=WORKSHOP))
+  assert_same_run(finished, workdir, run(settings, workdir, cache=CACHE))
   keys = [(line["task"], line["step"], line["name"]) for line in map(json.loads, lines(workdir))]
   assert len(set(keys)) == len(keys)
 
@@ -330,7 +329,7 @@ def test_a_run_may_be_stopped_twice_and_resumed_with_other_free_settings(finishe
     checkpoint=dataclasses.replace(settings.checkpoint, every_steps=3),
   )
   stop(free, workdir, checkpoint.CheckpointStore, "save", 2)
-  assert_same_run(finished, workdir, run(free, workdir, workshop=WORKSHOP))
+  assert_same_run(finished, workdir, run(free, workdir, cache=CACHE))
 
 
 @of_one_method
@@ -345,7 +344,7 @@ def test_a_resumed_run_does_not_learn_a_finished_task_again(finished, tmp_path, 
     return train(self, state, variables, view)
 
   monkeypatch.setattr(Trainer, "train", recorded)
-  run(settings, workdir, workshop=WORKSHOP)
+  run(settings, workdir, cache=CACHE)
   assert seen == [(1, 0)]
 
 
@@ -475,7 +474,7 @@ def test_domains_come_one_by_one_and_transfer_forward_is_measured(tmp_path, monk
   assert set(result["task_names"]) < {"plain", "inverted", "rotated", "noisy"}
   n = result["n_test"][1]
   assert result["n_test"] == [n, n]
-  untrained, first, second, *_ = counts  # and a few images in batches of their own
+  untrained, first, second = counts
   assert untrained[1] == pytest.approx(n / 10, rel=0.1)  # rows of zeros: every image is a 0
   assert result["fwt"] == pytest.approx(100 * (first[1] - untrained[1]) / n)
   assert result["accuracy"] == [[first[0] / n, None], [second[0] / n, second[1] / n]]

@@ -13,6 +13,7 @@ from fmlora_jax.experiment import seeds, setup
 from fmlora_jax.experiment.run import run
 from fmlora_jax.report import runs, tables
 from fmlora_jax.train import loop
+from fmlora_jax.train.step import TrainPrograms
 from fmlora_jax.workdir import checkpoint
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")  # what runs load, whatever they name
@@ -42,13 +43,12 @@ def alone(settings, seed):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-  """(config, workdir, results, the chunks that were compiled, what was decoded) of two seeds."""
-  chunks, decoded = [], []
-  make_chunk, make = loop.make_chunk, tasks.make
+  """(config, workdir, results, the programs that were made, what was decoded) of two seeds."""
+  made, decoded, init, make = [], [], TrainPrograms.__init__, tasks.make
 
-  def recorded_chunk(*args):
-    chunks.append(make_chunk(*args))
-    return chunks[-1]
+  def recorded_init(self, *args):
+    made.append(self)
+    init(self, *args)
 
   def recorded_make(*args, source, **kwargs):
     sequence = make(*args, source=source, **kwargs)
@@ -64,10 +64,10 @@ def together(tmp_path_factory):
 
   settings, workdir = small(3, 4), tmp_path_factory.mktemp("seeds") / "run"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "make_chunk", recorded_chunk)
+    patch.setattr(TrainPrograms, "__init__", recorded_init)
     patch.setattr(tasks, "make", recorded_make)
     results = seeds.run_each(settings, workdir)
-  return settings, workdir, results, chunks, decoded
+  return settings, workdir, results, made, decoded
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -85,8 +85,8 @@ def test_each_seed_is_the_run_that_it_would_be_alone(together, tmp_path, index):
 
 
 def test_the_second_seed_compiles_no_step_and_decodes_no_image_again(together):
-  _, _, _, chunks, decoded = together
-  assert [chunk._cache_size() for chunk in chunks] == [1, 1]  # of task 1 and of task 2
+  _, _, _, made, decoded = together
+  assert [programs.num_compiled for programs in made] == [2]  # of task 1 and of task 2
   assert len(decoded) == len(set(decoded))
 
 
@@ -152,14 +152,14 @@ def test_the_folder_of_a_single_run_is_refused(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_workshop_shares_what_the_config_allows():
+def test_a_cache_shares_what_the_config_allows():
   settings = alone(small(), 3)
-  workshop = setup.SetupCache()
+  cache = setup.SetupCache()
   first, other_seed, other_method = (
-    workshop.parts(changed).trainer
+    cache.setup(changed)
     for changed in (settings, alone(settings, 4), alone(small(method="linear_probe"), 3))
   )
-  assert first.method is other_seed.method and first.augment is other_seed.augment
+  assert first.method is other_seed.method and first.programs is other_seed.programs
   assert first.method is not other_method.method
   for other in (other_seed, other_method):
     shared = zip(jax.tree.leaves(first.weights), jax.tree.leaves(other.weights), strict=True)

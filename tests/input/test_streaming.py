@@ -45,8 +45,8 @@ def view(make_lab):
     made = make_lab(method={"name": "linear_probe"}, epochs=EPOCHS, input=settings)
     decode = functools.partial(in_sizes, made.sequence.source.decode)
     source = dataclasses.replace(made.sequence.source, decode=decode)
-    made.trainer.sequence = dataclasses.replace(made.sequence, source=source)
-    return made.trainer.view(TASK)
+    sequence = dataclasses.replace(made.sequence, source=source)
+    return made.setup.with_sequence(sequence).views.view(TASK)
 
   return of
 
@@ -103,14 +103,14 @@ def test_streamed_chunks_hold_the_same_steps_from_any_step_on(view, workers):
 def test_a_block_is_of_bounded_size_and_one_batch_at_the_least(make_lab, monkeypatch):
   made = make_lab(method={"name": "linear_probe"})
   for num_bytes, steps in ((2**40, 4), (16 * 781 * 3, 3), (16 * 781 * 3 - 1, 2), (1, 1)):
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", num_bytes)
+    monkeypatch.setattr(resident, "BLOCK_BYTES", num_bytes)
     assert resident.num_bytes(made.sequence, 16) == 16 * 781
-    assert streaming.steps_per_block(made.sequence, 16, at_most=4) == steps
+    assert resident.steps_per_block(made.sequence, 16, at_most=4) == steps
 
 
 def test_no_blocks_are_no_images(make_lab):
   made = make_lab(method={"name": "linear_probe"}, input={"mode": "stream", "workers": 2})
-  assert list(made.trainer.view(0).train_chunks(made.config.epochs * 2)) == []
+  assert list(made.view(0).train_chunks(made.config.epochs * 2)) == []
 
 
 def test_two_hosts_decode_each_image_of_a_block_once_between_them(make_lab):
@@ -124,7 +124,7 @@ def test_two_hosts_decode_each_image_of_a_block_once_between_them(make_lab):
   blocks = np.asarray([[[3, 0], [1, -1]], [[2, 4], [5, 6]]])
 
   def read(share):
-    put = {"put": lambda x: x, "share": share}
+    put = {"put": lambda x: x, "shard": share}
     return list(
       streaming.StreamingReader(sequence=sequence, indices=np.arange(7), **put).read(blocks)
     )

@@ -22,7 +22,7 @@ def rows_of(made, seed=0):
 @pytest.mark.parametrize("kind", SITES)
 def test_fresh_adapters_leave_the_pretrained_features_as_they_are(make_lab, kind):
   made = make_lab(method={"name": "adapter", "kind": kind, "width": 3})
-  view = made.trainer.view(0)
+  view = made.view(0)
   begun, _ = made.method.begin_task(made.variables, view)
   images, rows = made.images(), rows_of(made)
   variables = begun.replace(
@@ -83,7 +83,7 @@ def test_layers_and_sites_drop_different_units(make_lab):
   method = methods.make_method(
     made.config, dataclasses.replace(made.backbone, apply=spy), made.spec
   )
-  view = made.trainer.view(0)
+  view = made.view(0)
   begun, _ = method.begin_task(made.variables, view)
   begun = begun.replace(frozen=method.freeze(made.weights, begun))
   method.apply(begun, made.images(), view.arrays, view.key("method"))

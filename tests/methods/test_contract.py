@@ -148,7 +148,7 @@ def test_a_step_compiles_once_for_all_tasks_of_equal_rules_and_shapes(learned):
 
   stages = learned.stages
   kinds = {(learned.method.rules(stage.view.index), shapes(stage)) for stage in stages}
-  assert learned.trainer.num_programs() == len(kinds)
+  assert learned.setup.programs.num_compiled == len(kinds)
   if learned.config.method.name != "fm_lora":  # whose bases are frozen after task 1, at any rank
     assert len(kinds) == 1
 
@@ -172,21 +172,21 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(learned):
 
 def counter(learned, batch_size):
   """Returns (bonus [C] on the logits, mask [C]) -> right answers on each task's test images."""
-  method, trainer, sequence = learned.method, learned.trainer, learned.sequence
+  method, setup, sequence = learned.method, learned.setup, learned.sequence
   indices = np.concatenate([task.test for task in sequence.tasks])
-  tests = StreamingReader(sequence=sequence, indices=indices, put=trainer.assemble)
+  tests = StreamingReader(sequence=sequence, indices=indices, put=setup.loader.shard_batch)
   sizes = [len(task.test) for task in sequence.tasks]
 
   def predict(model, images):
     return method.predict(model["folded"], images) + model["bonus"]
 
   biased = dataclasses.replace(method, predict=predict)
-  evaluator = Evaluator(biased, trainer.center)
+  evaluator = Evaluator(biased, setup.center)
   folded = method.fold(learned.weights, learned.variables)
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
-    batches = iterate_batches(tests.read, sizes, batch_size, trainer.put)
+    batches = iterate_batches(tests.read, sizes, batch_size, learned.replicate)
     return evaluator.correct(model, batches, np.tile(mask, (3, 1))).tolist()
 
   return count
@@ -221,8 +221,8 @@ def test_a_run_that_resumes_within_a_task_ends_bit_equal(learned, make_lab, chan
   first.close()
 
   made = make_lab(method={"name": name} | changes)
-  restored = made.trainer.put({group: checkpoint.unflatten(saved, group) for group in groups})
-  variables, view = Variables(frozen={}, **restored), made.trainer.view(1)
+  restored = made.replicate({group: checkpoint.unflatten(saved, group) for group in groups})
+  variables, view = Variables(frozen={}, **restored), made.view(1)
   state = jax.eval_shape(lambda v: made.trainer.init(v, 1), variables)
   state = state.replace(
     params={group: restored[group] for group in ("shared", "cur")},
@@ -326,7 +326,7 @@ def test_stored_parameters_are_those_that_the_variables_hold(lab, case):
 def test_domains_share_one_head_which_is_carried_over(make_lab, name, changes):
   made = make_lab("dil", ((0, 3),) * 2, method={"name": name} | changes)
   assert made.spec.shares_classes
-  views = [made.trainer.view(task) for task in range(2)]
+  views = [made.view(task) for task in range(2)]
   variables, _ = made.method.begin_task(made.variables, views[0])
   head = jax.tree.map(lambda leaf: leaf + 1.5, variables.cur["head"])  # as if trained
   variables, _ = made.method.end_task(
@@ -339,7 +339,7 @@ def test_domains_share_one_head_which_is_carried_over(make_lab, name, changes):
 
 def test_a_stepper_refuses_a_method_whose_rules_miss_a_leaf(make_lab):
   made = make_lab(method={"name": "linear_probe"})
-  variables, _ = made.method.begin_task(made.variables, made.trainer.view(0))
+  variables, _ = made.method.begin_task(made.variables, made.view(0))
   with pytest.raises(ValueError, match="no rule matches leaf 'cur/head/"):
     TrainStep(made.method, made.config, (("cur/head/kernel", "head"),)).init(variables)
   dead = (("cur/head/.*", "head"), ("shared/bases/.*", "adapter"))

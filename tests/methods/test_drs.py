@@ -11,13 +11,13 @@ import pytest
 from fmlora_jax import methods
 from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.config import ConfigError
+from fmlora_jax.experiment.setup import build_setup
 from fmlora_jax.methods.fm_lora import drs
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
 from fmlora_jax.tasks.benchmarks import digits, digits_dil
 from fmlora_jax.tasks.sequence import DataSource, Task, TaskSequence
 from fmlora_jax.train import mesh
-from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.rng import named_key
 from fmlora_jax.types import NonFiniteError
 
@@ -35,7 +35,7 @@ def logits_from_a_rank_on(params, fixed, mask, images):
 @pytest.fixture(scope="module")
 def view(make_lab):
   """Three classes of noisy patterns."""
-  return make_lab(method={"name": "linear_probe"}).trainer.view(1)
+  return make_lab(method={"name": "linear_probe"}).view(1)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_preliminary_training_that_diverges_is_refused(make_lab, strategy):
   with pytest.raises(
     NonFiniteError, match="validation loss is nan in the rank selection of task 2"
   ):
-    made.method.begin_task(made.variables, made.trainer.view(1))
+    made.method.begin_task(made.variables, made.view(1))
 
 
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
@@ -126,9 +126,9 @@ def selectors(monkeypatch):
 def test_the_selections_of_all_tasks_run_the_same_programs(make_lab, selectors, strategy):
   made = make_lab(drs={"strategy": strategy})
   (selector,) = selectors
-  variables = made.trainer.put(made.variables)
+  variables = made.replicate(made.variables)
   for task in (1, 2):
-    variables, _ = made.method.begin_task(variables, made.trainer.view(task))
+    variables, _ = made.method.begin_task(variables, made.view(task))
   train = selector._train_drawn if strategy == "gumbel" else selector._train_all
   assert train._cache_size() == selector._validate_all._cache_size() == 1
 
@@ -136,11 +136,11 @@ def test_the_selections_of_all_tasks_run_the_same_programs(make_lab, selectors, 
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
 def test_fm_lora_selects_and_keeps_nothing_of_the_preliminary_training(make_lab, changed, strategy):
   made = make_lab(drs={"strategy": strategy})
-  variables, facts = made.method.begin_task(made.variables, made.trainer.view(0))
+  variables, facts = made.method.begin_task(made.variables, made.view(0))
   assert facts["rank"] == 4 and facts["complexity"] is None  # task 1 takes r_max
-  made.variables, _ = made.method.end_task(variables, made.trainer.view(0))
+  made.variables, _ = made.method.end_task(variables, made.view(0))
   for task in (1, 2):
-    begun, facts = made.method.begin_task(made.variables, made.trainer.view(task))
+    begun, facts = made.method.begin_task(made.variables, made.view(task))
     assert facts["rank"] in RANKS
     assert 0 < facts["complexity"] < 2
     assert not changed(made.variables.shared, begun.shared)
@@ -159,8 +159,8 @@ def test_the_selection_of_a_task_reads_no_other_tasks_images(make_lab):
   source = dataclasses.replace(
     made.sequence.source, decode=lambda rows: seen.extend(rows.tolist()) or decode(rows)
   )
-  made.trainer.sequence = dataclasses.replace(made.sequence, source=source)
-  made.method.begin_task(made.variables, made.trainer.view(1))
+  setup = made.setup.with_sequence(dataclasses.replace(made.sequence, source=source))
+  made.method.begin_task(made.variables, setup.views.view(1))
   task = made.sequence.tasks[1]
   assert sorted(seen) == sorted([*task.train, *task.val])
 
@@ -207,7 +207,7 @@ def real_digits(second_domain: str) -> TaskSequence:
 
 
 @pytest.fixture(scope="module")
-def digits_trainer():
+def digits_setup():
   """Of a pre-trained ViT on half of the digits as they are; what it compiles serves every seed."""
   config = methods.build_config(
     {
@@ -225,30 +225,28 @@ def digits_trainer():
   )
   weights, sizes, info = registry.load(config.weights)
   sequence = real_digits("plain")
-  return Trainer(
+  return build_setup(
     config,
     methods.make_method(config, vit.make_vit(sizes), sequence.spec),
     sequence,
     jax.device_put(weights),
+    sizes=sizes,
     normalisation=info.normalisation,
-    image_size=sizes.image_size,
     mesh=mesh.make_mesh(),
   )
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(3, marks=pytest.mark.tier(2))])
-def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(
-  digits_trainer, seed
-):
+def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(digits_setup, seed):
   """On real digits and a pre-trained ViT: seen digits again, or rotated, or inverted ones.
 
   Measured at the default price, of ranks 1, 2, 4, 8, for seeds 0 to 3: again 1, 2, 1, 2; inverted
   8, 8, 1, 8; rotated 8, 8, 8, 4; complexities 0.05-0.08, 0.17-0.21, 0.20-0.24. A price ten times
   as high buys the smallest rank in all but one case: one epoch shows gains of 0.01 nats.
   """
-  trainer = digits_trainer.reseeded(seed, real_digits("plain"))
-  method, view = trainer.method, trainer.view(0)
-  variables = method.init(named_key(trainer.root, "init", task=0), trainer.weights)
+  setup = digits_setup.with_sequence(real_digits("plain"), seed)
+  method, trainer, view = setup.method, setup.trainer, setup.views.view(0)
+  variables = method.init(named_key(setup.root, "init", task=0), setup.weights)
   variables, _ = method.begin_task(variables, view)
   *_, (last, stats, _) = trainer.train(trainer.init(variables, 0), variables, view)
   assert stats["loss"][-1] < 0.5
@@ -256,8 +254,8 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(
 
   facts = {}
   for domain in ("plain", "inverted", "rotated"):
-    trainer.sequence = real_digits(domain)
-    _, facts[domain] = method.begin_task(variables, trainer.view(1))
+    view = setup.with_sequence(real_digits(domain)).views.view(1)
+    _, facts[domain] = method.begin_task(variables, view)
   again = facts.pop("plain")
   for distant in facts.values():
     assert again["complexity"] < distant["complexity"]

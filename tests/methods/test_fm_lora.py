@@ -222,15 +222,15 @@ def test_a_step_compiles_once_per_rank_and_once_for_task_1(fm_lora, make_lab):
   made = make_lab(ranges=tuple((i, i + 1) for i in range(4)), epochs=1)
   counts = []
   for index, rank in enumerate((4, 2, 1, 2)):
-    view = made.trainer.view(index)
+    view = made.view(index)
     variables, _ = made.method.begin_task(made.variables, view)
     variables = variables.replace(cur=variables.cur | {"core": fresh_core(rank)})
     for state, _, _ in made.trainer.train(made.trainer.init(variables, index), variables, view):
       last = state
     made.variables, _ = made.method.end_task(variables.replace(**last.params), view)
-    counts.append(made.trainer.num_programs())
+    counts.append(made.setup.programs.num_compiled)
   assert counts == [1, 2, 3, 3]
-  assert fm_lora.trainer.num_programs() == 2  # ranks 4 | 2, 2
+  assert fm_lora.setup.programs.num_compiled == 2  # ranks 4 | 2, 2
 
 
 def fresh_core(rank):

@@ -224,13 +224,13 @@ def test_the_penalty_is_the_repulsion_from_the_batch_and_the_past_without_paddin
 def test_a_step_does_not_depend_on_padding(learned, changed):
   stage, trainer = learned.stages[1], learned.trainer
   batch = learned.batch(6, task=1)
-  stepper = trainer.stepper(1)
+  stepper = learned.setup.programs.train_step(learned.method.rules(1))
   fixed = StepContext(
     frozen=learned.method.freeze(learned.weights, stage.begun),
     mem=stage.begun.mem,
     task=stage.view.arrays,
     total_steps=jnp.int32(8),
-    root=trainer.root,
+    root=learned.root,
   )
   padded = batch.replace(valid=jnp.arange(6) < 4)
   other = padded.replace(images=padded.images.at[4:].set(37.0), labels=padded.labels.at[4:].set(0))

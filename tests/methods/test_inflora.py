@@ -176,7 +176,7 @@ def test_the_space_of_old_inputs_only_grows(learned):
 def test_directions_are_those_of_augmented_images(make_lab, learned):
   """And of the same ones each time: a task begun again after a restart is the same."""
   made = make_lab(method={"name": "inflora"} | SETTINGS)
-  view = made.trainer.view(0)
+  view = made.view(0)
   first, again = (made.method.begin_task(made.variables, view)[0].cur["lora"] for _ in range(2))
   np.testing.assert_array_equal(first["a"], again["a"])
   plain = np.asarray(learned.stages[0].begun.cur["lora"]["a"][0])
@@ -200,7 +200,7 @@ def test_the_pass_over_the_images_compiles_once_for_all_tasks(make_lab, monkeypa
 def test_moments_are_float32_where_the_model_computes_in_bfloat16(lab, learned):
   made = lab("inflora", method=SETTINGS, input={"augmentation": "none"}, compute_dtype="bfloat16")
   add_moments = inflora.make_add_moments(made.backbone)
-  view = made.trainer.view(0)
+  view = made.view(0)
   weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), made.weights)
   total, count = jnp.zeros((2, 16, 16)), jnp.int32(0)
   for batch in view.train_batches(0):

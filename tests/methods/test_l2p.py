@@ -107,7 +107,7 @@ def test_padding_pulls_no_key(learned):
     mem=begun.mem,
     task=stage.view.arrays,
     total_steps=jnp.int32(10),
-    root=learned.trainer.root,
+    root=learned.root,
   )
   step = jax.jit(stepper.step)
   (one, stats), (two, more) = (step(stepper.init(begun), fixed, x) for x in (batch, other))

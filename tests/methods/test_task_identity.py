@@ -93,7 +93,7 @@ def test_it_learns_the_tasks_compiles_once_and_leaves_other_outputs_to_the_align
   learner, identity, statistics = learner_of(made)
   trunk = base.cast_kernels(made.weights, jnp.dtype("float32"))
   for task in range(3):
-    before, view = identity, made.trainer.view(task)
+    before, view = identity, made.view(task)
     identity, statistics, facts = learner.learn(identity, statistics, trunk, view)
     assert 0 < facts["identity_loss"] < 1.5
     assert ("identity_alignment_loss" in facts) == (task > 0)
@@ -116,7 +116,7 @@ def test_its_statistics_are_of_the_untouched_vit_and_of_the_task_alone(make_lab)
   made = make_lab(method=CHANGES | {"num_centroids": 1})
   learner, identity, _ = learner_of(made)
   statistics = class_statistics.empty(7, 1, 16)
-  _, kept, _ = learner.learn(identity, statistics, made.weights, made.trainer.view(1))
+  _, kept, _ = learner.learn(identity, statistics, made.weights, made.view(1))
   batch = made.batch(len(made.sequence.tasks[1].train), task=1)
   features = made.features(batch.images)
   for label in range(7):
@@ -132,4 +132,4 @@ def test_a_training_that_diverges_is_refused_by_field(make_lab):
   made = make_lab(method=CHANGES | {"identity": {"learning_rate": 1e38, "epochs": 2}})
   learner, identity, statistics = learner_of(made)
   with pytest.raises(NonFiniteError, match=r"config\.method\.identity\.learning_rate"):
-    learner.learn(identity, statistics, made.weights, made.trainer.view(0))
+    learner.learn(identity, statistics, made.weights, made.view(0))

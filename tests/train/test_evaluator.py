@@ -63,7 +63,7 @@ def test_each_test_image_is_seen_once_in_full_batches_that_span_tasks(lab, learn
       labels = made.sequence.labels[records[rows]]
       yield Examples(images=pixels, sizes=extents, labels=labels, valid=rows >= 0), rows
 
-  batches = list(evaluate.iterate_batches(read, sizes, 8, made.trainer.put))
+  batches = list(evaluate.iterate_batches(read, sizes, 8, made.replicate))
   assert len(batches) == -(-sum(sizes) // 8)
   assert [row for rows in seen for row in rows if row >= 0] == list(range(sum(sizes)))
   assert all((rows >= 0).all() for rows in seen[:-1])
@@ -74,12 +74,12 @@ def test_each_test_image_is_seen_once_in_full_batches_that_span_tasks(lab, learn
 
 def test_one_program_serves_all_tasks_and_counts_what_the_logits_say(lab):
   made = lab("fm_lora")
-  evaluator = evaluate.Evaluator(made.method, made.trainer.center)
-  masks = made.trainer.put(np.ones((3, made.spec.num_classes), bool))
+  evaluator = evaluate.Evaluator(made.method, made.setup.center)
+  masks = made.replicate(np.ones((3, made.spec.num_classes), bool))
   before = evaluate.count_correct._cache_size()
   for stage in made.stages:
     model = made.method.fold(made.weights, stage.ended)
-    examples = made.trainer.put(
+    examples = made.replicate(
       Examples(
         images=np.zeros((8, 16, 16, 3), np.uint8),
         sizes=np.full((8, 2), 16, np.int32),
@@ -87,7 +87,7 @@ def test_one_program_serves_all_tasks_and_counts_what_the_logits_say(lab):
         valid=np.arange(8) < 7,
       )
     )
-    owner = made.trainer.put(np.zeros(8, np.int32))
+    owner = made.replicate(np.zeros(8, np.int32))
     counts = evaluator.correct(model, [(examples, owner)], masks)
     assert counts.tolist() == [1, 0, 0]  # one image, seven labels, and padding
   assert evaluate.count_correct._cache_size() == before + 1

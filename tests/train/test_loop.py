@@ -11,7 +11,7 @@ from fmlora_jax.train.loop import NonFiniteError, Trainer
 
 def learn(made, task=0):
   """Returns (state at the end, stats of all steps, lengths of the chunks) of one task."""
-  view = made.trainer.view(task)
+  view = made.view(task)
   variables, _ = made.method.begin_task(made.variables, view)
   chunks = list(made.trainer.train(made.trainer.init(variables, task), variables, view))
   stats = {name: np.concatenate([c[1][name] for c in chunks]) for name in ("loss", "grad_norm")}
@@ -49,7 +49,7 @@ def test_chunks_of_any_length_give_bit_identical_results(
   assert not changed(state, reference[0])
   for name, values in stats.items():
     np.testing.assert_array_equal(values, reference[1][name])
-  assert made.trainer.num_programs() == 1  # also for a chunk that is cut short
+  assert made.setup.programs.num_compiled == 1  # also for a chunk that is cut short
 
 
 def test_training_lowers_the_loss_and_sees_each_epoch(reference):
@@ -61,7 +61,7 @@ def test_training_lowers_the_loss_and_sees_each_epoch(reference):
 
 def test_training_goes_on_from_a_state_within_a_task(make_lab, reference, changed):
   made = make_lab(method={"name": "lora", "rank": 2}, epochs=3)
-  view = made.trainer.view(0)
+  view = made.view(0)
   variables, _ = made.method.begin_task(made.variables, view)
   state = next(made.trainer.train(made.trainer.init(variables, 0), variables, view))[0]
   assert int(state.step) == 4
@@ -76,7 +76,7 @@ def test_training_goes_on_from_a_state_within_a_task(make_lab, reference, change
 def test_a_yielded_state_is_not_the_one_that_was_given(make_lab):
   """The chunk donates its own copy: what the caller handed in stays readable."""
   made = make_lab(method={"name": "linear_probe"}, epochs=1)
-  view = made.trainer.view(0)
+  view = made.view(0)
   variables, _ = made.method.begin_task(made.variables, view)
   state = made.trainer.init(variables, 0)
   *_, (last, _, _) = made.trainer.train(state, variables, view)
@@ -90,7 +90,7 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(make_lab):
     learn(made, task=1)
   assert "at task 2 of 3, step 2: must be finite" in str(error.value)
   assert "config.optim.learning_rate" in str(error.value)
-  _, rows = next(made.trainer.view(1).train_chunks(0))
+  _, rows = next(made.view(1).train_chunks(0))
   shown = [f"record {row}" for row in made.sequence.tasks[1].train[rows[1][rows[1] >= 0]]]
   assert error.value.found["images"] == shown
 
@@ -105,7 +105,7 @@ def test_more_steps_than_can_be_counted_are_refused(make_lab, monkeypatch):
 def test_the_same_seed_gives_the_same_batches_to_every_method(make_lab):
 
   def rows(name, **changes):
-    view = make_lab(method={"name": name}, **changes).trainer.view(1)
+    view = make_lab(method={"name": name}, **changes).view(1)
     return np.stack([rows for _, rows in view.train_batches(1)])
 
   np.testing.assert_array_equal(rows("lora"), rows("fm_lora"))
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_batches_to_every_method(make_lab):
 def test_a_view_holds_one_task_and_no_test_image(make_lab):
   made = make_lab(method={"name": "linear_probe"})
   for index, task in enumerate(made.sequence.tasks):
-    view = made.trainer.view(index)
+    view = made.view(index)
     assert (int(view.arrays.index), int(view.arrays.lo), int(view.arrays.hi)) == (
       index, task.lo, task.hi
     )  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_view_holds_one_task_and_no_test_image(make_lab):
 
 def test_tasks_of_different_size_have_arrays_of_one_shape(make_lab):
   made = make_lab(method={"name": "linear_probe"})
-  firsts = [next(made.trainer.view(task).train_batches(0))[0] for task in range(3)]
+  firsts = [next(made.view(task).train_batches(0))[0] for task in range(3)]
   shapes = {examples.images.shape for examples in firsts}
   assert len(shapes) == 1
 
@@ -148,12 +148,11 @@ def test_a_batch_that_devices_can_not_share_is_refused(make_lab, field):
   with pytest.raises(ConfigError, match=message):
     Trainer(
       config,
-      made.method,
       made.sequence,
       made.weights,
-      normalisation="half",
-      image_size=16,
+      made.setup.programs,
       mesh=FourDevices(),
+      root=made.root,
     )
 
 

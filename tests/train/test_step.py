@@ -23,7 +23,7 @@ def ready(lab):
     mem=variables.mem,
     task=stage.view.arrays,
     total_steps=jnp.int32(10),
-    root=made.trainer.root,
+    root=made.root,
   )
   batch = made.batch(task=1)
   return made, jax.jit(stepper.step), stepper.init(variables), fixed, batch
@@ -76,10 +76,10 @@ def test_the_epoch_of_a_long_task_does_not_overflow(make_lab):
   """Step 2,147,500 of 2500 an epoch, over 1000 epochs: their product is more than 2^31."""
   steps = {"name": "sgd", "schedule": "steps", "milestones": (859,), "decay": 0.0}
   made = make_lab(method={"name": "linear_probe"}, epochs=1000, optim=steps)
-  view = made.trainer.view(0)
+  view = made.view(0)
   variables, _ = made.method.begin_task(made.variables, view)
-  fixed = made.trainer.fixed(variables, view).replace(total_steps=jnp.int32(2_500_000))
-  stepper = made.trainer.stepper(0)
+  fixed = made.trainer.step_context(variables, view).replace(total_steps=jnp.int32(2_500_000))
+  stepper = made.setup.programs.train_step(made.method.rules(0))
   state = stepper.init(variables)
   moved = []
   for number in (2_147_499, 2_147_500):  # the last of epoch 858 and the first of 859

@@ -19,8 +19,11 @@ from orbax.checkpoint._src.path import atomicity
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.cli import config_files
-from fmlora_jax.experiment.run import Experiment, run
+from fmlora_jax.experiment.evaluation import TestSets
+from fmlora_jax.experiment.run import run
+from fmlora_jax.experiment.session import Session
 from fmlora_jax.experiment.setup import SetupCache
+from fmlora_jax.experiment.task_loop import TaskLearner, TaskLoop
 from fmlora_jax.report import plots
 from fmlora_jax.train.evaluator import Evaluator
 from fmlora_jax.workdir import checkpoint, files, identity, log, result_file, step_folders
@@ -58,15 +61,15 @@ POINTS: dict[str, tuple[object, str, str, int]] = {
   "before metrics": (log.RunLog, "scalars", "before", 8),
   "in a line of metrics": (log.RunLog, "scalars", "half", 8),
   "after metrics": (log.RunLog, "scalars", "after", 8),
-  "after begin_task": (Experiment, "_count_trained", "before", 2),
-  "after training, before end_task": (Experiment, "_train", "after", 2),
-  "after end_task": (Experiment, "_shared_out", "before", 4),
+  "after begin_task": (TaskLearner, "train", "before", 2),
+  "after training, before end_task": (TaskLearner, "end", "before", 2),
+  "after end_task": (TaskLearner, "_adopt", "before", 4),
   "in an evaluation": (Evaluator, "correct", "before", 2),
-  "after an evaluation": (Experiment, "_evaluate", "after", 1),
-  "before a task's row of metrics": (Experiment, "_log_task", "before", 2),
-  "after a task's row of metrics": (Experiment, "_log_task", "after", 2),
-  "after the save of a task's end": (Experiment, "_save", "after", 3),
-  "at the switch of tasks": (Experiment, "_learn_task", "before", 2),
+  "after an evaluation": (TestSets, "count_correct", "after", 1),
+  "before a task's row of metrics": (log.RunLog, "task_ended", "before", 2),
+  "after a task's row of metrics": (TaskLoop, "_measure", "after", 2),
+  "after the save of a task's end": (Session, "save", "after", 3),
+  "at the switch of tasks": (TaskLoop, "_learn_task", "before", 2),
   "before the plots": (plots, "write_plots", "before", 1),
   "before result.json": (result_file, "write_result", "before", 1),
   "in result.json": (result_file, "write_atomically", "half", 1),
@@ -160,7 +163,7 @@ def outcome(workdir: pathlib.Path) -> dict:
   return {"result": result, "metrics": (workdir / "metrics.jsonl").read_text(), "kept": digests}
 
 
-def resumed(settings: config.Config, workdir: pathlib.Path, workshop: SetupCache) -> dict:
+def resumed(settings: config.Config, workdir: pathlib.Path, cache: SetupCache) -> dict:
   """Runs in this process to the end; returns its outcome."""
-  run(settings, workdir, workshop=workshop)
+  run(settings, workdir, cache=cache)
   return outcome(workdir)

@@ -17,6 +17,7 @@ from fmlora_jax import config, methods
 from fmlora_jax.cli import config_files, program
 from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment import clock, run
+from fmlora_jax.experiment.task_loop import TaskLearner
 from fmlora_jax.train import evaluator
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.workdir import checkpoint, log
@@ -43,9 +44,9 @@ SAME = ("params_sha256", "accuracy", "ranks", "interference", "complexity", "dev
 # what is called, one after the other, until the signal comes with the last: in the order in which
 # sessions that resume each other meet them
 MOMENTS = {
-  "compilation": [(Trainer, "fixed"), (clock.Clock, "_compiled")],
+  "compilation": [(Trainer, "step_context"), (clock.Clock, "_compiled")],
   "training": [(log.RunLog, "progress")],
-  "end_task": [(run.Experiment, "_shared_out")],
+  "end_task": [(TaskLearner, "_adopt")],
   "evaluation": [(evaluator, "count_correct")],
   "save": [(checkpoint.CheckpointStore, "save")],
   "task switch": [(log.RunLog, "task_started")],

@@ -118,7 +118,7 @@ def test_hosts_read_each_image_once(make_lab):
   rows = [np.arange(8), np.arange(8, 16)]
 
   def read(share):
-    place = {"put": lambda examples: examples, "share": share}
+    place = {"put": lambda examples: examples, "shard": share}
     streamed = streaming.StreamingReader(sequence=made.sequence, indices=indices, **place)
     return [examples for examples, _ in streamed.read(rows)]
 

@@ -45,7 +45,7 @@ def seen(sequence, count=1, workers=0) -> list[int]:
       sequence=sequence,
       indices=indices,
       put=lambda examples: examples,
-      share=resident.ProcessShard(index, count),
+      shard=resident.ProcessShard(index, count),
       workers=workers,
     ).read(CHUNKS)
     for index in range(count)

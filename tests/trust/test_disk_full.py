@@ -37,7 +37,7 @@ def fill(filler):
         return
 
 
-def run_until_full(settings, workdir, workshop, owner, name, call) -> bool:
+def run_until_full(settings, workdir, cache, owner, name, call) -> bool:
   """Runs with a disk that is full from the call-th call of a function; returns if it came to it."""
   filler, original, left = workdir.parent / "filler", getattr(owner, name), [call]
 
@@ -51,7 +51,7 @@ def run_until_full(settings, workdir, workshop, owner, name, call) -> bool:
     patch.setattr(owner, name, on_full_disk)
     try:
       with pytest.raises(ConfigError, match=MESSAGE):
-        run(settings, workdir, workshop=workshop)
+        run(settings, workdir, cache=cache)
     finally:
       filler.unlink(missing_ok=True)
   return left[0] <= 0
@@ -60,14 +60,14 @@ def run_until_full(settings, workdir, workshop, owner, name, call) -> bool:
 @pytest.mark.tier(2)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
-  settings, workshop = micro_runs.settings("lora"), SetupCache()
+  settings, cache = micro_runs.settings("lora"), SetupCache()
   with micro_runs.small_parts():
     saves, save = [], checkpoint.CheckpointStore.save
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(
         checkpoint.CheckpointStore, "save", lambda *a, **k: (saves.append(a), save(*a, **k))
       )
-      run(settings, small_disk / "whole", workshop=workshop)
+      run(settings, small_disk / "whole", cache=cache)
     expected = micro_runs.outcome(small_disk / "whole")
     writes = [(checkpoint.CheckpointStore, "save", call + 1) for call in range(len(saves))]
     writes += [(log.RunLog, "scalars", call) for call in (1, 7)]
@@ -75,8 +75,8 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
     equal = 0
     for i, (owner, name, call) in enumerate(writes):
       workdir = small_disk / str(i)
-      run_until_full(settings, workdir, workshop, owner, name, call)
-      equal += micro_runs.resumed(settings, workdir, workshop) == expected
+      run_until_full(settings, workdir, cache, owner, name, call)
+      equal += micro_runs.resumed(settings, workdir, cache) == expected
       subprocess.run(["rm", "-r", workdir], check=True)
   print(f"row 11: disk full at {len(saves)} saves and {len(writes) - len(saves)} other writes, "
         f"{equal}/{len(writes)} went on to the identical result")  # fmt: skip

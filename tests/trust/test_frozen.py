@@ -8,10 +8,11 @@ import pytest
 
 from fmlora_jax import methods
 from fmlora_jax.experiment import guards, run
+from fmlora_jax.experiment.task_loop import TaskLearner
 from fmlora_jax.models import heads
-from fmlora_jax.train import loop
 from fmlora_jax.train.labels import label_leaves
-from fmlora_jax.train.step import TrainState, TrainStep
+from fmlora_jax.train.loop import Trainer
+from fmlora_jax.train.step import TrainPrograms, TrainState, TrainStep
 from fmlora_jax.types import FrozenError, Variables
 from fmlora_jax.workdir import checkpoint
 
@@ -47,7 +48,7 @@ def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_pa
 
   def checked(self, index, params):
     check(self, index, params)
-    digests.append(self._of_weights())
+    digests.append(self._digest_weights())
 
   monkeypatch.setattr(checkpoint.CheckpointStore, "save", saved)
   monkeypatch.setattr(guards.FrozenGuard, "check", checked)
@@ -109,29 +110,34 @@ def inject(patch, bug):
   elif bug == "nothing stops the gradient of frozen leaves":
     patch.setattr(TrainStep, "step", naive_step(lambda _: optax.adam(0.01)))
   elif bug == "the rules of task 1 serve all tasks":
-    made = loop.Trainer._programs
-    patch.setattr(loop.Trainer, "_programs", lambda self, index: made(self, 0))
+    made, first = TrainPrograms.train_step, []
+
+    def of_task_1(self, rules):
+      first.append(rules)
+      return made(self, first[0])
+
+    patch.setattr(TrainPrograms, "train_step", of_task_1)
   elif bug == "a hook between tasks writes the weights":
-    learned = run.Experiment._shared_out
+    adopt = TaskLearner._adopt
 
-    def written(self, pair):
-      weights = self.trainer.weights
-      norm = weights["norm"] | {"bias": weights["norm"]["bias"].at[3].add(1e-7)}
-      self.trainer.weights = weights | {"norm": norm}
-      return learned(self, pair)
+    def written(self, view, learned):
+      norm = view.weights["norm"]
+      view.weights["norm"] = norm | {"bias": norm["bias"].at[3].add(1e-7)}
+      adopt(self, view, learned)
 
-    patch.setattr(run.Experiment, "_shared_out", written)
+    patch.setattr(TaskLearner, "_adopt", written)
   elif bug == "one bit of a frozen basis flips":
-    train = run.Experiment._train
+    train = Trainer.train
 
-    def flipped(self, state, view):
-      state = train(self, state, view)
-      bases = state.params["shared"]["bases"]["query"]
-      bits = jax.lax.bitcast_convert_type(bases["a"], jnp.uint32).at[0, 0, 0].apply(lambda x: x ^ 1)
-      bases["a"] = jax.lax.bitcast_convert_type(bits, jnp.float32)
-      return state
+    def flipped(*args):
+      for state, *rest in train(*args):
+        bases = state.params["shared"]["bases"]["query"]
+        bits = jax.lax.bitcast_convert_type(bases["a"], jnp.uint32)
+        bits = bits.at[0, 0, 0].apply(lambda x: x ^ 1)
+        bases["a"] = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        yield state, *rest
 
-    patch.setattr(run.Experiment, "_train", flipped)
+    patch.setattr(Trainer, "train", flipped)
 
 
 BUGS = {  # the leaf that is named, and the task in which it is caught

@@ -27,12 +27,12 @@ class Whole:
   settings: config.Config
   outcome: dict
   seconds: float
-  workshop: SetupCache
+  cache: SetupCache
 
   def equals(self, workdir) -> bool:
     """Goes on with a run until its end; returns whether it is this one to the bit."""
     with micro_runs.small_parts():
-      return micro_runs.resumed(self.settings, workdir, self.workshop) == self.outcome
+      return micro_runs.resumed(self.settings, workdir, self.cache) == self.outcome
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,12 @@ def test_a_run_resumes_at_every_step(tmp_path, monkeypatch):
     copies.append(shutil.copytree(tmp_path / "run", tmp_path / f"after {step}"))
 
   with micro_runs.small_parts():
-    workshop = SetupCache()
+    cache = SetupCache()
     with monkeypatch.context() as patch:
       patch.setattr(checkpoint.CheckpointStore, "save", save_and_copy)
-      run(settings, tmp_path / "run", workshop=workshop)
+      run(settings, tmp_path / "run", cache=cache)
     expected = micro_runs.outcome(tmp_path / "run")
-    equal = sum(micro_runs.resumed(settings, copy, workshop) == expected for copy in copies)
+    equal = sum(micro_runs.resumed(settings, copy, cache) == expected for copy in copies)
   print(f"row 6: resumed at {equal}/{len(copies)} steps bit-identical")
   assert equal == len(copies) >= 24
 

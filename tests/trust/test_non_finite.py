@@ -60,8 +60,8 @@ def spoiled(make_lab):
     cur = spoil_first(variables.cur, variables.mem["plan"], spoil_gradient)
     return apply(variables.replace(cur=cur), *arguments)
 
-  made.trainer.method = dataclasses.replace(made.method, apply=spoiled_apply)
-  view = made.trainer.view(0)
+  made.setup.programs.method = dataclasses.replace(made.method, apply=spoiled_apply)
+  view = made.view(0)
   variables, _ = made.method.begin_task(made.variables, view)
 
   def train(kind, at, value):
@@ -106,7 +106,7 @@ def test_an_update_that_overflows_a_parameter_is_not_applied(make_lab):
   )
   norm = jax.tree.map(lambda leaf: 100 * leaf, made.weights["norm"])
   made.trainer.weights = made.weights | {"norm": norm}
-  view = made.trainer.view(0)
+  view = made.view(0)
   variables, _ = made.method.begin_task(made.variables, view)
   with pytest.raises(NonFiniteError) as error:
     next(made.trainer.train(made.trainer.init(variables, 0), variables, view))

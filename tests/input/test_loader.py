@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from fmlora_jax.input.prefetch import Prefetcher
+from fmlora_jax.input.loader import Prefetcher
 
 
 def test_work_is_done_in_order_beside_the_caller():
