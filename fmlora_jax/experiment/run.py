@@ -20,7 +20,7 @@ from fmlora_jax.experiment.result import Progress
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.input import resident, streaming
 from fmlora_jax.input.prefetch import Prefetcher
-from fmlora_jax.report import tables
+from fmlora_jax.report import notes
 from fmlora_jax.tasks import task_file
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.evaluator import Evaluator, allowed_classes, test_batches
@@ -118,7 +118,7 @@ def _run(
           log.note(f"warning    no plots: {type(error).__name__}: {error}")
         result["wall_seconds"] = clock.seconds()
         writer.write_result(workdir, result)  # last: it says that the run is finished
-    for line in tables.costs(result):
+    for line in notes.costs(result):
       log.note(line)
   return result
 
