@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import types
 
 import numpy as np
+import pytest
 
+from fmlora_jax.report import __main__ as report
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir import log
 
@@ -62,3 +65,11 @@ def save(folder, made):
 def run_report(*argv):
   command = [sys.executable, "-m", "fmlora_jax.report", *map(str, argv)]
   return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def refusal(*paths, **options):
+  """Returns why the report's command refuses these paths and flags."""
+  flags = {"plot": None, "html": None, "paper": False, "markdown": False} | options
+  with pytest.raises((ValueError, OSError)) as error:
+    report.report([str(path) for path in paths], types.SimpleNamespace(**flags))
+  return str(error.value)

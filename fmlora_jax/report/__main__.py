@@ -26,12 +26,17 @@ def main(argv: Sequence[str]) -> None:
     ConfigError: if a run is unreadable or a flag invalid.
   """
   try:
-    _report(argv[1:], flags.FLAGS)
+    report(argv[1:], flags.FLAGS)
   except (ValueError, OSError) as error:
     raise ConfigError(str(error)) from error
 
 
-def _report(paths: Sequence[str], options: flags.FlagValues) -> None:
+def report(paths: Sequence[str], options: flags.FlagValues) -> None:
+  """Prints and writes what the flags ask for.
+
+  Raises:
+    ValueError: if a run is unreadable or a flag invalid.
+  """
   if not paths:
     raise ValueError("no RUN given: name a run's folder, as in python -m fmlora_jax.report runs")
   if options.plot and not options.plot.endswith(".png"):
