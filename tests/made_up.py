@@ -26,8 +26,11 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
     "optim": {"learning_rate": 1e-3},
   }
   for path, value in changes.pop("config", {}).items():
-    group, name = path.split(".")
-    config[group] = config.get(group, {}) | {name: value}
+    *groups, name = path.split(".")
+    tree = config
+    for group in groups:
+      tree = tree.setdefault(group, {})
+    tree[name] = value
   made = dict.fromkeys(log.FIELDS) | metrics.summarise(np.tril(correct), n_test)
   return made | {
     "method": method,

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import zlib
 
 import numpy as np
 import pytest
@@ -163,8 +164,11 @@ def short(module, arguments):
     return None  # needs a GPU, or PyTorch
   if module == "fmlora_jax.prepare" and "--dry_run" not in arguments:
     return None  # downloads
-  more = () if "--list" in arguments else SHORT.get(module, ())
-  return [sys.executable, "-m", module, *arguments, *more]
+  if "--list" in arguments:
+    return [sys.executable, "-m", module, *arguments]
+  if module in ("fmlora_jax.main", "fmlora_jax.compare") and not value_of(arguments, "workdir"):
+    arguments = [*arguments, f"--workdir=runs/{zlib.crc32(' '.join(arguments).encode()):x}"]
+  return [sys.executable, "-m", module, *arguments, *SHORT.get(module, ())]
 
 
 def make_photos(folder):
@@ -229,7 +233,7 @@ def anchors(readme):
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(readme):
-  for link in re.findall(r"\]\(([^)]+)\)", readme.read_text()):
+  for link in re.findall(r"(?:\]\(|src=\")([^)\"]+)", readme.read_text()):
     path, _, anchor = link.partition("#")
     if not path.startswith("https://"):
       file = (readme.parent / path).resolve() if path else readme

@@ -139,8 +139,13 @@ def _differences(
     names = {name for f in rivals for name in f}
     differ = {name for name in names if any(f.get(name) != settings.get(name) for f in rivals)}
     shown = sorted(differ | (names & set(always)))
-    texts.append(" ".join(f"{name}={_value(settings.get(name))}" for name in shown))
+    texts.append(" ".join(f"{_short(name)}={_value(settings.get(name))}" for name in shown))
   return texts
+
+
+def _short(name: str) -> str:
+  """Returns the name of a setting beside its method's name: "method.rank" is "rank"."""
+  return name.removeprefix("method.")
 
 
 def _value(value: Any) -> str:

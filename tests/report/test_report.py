@@ -57,8 +57,8 @@ def test_labels_state_settings_that_only_one_side_has():
   runs = [result(), result(config={"method.ranks": [4, 8], "optim.learning_rate": 5e-3})]
   (groups,) = group(runs).values()
   assert list(groups) == [
-    "fm_lora method.ranks=None optim.learning_rate=0.001",
-    "fm_lora method.ranks=(4,8) optim.learning_rate=0.005",
+    "fm_lora ranks=None optim.learning_rate=0.001",
+    "fm_lora ranks=(4,8) optim.learning_rate=0.005",
   ]
 
 
