@@ -35,12 +35,10 @@ WORDS = {  # what a reader puts in place of a word in capitals
 }
 OTHERS = ("source", "pip", ".venv/bin/pip", "docker", "apt-get", "hf", "kubectl")  # not ours
 # settings that make a run short; the last of two flags counts
+SHORT_RUN = ("--config.epochs=1", "--config.weights.depth=1", "--config.tasks.num_tasks=2")
 SHORT = {
-  "fmlora_jax.main": ("--config.epochs=1", "--config.weights.depth=1"),
-  "fmlora_jax.compare": (
-    *("--config.epochs=1", "--config.weights.depth=1"),
-    *("--seeds=1993", "--methods=linear_probe,lora"),
-  ),
+  "fmlora_jax.main": SHORT_RUN,
+  "fmlora_jax.compare": (*SHORT_RUN, "--seeds=1993", "--methods=linear_probe,lora"),
   "fmlora_jax.pretrain": (
     *("--config.pool=64", "--config.num_val=20", "--config.steps=2"),
     *("--config.warmup_steps=1", "--config.batch_size=16"),
