@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -31,19 +32,30 @@ def _score(name: str, field: str, ranked: bool = False) -> Column:
   return Column(name, lambda runs: mean_std([r[field] for r in runs]), field if ranked else None)
 
 
-COLUMNS = (
-  Column("seeds", lambda runs: str(len(runs))),
-  _score("Acc", "acc", ranked=True),
-  _score("AAA", "aaa", ranked=True),
-  _score("forgetting", "forgetting"),
-  _score("learning", "learning_accuracy"),
-  Column("stored", lambda runs: count_text(mean([r["params"]["stored_total"] for r in runs]))),
-  Column("trained", lambda runs: count_text(mean([r["params"]["trained"] for r in runs]))),
-  Column("statistics", lambda runs: bytes_text(mean([r["rehearsal_bytes"] for r in runs]))),
-  Column("passes", lambda runs: passes_text(runs[0]["passes"])),
-  Column("rank", lambda runs: modes_text([r["ranks"] for r in runs])),
-  Column("wall time", lambda runs: duration(mean([r["wall_seconds"]["total"] for r in runs]))),
-)
+def _reported(name: str, field: str, form: str) -> Column:
+  """Returns a column of a fact that only some methods report; `form` is a name in FORMATS."""
+  return Column(name, lambda runs: FORMATS[form]([r[field] for r in runs]))
+
+
+@functools.cache
+def columns() -> tuple[Column, ...]:
+  """Returns the columns after the label of the row."""
+  return (
+    Column("seeds", lambda runs: str(len(runs))),
+    _score("Acc", "acc", ranked=True),
+    _score("AAA", "aaa", ranked=True),
+    _score("forgetting", "forgetting"),
+    _score("learning", "learning_accuracy"),
+    Column("stored", lambda runs: count_text(mean([r["params"]["stored_total"] for r in runs]))),
+    Column("trained", lambda runs: count_text(mean([r["params"]["trained"] for r in runs]))),
+    Column("statistics", lambda runs: bytes_text(mean([r["rehearsal_bytes"] for r in runs]))),
+    Column("passes", lambda runs: passes_text(runs[0]["passes"])),
+    *(_reported(name, *fact) for name, fact in REPORTED.items()),
+    Column("wall time", lambda runs: duration(mean([r["wall_seconds"]["total"] for r in runs]))),
+  )
+
+
+REPORTED = {"rank": ("ranks", "modes")}  # of some methods: header -> field of a result, format
 LEGEND = (
   "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
   "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
@@ -90,3 +102,6 @@ def modes_text(values: Sequence[Sequence[int] | None]) -> str:
   if len(modes) <= 10:
     return " ".join(map(str, modes))
   return f"{min(modes)}..{max(modes)}, mean {np.mean(modes):.1f}"
+
+
+FORMATS = {"modes": modes_text}  # of facts that methods report: [seed] -> text

@@ -7,22 +7,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fmlora_jax.report.columns import COLUMNS, LEGEND, Column
+from fmlora_jax.report.columns import LEGEND, Column, columns
 from fmlora_jax.report.notes import protocols, warnings
 from fmlora_jax.report.runs import Groups, RunResult, group, mean
 
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
-HEADER = ("run", *(column.name for column in COLUMNS))
+
+def header() -> list[str]:
+  """Returns the heads of the columns."""
+  return ["run", *(column.name for column in columns())]
 
 
 def rows(groups: Groups) -> list[list[Cell]]:
-  """Returns the table's cells under HEADER; where there are rivals the best score is marked."""
-  columns = [
+  """Returns the cells under `header`; where there are rivals the best score is marked."""
+  by_column = [
     zip([column.text(runs) for runs in groups.values()], _is_best(column, groups), strict=True)
-    for column in COLUMNS
+    for column in columns()
   ]
-  return [[(label, False), *cells] for label, *cells in zip(groups, *columns, strict=True)]
+  return [[(label, False), *cells] for label, *cells in zip(groups, *by_column, strict=True)]
 
 
 def _is_best(column: Column, groups: Groups) -> list[bool]:
@@ -51,7 +54,7 @@ def markdown(results: Iterable[RunResult], notes: Iterable[str] = ()) -> str:
   """Returns the tables, warnings and notes as Markdown."""
   parts = []
   for heading, groups in group(results).items():
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    lines = ["| " + " | ".join(header()) + " |", "|---|" + "---:|" * len(columns())]
     for cells in rows(groups):
       texts = [text.replace("|", r"\|") for text, _ in cells]
       marked = [f"**{t}**" if best else t for t, (_, best) in zip(texts, cells, strict=True)]
@@ -71,10 +74,10 @@ def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
   """Prints one table, or on a narrow terminal several below each other; cuts no number."""
   endless = console.options.update(width=10_000)  # measure() never answers more than the width
 
-  def width(columns):
-    return console.measure(_table(cells, columns), options=endless).maximum
+  def width(part):
+    return console.measure(_table(cells, part), options=endless).maximum
 
-  whole = range(len(HEADER))
+  whole = range(len(header()))
   if not console.is_terminal:
     Console(file=console.file, width=width(whole)).print(_table(cells, whole))
     return
@@ -87,17 +90,18 @@ def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
     if len(parts[-1]) > 1 and width([*parts[-1], i]) > console.width:
       parts.append([0])
     parts[-1].append(i)
-  for i, columns in enumerate(parts):
+  for i, part in enumerate(parts):
     if i:
       console.print()
-    console.print(_table(cells, columns))
+    console.print(_table(cells, part))
 
 
-def _table(cells: Sequence[Sequence[Cell]], columns: Iterable[int]) -> Table:
-  columns = list(columns)
+def _table(cells: Sequence[Sequence[Cell]], part: Sequence[int]) -> Table:
+  """Returns the columns at the positions `part`."""
+  heads = header()
   table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
-  for i in columns:
-    table.add_column(HEADER[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+  for i in part:
+    table.add_column(heads[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
   for row in cells:
-    table.add_row(*(Text(row[i][0], style="bold green" if row[i][1] else "") for i in columns))
+    table.add_row(*(Text(row[i][0], style="bold green" if row[i][1] else "") for i in part))
   return table
