@@ -170,12 +170,12 @@ def short(module, arguments):
 
 
 def make_photos(folder):
-  """Writes a folder of images: five classes of noise in different colours."""
+  """Writes a folder of images: ten classes of noise on different greys."""
   rng = np.random.default_rng(0)
-  for label in range(5):
+  for label in range(10):
     (folder / f"class {label}").mkdir(parents=True)
     for i in range(12):
-      pixels = rng.integers(0, 100, (32, 32, 3), np.uint8) + np.uint8(30 * label)
+      pixels = rng.integers(0, 100, (32, 32, 3), np.uint8) + np.uint8(15 * label)
       Image.fromarray(pixels).save(folder / f"class {label}" / f"{i}.png")
 
 
