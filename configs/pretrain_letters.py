@@ -8,7 +8,7 @@ import ml_collections
 
 
 def get_config():
-  """Returns the recipe; the fields are explained in fmlora_jax/pretrain.py."""
+  """Returns the recipe; the fields are explained in fmlora_jax/pretrain/training.py."""
   return ml_collections.ConfigDict(
     {
       "architecture": "micro",

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv on first use, or again when it is broken or
-# pyproject.toml has changed. The folder of the caller stays, so that relative paths are theirs.
+# Sourced by the other scripts: creates .venv, and again when it is broken or pyproject.toml has
+# changed. Does not change the folder, so relative paths are the caller's.
 # Usage: source launch/environment.sh EXTRAS   (a comma-separated list, may be empty)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv

@@ -25,13 +25,14 @@ NAMES = (
 
 
 def read(path: pathlib.Path, header: int) -> np.ndarray:
-  """Returns the bytes of a gzipped IDX file after its header of so many, uint8."""
+  """Returns a gzipped IDX file after its header of `header` bytes, uint8."""
   if not path.is_file():
-    sys.exit(f"error: {path}: no such file; `apt-get install dataset-fashion-mnist` brings it")
+    sys.exit(f"error: {path}: no such file; get it with `apt-get install dataset-fashion-mnist`")
   return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
-def main(source: str, out: str, num_train: int = 2000, num_test: int = 1000):
+def main(source: str, out: str, num_train: int = 2000, num_test: int = 1000) -> None:
+  """Writes the first images of each class as OUT/{train,test}/CLASS/RECORD.png."""
   for split, prefix, count in (("train", "train", num_train), ("test", "t10k", num_test)):
     images = read(pathlib.Path(source, f"{prefix}-images-idx3-ubyte.gz"), 16).reshape(-1, 28, 28)
     labels = read(pathlib.Path(source, f"{prefix}-labels-idx1-ubyte.gz"), 8)

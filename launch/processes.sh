@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs an experiment as several processes on this machine, joined at 127.0.0.1: to try what a cluster
-# does, or for a box with several GPUs, of which process i gets the i-th. The first argument is how
-# many, the others go to fmlora_jax.main:
+# Runs an experiment as several processes on this machine, joined at 127.0.0.1: a rehearsal of a
+# cluster. Process i gets the i-th GPU. The first argument is the number of processes, the others go
+# to fmlora_jax.main:
 #   launch/processes.sh 2 --config=configs/digits.py
-# One process drives all GPUs of a machine as well: launch/local.sh is the simpler choice.
+# One process can drive all GPUs of a machine too: launch/local.sh is the simpler choice.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "${EXTRAS:-}"
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
-  echo "error: the first argument is '${1:-}': must be how many processes, as in $0 2 ..." >&2
+  echo "error: the first argument is '${1:-}': must be the number of processes, as in $0 2 ..." >&2
   exit 2
 fi
 port=$("$venv/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')

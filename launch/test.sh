@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Passes the tests on this machine; arguments go to pytest, paths are below the repository:
+# Runs the tests on this machine; arguments go to pytest, paths start at the repository's root:
 #   launch/test.sh tests/models -k golden
-#   launch/test.sh --tier=2   (what takes minutes too; 3: what takes hours)
+#   launch/test.sh --tier=2   (with the tests that take minutes; 3: with those that take hours)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 cd "$root"

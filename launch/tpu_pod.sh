@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Runs an experiment on all hosts of a Cloud TPU pod slice, from any machine with gcloud; arguments
-# go to fmlora_jax.main. What must be there before: the TPU, the repository in REPOSITORY on each of
-# its hosts (gcloud compute tpus tpu-vm scp --recurse --worker=all . NAME:fmlora_jax), and a folder
-# that they share, such as a bucket mounted with gcsfuse or Filestore, for --workdir:
+# go to fmlora_jax.main. Needs the TPU, the repository in the folder REPOSITORY (fmlora_jax) on each
+# host (gcloud compute tpus tpu-vm scp --recurse --worker=all . NAME:fmlora_jax), and for --workdir a
+# folder that the hosts share, such as Filestore or a bucket mounted with gcsfuse:
 #   TPU=my-v5e-32 ZONE=us-west4-a launch/tpu_pod.sh --config=configs/imagenet_r.py --workdir=/mnt/runs/a
-# The same command again resumes, on a slice of another size too.
+# The same command again resumes, also on a slice of another size.
 set -euo pipefail
 : "${TPU:?error: TPU is not set: must be the name of the pod slice}"
 : "${ZONE:?error: ZONE is not set: must be its zone, such as us-west4-a}"
-# jax asks the metadata server of each host how many there are and which it is
+# each host learns its number and the total from its metadata server
 printf -v command 'cd %q && FMLORA_JAX_CLUSTER=auto EXTRAS=tpu launch/local.sh' "${REPOSITORY:-fmlora_jax}"
 (($# == 0)) || printf -v command '%s%s' "$command" "$(printf ' %q' "$@")"
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$command"

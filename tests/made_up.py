@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import types
 
 import numpy as np
+import pytest
 
+from fmlora_jax.report import __main__ as report
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir import result_file
 
@@ -23,8 +26,11 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
     "optim": {"learning_rate": 1e-3},
   }
   for path, value in changes.pop("config", {}).items():
-    group, name = path.split(".")
-    config[group] = config.get(group, {}) | {name: value}
+    *groups, name = path.split(".")
+    tree = config
+    for group in groups:
+      tree = tree.setdefault(group, {})
+    tree[name] = value
   made = dict.fromkeys(result_file.FIELDS) | metrics.summarise(np.tril(correct), n_test)
   return made | {
     "schema": result_file.SCHEMA,
@@ -63,3 +69,11 @@ def save(folder, made):
 def run_report(*argv):
   command = [sys.executable, "-m", "fmlora_jax.report", *map(str, argv)]
   return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def refusal(*paths, **options):
+  """Returns why the report's command refuses these paths and flags."""
+  flags = {"plot": None, "html": None, "paper": False, "markdown": False} | options
+  with pytest.raises((ValueError, OSError)) as error:
+    report.report([str(path) for path in paths], types.SimpleNamespace(**flags))
+  return str(error.value)

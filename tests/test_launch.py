@@ -1,4 +1,4 @@
-"""The launch scripts with stand-ins for Python: what makes .venv, repairs it, or is refused."""
+"""Launch scripts with stand-ins for Python and gcloud: .venv, its repair, arguments, exit codes."""
 
 import gzip
 import os
@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-# a Python that is new enough and writes down what it was asked for
+# a Python that is new enough and logs its arguments
 STAND_IN = """#!/bin/sh
 case "$1 $2" in
   -c*) exit 0 ;;
@@ -32,7 +32,7 @@ def stand_in(path, text=STAND_IN):
 
 @pytest.fixture
 def launch(tmp_path):
-  """Returns a function that runs local.sh of a copy in a folder with a space -> (code, asked)."""
+  """Returns a function that runs a copy of local.sh in a folder with a space -> (done, log)."""
   root = tmp_path / "my copy"
   shutil.copytree(ROOT / "launch", root / "launch")
   shutil.copy(ROOT / "pyproject.toml", root)
@@ -72,7 +72,11 @@ def test_a_changed_pyproject_installs_again_into_the_same_environment(launch):
   launch()
   with open(launch.venv.parent / "pyproject.toml", "a") as file:
     file.write("\n")
-  assert kinds(launch()[1]) == ["pip", "pip", "fmlora_jax.main"]  # it is there, and installs
+  assert kinds(launch()[1]) == [
+    "pip",
+    "pip",
+    "fmlora_jax.main",
+  ]  # .venv exists, packages are installed again
 
 
 @pytest.mark.parametrize("broken", ["half made", "too old", "dangling"])
@@ -102,7 +106,7 @@ def test_an_old_python_is_refused_in_one_line(launch, python):
   assert not launch.venv.exists()
 
 
-# runs as a shell what it is asked to run on every host, and shows the rest
+# runs --command in a shell and prints the other arguments
 GCLOUD = """#!/bin/sh
 for word in "$@"; do
   case "$word" in --command=*) command=${word#--command=} ;; *) echo "$word" ;; esac
@@ -157,7 +161,7 @@ exit $JAX_PROCESS_ID
     f"{index}/2 127.0.0.1:4711 -m fmlora_jax.main --config=a b.py" for index in (0, 1)
   ]
   wrong = subprocess.run([script, "--config=a b.py"], env=env, capture_output=True, text=True)
-  assert wrong.returncode == 2 and "must be how many processes" in wrong.stderr
+  assert wrong.returncode == 2 and "must be the number of processes" in wrong.stderr
 
 
 def test_the_manifest_for_gke_names_one_service_and_as_many_processes_as_pods():

@@ -344,7 +344,7 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
     assert start in done.stdout
   # 2 tasks of 5 classes, width 96; the rows start at the means of their classes
   costs = "485 trained in the last task, 970 stored beside the backbone; added by each task: 0 0"
-  assert f"parameters {costs}\nkeeps      no image and no statistics of the data" in done.stdout
+  assert f"parameters {costs}\nstored     no image, no statistics of the data" in done.stdout
   workdir = tmp_path / "runs" / "digits-linear_probe-1993"  # where no --workdir is given
   result = json.loads((workdir / "result.json").read_text())
   assert set(result_file.FIELDS) == set(result)

@@ -18,7 +18,7 @@ from fmlora_jax.experiment.result import build_result
 from fmlora_jax.experiment.session import Session
 from fmlora_jax.experiment.setup import RunSetup, SetupCache
 from fmlora_jax.experiment.task_loop import TaskLoop
-from fmlora_jax.report import tables
+from fmlora_jax.report import notes
 from fmlora_jax.tasks import task_file
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.workdir import checkpoint, files, lock, result_file
@@ -71,7 +71,7 @@ def run(
         result = result_file.read_result(workdir)
       else:
         result = _learn(setup, workdir, identity, log, clock)
-      for line in tables.costs(result):
+      for line in notes.costs(result):
         log.note(line)
   return result
 

@@ -1,0 +1,1 @@
+"""Pre-training of the micro ViT that ships with the package, on rendered letters."""

@@ -14,19 +14,24 @@ from fmlora_jax.cli import program
 from fmlora_jax.models import vit
 from fmlora_jax.pretrain import training
 
-_log = logging.getLogger("fmlora_jax.pretrain")  # as __main__ it has another name
+_log = logging.getLogger("fmlora_jax.pretrain")  # __name__ is __main__ here
 
 
 def main(argv: list[str]) -> None:
+  """Trains by --config and writes --output.
+
+  Raises:
+    ConfigError: if a field or the output folder is invalid.
+  """
   del argv
   output = pathlib.Path(flags.FLAGS.output)
   try:
     recipe = config_lib.build(training.Recipe, flags.FLAGS.config.to_dict())
     backbone = vit.make_vit(vit.architecture(recipe.architecture))
-  except (TypeError, ValueError) as error:  # TypeError: a field that the config lacks
+  except (TypeError, ValueError) as error:  # TypeError: the config lacks a field
     raise config_lib.ConfigError(str(error)) from error
   if not output.parent.is_dir():
-    raise config_lib.ConfigError(f"--output is {output}: its folder must be there; make it")
+    raise config_lib.ConfigError(f"--output is {output}: create its folder first")
   params, accuracy = training.train(recipe, backbone)
   training.save(params, output, recipe, accuracy)
   _log.info("wrote %s, letters in held-out faces %.4f", output, accuracy)

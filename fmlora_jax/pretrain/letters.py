@@ -1,4 +1,4 @@
-"""Rendered Latin letters: small grey images to pre-train on where nothing can be downloaded.
+"""Rendered Latin letters: small grey images to pre-train on without a download.
 
 The faces are those that matplotlib installs. A letter is cropped to its ink, so upper and lower
 case of one shape (c and C) are one class. No digit is ever drawn.
@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 32  # pixels of an image
 COARSE = 8  # pixels of a coarse image before it is enlarged to SIDE
-CANVAS = 48  # pixels of a letter when it is bent, before it is averaged down
-MESH_CELLS = 3  # a side of the canvas has this many cells to bend
+CANVAS = 48  # pixels of a bent letter, before it is averaged down
+MESH_CELLS = 3  # cells of the bending mesh along a side of the canvas
 GLYPH_SIZE = 48  # pixels of an em
-STROKES = 4  # an outline may be thickened by 0..STROKES-1 pixels of a glyph on each side
+STROKES = 4  # an outline is thickened by 0..STROKES-1 pixels of a glyph on each side
 
 _STEPS = np.linspace(0, CANVAS, MESH_CELLS + 1, dtype=int).tolist()
 GRID = np.stack(np.meshgrid(_STEPS, _STEPS), -1)  # [row, column, (x, y)]: the corners of CELLS
@@ -29,7 +29,7 @@ CELLS = [
   for left, right in itertools.pairwise(_STEPS)
 ]
 
-# alphabets that STIXGeneral keeps among the mathematical signs: first code point of A..Z, a..z
+# alphabets among STIXGeneral's mathematical signs: first code point of A..Z, a..z
 ALPHABETS = {
   "bold-script": 0x1D4D0,
   "sans": 0x1D5A0,
@@ -39,7 +39,7 @@ ALPHABETS = {
   "mono": 0x1D670,
 }
 
-# all that matplotlib ships with whole Latin alphabets; cmsy, cmex, STIXSiz*, *Display have none
+# all faces of matplotlib with a whole Latin alphabet; cmsy, cmex, STIXSiz*, *Display have none
 FACES = (
   *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
   *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -64,7 +64,7 @@ def pool(
   Args:
     count: n; image i depends on `seed` and i alone, so a longer pool starts with a shorter one.
     faces: members of `FACES`, drawn evenly.
-    seed: of the numpy generators.
+    seed: seed of the NumPy generators.
     coarse: share of images with only COARSE x COARSE pixels of detail.
     quarter_turns: share of images turned by 90, 180 or 270 degrees.
   """

@@ -28,14 +28,14 @@ _log = logging.getLogger("fmlora_jax.pretrain")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-  """How the backbone is trained: AdamW with warm-up and cosine.
+  """Settings of the pre-training: AdamW with warm-up and cosine annealing.
 
   Attributes:
-    architecture: a name of models/vit.py whose images are as large as the letters.
-    pool: images rendered ahead and visited again and again, each time with other contrast, noise
-      and polarity.
-    num_val: validation images, in `val_faces` alone.
-    val_faces: faces of letters.FACES that are never trained on.
+    architecture: a name in models/vit.py with images as large as the letters.
+    pool: number of training images, rendered once and drawn with replacement, each time with fresh
+      contrast, noise and polarity.
+    num_val: number of validation images, in `val_faces` only.
+    val_faces: faces of letters.FACES without training images.
     coarse: share of images with no more detail than 8 x 8 pixels.
     quarter_turns: share of images turned by 90, 180 or 270 degrees.
     inverted: share of images shown as dark strokes on white.
@@ -96,7 +96,7 @@ def train(recipe: Recipe, backbone: Backbone) -> tuple[Params, float]:
 def render(
   recipe: Recipe, split: str
 ) -> tuple[UInt8[np.ndarray, "n 32 32"], Int[np.ndarray, " n"]]:
-  """Returns the letters and labels of "train" or "val"; the splits share no face."""
+  """Returns the letters and labels of split "train" or "val"; the splits share no face."""
   is_val = split == "val"
   began = time.monotonic()
   examples = letters.pool(
@@ -114,7 +114,7 @@ def render(
 def init(
   backbone: Backbone, optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> tuple[Params, optax.OptState]:
-  """Returns fresh parameters of backbone and head, a linear map of the class token; and AdamW's."""
+  """Returns fresh parameters of the backbone and its linear head, and the optimizer's state."""
   num_classes = len(letters.CLASSES)
   head = {
     "kernel": jnp.zeros((backbone.sizes.width, num_classes)),
@@ -125,7 +125,7 @@ def init(
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-  """Returns AdamW whose rate rises linearly, then falls to zero along a cosine."""
+  """Returns AdamW with a learning rate that rises linearly and falls to zero along a cosine."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps
   )
@@ -172,7 +172,7 @@ def augment(
 
 
 def pixels(grey: Float[Array, "B 32 32"]) -> Float[Array, "B 32 32 3"]:
-  """Returns grey images in [0, 1] as three channels in [-1, 1]; what lies outside is cut off."""
+  """Returns grey images in [0, 1] as three channels in [-1, 1]; values outside are clipped."""
   return jnp.repeat(2 * jnp.clip(grey, 0, 1)[..., None] - 1, 3, axis=-1)
 
 
@@ -190,14 +190,14 @@ def evaluate(
   images: UInt8[np.ndarray, "n 32 32"],
   labels: Int[np.ndarray, " n"],
 ) -> float:
-  """Returns the fraction of letters that are named right, as rendered: no further noise."""
+  """Returns the accuracy in [0, 1] on the letters as rendered, without augmentation."""
   predict = jax.jit(lambda params, x: jnp.argmax(logits(backbone, params, pixels(x / 255)), -1))
   parts = np.array_split(images, max(1, len(images) // 500))
   return float(np.mean(np.concatenate([predict(params, part) for part in parts]) == labels))
 
 
 def save(params: Params, path: pathlib.Path, recipe: Recipe, accuracy: float) -> None:
-  """Writes the backbone and, as metadata, what it was made by and with."""
+  """Writes the backbone as safetensors; recipe, accuracy and versions are its metadata."""
   metadata = {
     "architecture": recipe.architecture,
     "normalisation": "half",

@@ -1,22 +1,18 @@
-"""The paper's Tables 1 to 3 with our runs beside them, as data and as Markdown.
+"""The paper's Tables 1 to 3 with our runs beside them, as data.
 
-All that is the paper's stands in paper_tables.json: its numbers, what is known to be wrong with
-them (flags), which of our runs belongs to which cell, and the protocol that makes the two
-comparable. A flag is a short key in the table, explained below it.
+paper_tables.json holds the paper's numbers, their known errors (flags), the rule that assigns our
+runs to cells, and the protocol of each table. A flag is a short key in the table, explained below.
 """
 
 import dataclasses
 import functools
-import html
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmlora_jax.cli.text import printable
 from fmlora_jax.report import runs
 from fmlora_jax.report.runs import Group, RunResult
 
@@ -26,7 +22,7 @@ HEADER = (
   *("flags", "seeds", "weights", "split"),
 )
 NONE = "-"
-_ABSENT = object()  # of a setting that the version which made the run did not have
+_ABSENT = object()  # a setting that the version of the run did not have yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +33,8 @@ class Line:
     method: the paper's name of the row.
     settings: in which our groups in this cell differ, such as "drs.rank=4"; may be empty.
     paper: mean and std of Acc, then of AAA; None where the paper has no such cell.
-    runs: ours, which differ in the seed only; empty where there is none.
-    possible: whether a run could stand here at all.
+    runs: ours, which differ in the seed only; may be empty.
+    possible: whether any run of ours fits this cell.
     flags: keys of `Comparison.flags`.
   """
 
@@ -51,6 +47,7 @@ class Line:
 
   @property
   def name(self) -> str:
+    """Method and settings: the label of the line in pictures."""
     return f"{self.method} {self.settings}".strip()
 
 
@@ -64,13 +61,13 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-  """Everything that a report of the paper's tables says.
+  """The paper's tables with our runs in their cells.
 
   Attributes:
     sections: in the paper's order.
     others: names of the runs that fit no cell.
-    flags: what the flags in use mean.
-    notes: what holds for all tables.
+    flags: meanings of the flags in use.
+    notes: remarks on all tables.
   """
 
   sections: list[Section]
@@ -80,7 +77,7 @@ class Comparison:
 
   @property
   def summary(self) -> str:
-    """Returns how much of the paper has been run, as a sentence."""
+    """A sentence that says how many of the paper's cells have been run."""
     cells = {(s.title, line.method) for s in self.sections for line in s.lines if line.paper}
     ours = {(s.title, line.method) for s in self.sections for line in s.lines if line.runs}
     return f"Of the paper's {len(cells)} cells {len(cells & ours)} have runs of ours."
@@ -95,7 +92,7 @@ def tables() -> Mapping[str, Any]:
 def compare(results: Iterable[RunResult]) -> Comparison:
   """Puts each run beside its cell of the paper; those that fit none are named."""
   grouped = runs.group(results)
-  groups = [found for section in grouped.values() for found in section.values()]
+  groups = [group for section in grouped.values() for group in section.values()]
   sections = [
     Section(
       title=f"{table['name']}: {tables()['columns'][column]['name']}",
@@ -111,10 +108,10 @@ def compare(results: Iterable[RunResult]) -> Comparison:
   lines = [line for section in sections for line in section.lines]
   placed = {id(run) for line in lines for run in line.runs}
   others = [
-    f"{heading}: {label}, {_seeds(found)}"
+    f"{heading}: {label}, {_seeds(group)}"
     for heading, section in grouped.items()
-    for label, found in section.items()
-    if id(found[0]) not in placed
+    for label, group in section.items()
+    if id(group[0]) not in placed
   ]
   used = {flag for line in lines for flag in line.flags}
   flags = {flag: text for flag, text in _meanings().items() if flag in used}
@@ -138,28 +135,13 @@ def cells(line: Line) -> list[str]:
   return [*texts, str(len(line.runs)), " ".join(runs.weights(first)), first["split_id"]]
 
 
-def markdown(comparison: Comparison, notes: Iterable[str] = ()) -> str:
-  """Returns the tables, what the flags mean and the `notes` as GitHub's Markdown."""
-  parts = ["## FM-LoRA: the paper's tables and ours", comparison.summary]
-  for section in comparison.sections:
-    rows = [HEADER, *map(cells, section.lines)]
-    lines = [f"| {' | '.join(map(_escape, row))} |" for row in rows]
-    lines.insert(1, "|---|" + "---:|" * 6 + "---|---:|---|---|")
-    parts += [f"### {_escape(section.title)}", "\n".join(lines)]
-  parts += ["### Flags", _list(f"`{k}`: {_escape(text)}" for k, text in comparison.flags.items())]
-  for title, lines in (("Notes", comparison.notes), ("Not in the paper", comparison.others)):
-    parts += [f"### {title}", _list(map(_escape, lines))] if lines else []
-  parts += [f"> {_escape(line)}" for line in notes]
-  return "\n\n".join(parts)
-
-
 def _lines(
   row: str, column: str, paper: Sequence[float] | None, groups: Iterable[Group]
 ) -> list[Line]:
-  """Returns one line for each group of ours in a cell, or the one that says there is none."""
+  """Returns one line for each group of ours in a cell, or a single line without runs."""
   rule = tables()["rows"].get(row)
-  found = [group for group in groups if rule and _fits(group[0], rule, column)]
-  settings = runs.differences(found, rule.get("shown", ())) if found else [""]
+  ours = [group for group in groups if rule and _fits(group[0], rule, column)]
+  settings = runs.differences(ours, rule.get("shown", ())) if ours else [""]
   return [
     Line(
       method=row,
@@ -167,18 +149,18 @@ def _lines(
       paper=paper,
       runs=group,
       possible=rule is not None,
-      flags=(*_paper_flags(row, column), *_own_flags(group, column)),
+      flags=(*_paper_flags(row, column), *_our_flags(group, column)),
     )
-    for group, text in zip(found or [[]], settings, strict=True)
+    for group, text in zip(ours or [[]], settings, strict=True)
   ]
 
 
 def _fits(run: RunResult, rule: Mapping[str, Any], column: str) -> bool:
   """Returns whether a run is the paper's row on the paper's tasks, measured on test images."""
-  place = tables()["columns"][column]
+  paper = tables()["columns"][column]
   return (
     (run["benchmark"], run["scenario"], len(run["n_test"]))
-    == (place["benchmark"], "cil", place["tasks"])
+    == (paper["benchmark"], "cil", paper["tasks"])
     and _field(run, "config.tasks.evaluate_on") != "val"
     and all(_field(run, path) in values for path, values in rule["is"].items())
     and not any(_field(run, path) in values for path, values in rule.get("is_not", {}).items())
@@ -193,8 +175,8 @@ def _paper_flags(row: str, column: str) -> list[str]:
   ]
 
 
-def _own_flags(group: Group, column: str) -> list[str]:
-  """Returns how our protocol differs from that of the table; settings unknown then don't count."""
+def _our_flags(group: Group, column: str) -> list[str]:
+  """Returns the differences between our protocol and the table's; absent settings don't count."""
   if not group:
     return []
   flags = [
@@ -202,11 +184,11 @@ def _own_flags(group: Group, column: str) -> list[str]:
     for key, rule in tables()["protocol"].items()
     if any(_field(group[0], path) not in [*values, _ABSENT] for path, values in rule["is"].items())
   ]
-  is_ours = {
+  others = {
     "split": group[0]["split_id"] not in tables()["columns"][column]["splits"],
     "twice": bool(runs.repeated_seeds(group)),
   }
-  return flags + [key for key, holds in is_ours.items() if holds]
+  return flags + [key for key, holds in others.items() if holds]
 
 
 def _field(run: RunResult, path: str) -> Any:
@@ -219,19 +201,10 @@ def _field(run: RunResult, path: str) -> Any:
 
 
 def _meanings() -> dict[str, str]:
-  explained = {**tables()["flags"], **tables()["protocol"]}
-  return {key: flag["text"] for key, flag in explained.items()} | tables()["own"]
+  flags = {**tables()["flags"], **tables()["protocol"]}
+  return {key: flag["text"] for key, flag in flags.items()} | tables()["own"]
 
 
 def _seeds(group: Group) -> str:
   seeds = [str(run["seed"]) for run in group]
   return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
-
-
-def _escape(text: str) -> str:
-  """Returns the text so that Markdown shows it as it is, also in a table's cell."""
-  return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(printable(text), quote=False))
-
-
-def _list(lines: Iterable[str]) -> str:
-  return "\n".join(f"- {line}" for line in lines)

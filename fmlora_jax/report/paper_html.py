@@ -1,7 +1,7 @@
-"""The comparison with the paper as one HTML page: no script, no file or address beside it.
+"""The comparison with the paper as one HTML page without scripts or external files.
 
-Pictures are part of the page. Texts come from runs that others may have made: they only ever
-become text of an element or value of an attribute, never markup.
+Pictures are embedded. Texts may come from other people's runs: they become the text of an element
+or the value of an attribute, never markup.
 """
 
 import base64
@@ -57,18 +57,17 @@ dt { font-weight: 600; } dd { margin: 0 0 .6rem; } :target { background: var(--b
 
 
 def write(comparison: Comparison, notes: Iterable[str], path: str | os.PathLike) -> None:
-  """Writes the page in one piece; an older page of ours at `path` gives way, nothing else does.
+  """Writes the page atomically; replaces an older page of this program, and no other file.
 
   Raises:
-    ValueError: if `path` doesn't end in .html, or holds something else.
+    ValueError: if `path` does not end in .html, or is another file.
   """
   path = Path(path)
   if path.suffix != ".html":
     raise ValueError(f"--html is {str(path)!r}: must end in .html")
   if path.exists() and not _is_ours(path):
     raise ValueError(
-      f"--html is {str(path)!r}: exists and is no page of this program; name another file, or "
-      "delete it"
+      f"--html is {str(path)!r}: must not be a file of another program; delete it or name another"
     )
   write_atomically(path, page(comparison, notes))
 
@@ -137,7 +136,7 @@ def _add_line(body: ET.Element, line: Line) -> None:
 
 
 def _add_pictures(frame: ET.Element, section: Section) -> None:
-  """Adds the curves of all our lines in one picture, then the matrix of each line's first seed."""
+  """Adds the curves of all our lines in one picture, and the matrix of each line's first seed."""
   ours = [line for line in section.lines if line.runs]
   curves = {section.title: {line.name: line.runs for line in ours}}
   ends = "; ".join(
@@ -151,12 +150,12 @@ def _add_pictures(frame: ET.Element, section: Section) -> None:
   )
   for line in ours:
     run = min(line.runs, key=lambda run: run["seed"])
-    own = [100 * row[i] for i, row in enumerate(run["accuracy"])]
+    learned = [100 * row[i] for i, row in enumerate(run["accuracy"])]
     _add_picture(
       frame,
       functools.partial(plots.plot_accuracy_matrix, run),
       alt=f"Accuracy on each task (column) after each task (row) of {line.name}, seed "
-      f"{run['seed']}: {min(own):.1f} to {max(own):.1f} % right after learning a task, "
+      f"{run['seed']}: {min(learned):.1f} to {max(learned):.1f} % right after learning a task, "
       f"{run['acc']:.1f} % over all at the end.",
       caption=f"{line.name}, seed {run['seed']}",
     )

@@ -1,4 +1,4 @@
-"""Pictures of results: the accuracy matrix, accuracy over tasks, ranks, interference.
+"""Pictures of results: accuracy matrix, accuracy over tasks, ranks, interference.
 
 Drawn from the fields of result.json with matplotlib's object API: no pyplot, no global state, no
 display. Colours are safe for the colour-blind: Okabe and Ito's, viridis, PuOr for signed values.
@@ -19,10 +19,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fmlora_jax.cli.text import printable
+from fmlora_jax.report.runs import Groups, RunResult
 from fmlora_jax.train import metrics
 
-Result = Mapping[str, Any]
-Groups = Mapping[str, Sequence[Result]]  # label -> runs that differ in the seed only
 Target = str | os.PathLike | IO[bytes]  # where a PNG goes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -31,8 +30,8 @@ NUMBERS_UP_TO = 20  # tasks; a larger matrix is drawn without numbers
 NAMES_UP_TO = 12  # tasks whose names, not numbers, stand at the axes
 
 
-def write_plots(result: Result, workdir: str | os.PathLike) -> list[Path]:
-  """Draws what `result` has into workdir/plots and returns the paths of the files."""
+def write_plots(result: RunResult, workdir: str | os.PathLike) -> list[Path]:
+  """Draws the pictures that `result` has data for into workdir/plots; returns their paths."""
   folder = Path(workdir) / "plots"
   folder.mkdir(parents=True, exist_ok=True)
   paths = {name: folder / f"{name}.png" for name in ("accuracy_matrix", "accuracy_over_tasks")}
@@ -45,7 +44,7 @@ def write_plots(result: Result, workdir: str | os.PathLike) -> list[Path]:
   return list(paths.values())
 
 
-def plot_accuracy_matrix(result: Result, path: Target) -> None:
+def plot_accuracy_matrix(result: RunResult, path: Target) -> None:
   """Draws the accuracy on every task (column) after every task (row), in percent."""
   values = 100 * np.array(result["accuracy"], float)
   figure, axes = _square(len(values))
@@ -57,8 +56,8 @@ def plot_accuracy_matrix(result: Result, path: Target) -> None:
   _save(figure, axes, title(result), path)
 
 
-def plot_interference(result: Result, path: Target) -> None:
-  """Draws the cosines between the tasks' weight changes; 0 means that they don't interfere."""
+def plot_interference(result: RunResult, path: Target) -> None:
+  """Draws the cosines between the tasks' weight changes; 0 is no interference."""
   values = np.array(result["interference"], float)
   figure, axes = _square(len(values))
   image = axes.imshow(values, cmap="PuOr", vmin=-1, vmax=1)
@@ -85,8 +84,8 @@ def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None
   _write(figure, path)
 
 
-def plot_ranks(result: Result, path: Target) -> None:
-  """Draws the rank of each task, and below it the task's complexity where it is known."""
+def plot_ranks(result: RunResult, path: Target) -> None:
+  """Draws the rank of each task and, where the run has them, the complexities below."""
   complexity = result.get("complexity")
   rows = 1 if complexity is None else 2
   width = min(max(4.8, 0.5 * len(result["ranks"]) + 2), 14)
@@ -108,13 +107,13 @@ def plot_ranks(result: Result, path: Target) -> None:
   _write(figure, path)
 
 
-def title(result: Result) -> str:
+def title(result: RunResult) -> str:
   """Returns "fm_lora on imagenet_r (cil), seed 1993"."""
   where = f"{result['benchmark']} ({result['scenario']})"
   return f"{result['method']} on {where}, seed {result['seed']}"
 
 
-def accuracy_over_tasks(results: Sequence[Result]) -> np.ndarray:
+def accuracy_over_tasks(results: Sequence[RunResult]) -> np.ndarray:
   """Returns A_w(t) in percent of runs with equally many tasks, [runs, T]."""
   return np.stack(
     [metrics.pooled(np.array(r["accuracy"], float), np.array(r["n_test"])) for r in results]
@@ -162,7 +161,7 @@ def _numbers(axes: Axes, image: AxesImage, values: np.ndarray, form: str) -> Non
       axes.text(column, row, form.format(value), ha="center", va="center", **style)
 
 
-def _name_tasks(axes: Axes, result: Result, xlabel: str, ylabel: str) -> None:
+def _name_tasks(axes: Axes, result: RunResult, xlabel: str, ylabel: str) -> None:
   _ticks(axes.set_xticks, result, rotation=30, ha="right")
   _ticks(axes.set_yticks, result)
   axes.set_xlabel(xlabel)
@@ -171,15 +170,14 @@ def _name_tasks(axes: Axes, result: Result, xlabel: str, ylabel: str) -> None:
   axes.spines[:].set_visible(False)
 
 
-def _ticks(set_ticks: Any, result: Result, **style: Any) -> None:
-  """Names the ticks after the tasks; many or long names give way to numbers."""
+def _ticks(set_ticks: Any, result: RunResult, **style: Any) -> None:
+  """Labels the ticks with the tasks' names, or numbers where those are many or long."""
   names = [printable(name) for name in result["task_names"]]
   if len(names) <= NAMES_UP_TO and max(map(len, names)) <= 16:
     set_ticks(range(len(names)), names, fontsize=8, **style)
   else:
-    every = -(-len(names) // 25)
-    places = range(0, len(names), every)
-    set_ticks(places, [str(place + 1) for place in places], fontsize=8)
+    shown = range(0, len(names), -(-len(names) // 25))
+    set_ticks(shown, [str(task + 1) for task in shown], fontsize=8)
 
 
 def _colour_bar(figure: Figure, image: AxesImage, label: str) -> None:

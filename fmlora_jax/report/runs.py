@@ -1,4 +1,4 @@
-"""Finished runs: found in folders, grouped by their settings, and summed up over seeds."""
+"""Finished runs: loaded from folders, grouped by their settings, averaged over seeds."""
 
 import collections
 import json
@@ -14,16 +14,17 @@ from fmlora_jax.config.diff import leaves
 from fmlora_jax.workdir.log import METRICS
 from fmlora_jax.workdir.result_file import RESULT, read_result
 
-RunResult = Mapping[str, Any]
-Group = list[RunResult]  # runs that differ in the seed only
+RunResult = Mapping[str, Any]  # the contents of a result.json
+Group = Sequence[RunResult]  # runs that differ in the seed only
+Groups = Mapping[str, Group]  # label of a row -> its runs
 Numbers = Sequence[int | float | None]
 
 
 def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]]:
-  """Returns the results found at `paths`, each once, and a line for every run left out.
+  """Returns the results at or below `paths`, each once, and a line for every run left out.
 
   Raises:
-    ValueError: if a path holds no result, or is itself one that can't be read.
+    ValueError: if a path holds no result, or is itself an unreadable one.
   """
   results, notes, seen = [], [], set()
   for path in map(Path, paths):
@@ -38,15 +39,20 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
         if len(files) == 1:
           raise
         notes.append(f"left out: {error}")
-    logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
-    open_runs = [log.parent for log in logs if not (log.parent / RESULT).exists()]
-    notes += [f"left out: {run} is not finished; the same command resumes it" for run in open_runs]
+    notes += _unfinished(path)
   if not results:
     raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
   return results, notes
 
 
-def group(results: Iterable[RunResult]) -> dict[str, dict[str, Group]]:
+def _unfinished(path: Path) -> list[str]:
+  """Returns a line for every unfinished run below `path`."""
+  logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
+  folders = [log.parent for log in logs if not (log.parent / RESULT).exists()]
+  return [f"left out: {run} is not finished; the same command resumes it" for run in folders]
+
+
+def group(results: Iterable[RunResult]) -> dict[str, Groups]:
   """Returns {heading: {label: runs that differ in the seed only}}, in order of appearance."""
   sections = collections.defaultdict(lambda: collections.defaultdict(list))
   for result in results:
@@ -71,8 +77,8 @@ def differences(groups: Sequence[Group], always: Iterable[str] = ()) -> list[str
   fields = [_settings(run) for run in runs]
   texts = _differences(runs, fields, always)
   if len({(run["method"], text) for run, text in zip(runs, texts, strict=True)}) < len(runs):
-    for run, own in zip(runs, fields, strict=True):  # only the split or the weights differ
-      own |= {"split_id": run["split_id"], "weights": ":".join(weights(run))}
+    for run, settings in zip(runs, fields, strict=True):  # only the split or the weights differ
+      settings |= {"split_id": run["split_id"], "weights": ":".join(weights(run))}
     texts = _differences(runs, fields, always)
   return texts
 
@@ -129,13 +135,18 @@ def _differences(
   runs: Sequence[RunResult], fields: Sequence[Mapping[str, Any]], always: Iterable[str]
 ) -> list[str]:
   texts = []
-  for run, own in zip(runs, fields, strict=True):
+  for run, settings in zip(runs, fields, strict=True):
     rivals = [f for r, f in zip(runs, fields, strict=True) if r["method"] == run["method"]]
     names = {name for f in rivals for name in f}
-    differ = {name for name in names if any(f.get(name) != own.get(name) for f in rivals)}
+    differ = {name for name in names if any(f.get(name) != settings.get(name) for f in rivals)}
     shown = sorted(differ | (names & set(always)))
-    texts.append(" ".join(f"{name}={_value(own.get(name))}" for name in shown))
+    texts.append(" ".join(f"{_short(name)}={_value(settings.get(name))}" for name in shown))
   return texts
+
+
+def _short(name: str) -> str:
+  """Returns the name of a setting beside its method's name: "method.rank" is "rank"."""
+  return name.removeprefix("method.")
 
 
 def _value(value: Any) -> str:

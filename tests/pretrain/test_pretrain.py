@@ -1,4 +1,4 @@
-"""The letters, the recipe that learns them, and the file that ships."""
+"""Letters, their training, and the file that ships."""
 
 import json
 import pathlib
@@ -19,7 +19,9 @@ from fmlora_jax.pretrain import letters, training
 from fmlora_jax.types import Sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHIPPED = pathlib.Path(fmlora_jax.__file__).parent / "models" / "micro_letters.safetensors"
+SHIPPED = (
+  pathlib.Path(fmlora_jax.__file__).parent / "models" / "weights" / "micro_letters.safetensors"
+)
 TINY = vit.make_vit(Sizes(image_size=32, patch_size=8, width=16, depth=1, num_heads=2))
 DRAW = {"faces": letters.FACES, "seed": (3,), "coarse": 0.5, "quarter_turns": 0.2}
 
@@ -65,7 +67,12 @@ def test_a_face_has_every_letter(face):
 
 def test_splits_share_no_face(monkeypatch):
   seen = {}
-  monkeypatch.setattr(letters, "pool", lambda n, *, faces, **_: (seen.update({n: faces}), [[]] * 2))
+
+  def pool(count, *, faces, **_):
+    seen[count] = faces
+    return np.zeros((0, 32, 32), np.uint8), np.zeros(0, np.int32)
+
+  monkeypatch.setattr(letters, "pool", pool)
   for split in ("train", "val"):
     training.render(recipe(), split)
   assert set(seen[64]).isdisjoint(seen[20]) and {*seen[64], *seen[20]} == set(letters.FACES)
@@ -73,7 +80,7 @@ def test_splits_share_no_face(monkeypatch):
 
 def test_augmented_images_stay_in_range_and_some_are_inverted():
   grey, _ = letters.pool(64, **DRAW)
-  images = training.augment(grey, jax.random.key(0), 0.5)
+  images = training.augment(jax.device_put(grey), jax.random.key(0), 0.5)
   assert images.shape == (64, 32, 32, 3) and np.abs(images).max() <= 1
   corner = np.asarray(images[:, 0, 0, 0])
   assert 16 <= np.sum(corner > 0) <= 48

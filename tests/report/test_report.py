@@ -8,13 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from made_up import result, run_report, save
+from made_up import refusal, result, run_report, save
 from matplotlib.image import imread
 from rich.console import Console
 
 from fmlora_jax.config import FREE_FIELDS
-from fmlora_jax.report import plots, tables
-from fmlora_jax.report.runs import group, load
+from fmlora_jax.report import notes, plots, tables
+from fmlora_jax.report.runs import group, load, mean_std
 from fmlora_jax.workdir import result_file
 
 
@@ -57,8 +57,8 @@ def test_labels_state_settings_that_only_one_side_has():
   runs = [result(), result(config={"method.ranks": [4, 8], "optim.learning_rate": 5e-3})]
   (groups,) = group(runs).values()
   assert list(groups) == [
-    "fm_lora method.ranks=None optim.learning_rate=0.001",
-    "fm_lora method.ranks=(4,8) optim.learning_rate=0.005",
+    "fm_lora ranks=None optim.learning_rate=0.001",
+    "fm_lora ranks=(4,8) optim.learning_rate=0.005",
   ]
 
 
@@ -99,13 +99,13 @@ def test_a_row_holds_mean_and_deviation_over_seeds():
   [([1.0, 2.0], "1.50 ± 0.71"), ([1.0], "1.00 ±    -"), ([None], "-"), ([1.0, None], "-")],
 )
 def test_mean_and_deviation_as_text(values, text):
-  assert tables.mean_std(values) == text
+  assert mean_std(values) == text
 
 
 def test_one_task_has_no_forgetting_in_the_table():
   (cells,) = tables.rows({"fm_lora": [result(tasks=1, ranks=[8])]})
-  assert cells[tables.HEADER.index("forgetting")] == ("-", False)
-  assert cells[tables.HEADER.index("rank")] == ("8", False)
+  assert cells[tables.header().index("forgetting")] == ("-", False)
+  assert cells[tables.header().index("rank")] == ("8", False)
 
 
 def test_only_the_best_accuracy_is_marked_and_only_among_rivals():
@@ -119,20 +119,20 @@ def test_only_the_best_accuracy_is_marked_and_only_among_rivals():
 def test_ranks_are_modes_over_seeds_and_long_lists_are_summed_up():
   runs = [result(ranks=r) for r in ([8, 4, 4, 4, 4], [8, 4, 4, 4, 8], [4, 4, 4, 4, 8])]
   (cells,) = tables.rows({"fm_lora": runs})
-  assert cells[tables.HEADER.index("rank")][0] == "8 4 4 4 8"
+  assert cells[tables.header().index("rank")][0] == "8 4 4 4 8"
   (cells,) = tables.rows({"fm_lora": [result(tasks=20, ranks=[4] * 10 + [8] * 10)]})
-  assert cells[tables.HEADER.index("rank")][0] == "4..8, mean 6.0"
+  assert cells[tables.header().index("rank")][0] == "4..8, mean 6.0"
   (cells,) = tables.rows({"l2p": [result("l2p", ranks=None)]})
-  assert cells[tables.HEADER.index("rank")][0] == "-"
+  assert cells[tables.header().index("rank")][0] == "-"
 
 
 def test_unfair_comparisons_are_warned_about():
   other = result("l2p", weights={"tag": "orig", "sha256": "0f" * 32}, epochs=5, split_id="x")
   (groups,) = group([result(), other]).values()
-  lines = tables.warnings(groups)
+  lines = notes.warnings(groups)
   assert [line.split(" differ")[0] for line in lines] == ["weights", "split", "epochs"]
   assert lines[0] == "weights differ: augreg2 cdcdcdcd (fm_lora); orig 0f0f0f0f (l2p)"
-  assert tables.warnings({"fm_lora": [result(), result(seed=1994)]}) == []
+  assert notes.warnings({"fm_lora": [result(), result(seed=1994)]}) == []
 
 
 def test_heads_that_differ_are_warned_about():
@@ -141,25 +141,25 @@ def test_heads_that_differ_are_warned_about():
     result(name, config=plain | {"head.alignment": {"epochs": epochs}})
     for name, epochs in (("fm_lora", 30), ("lora", 0))
   )
-  (line,) = tables.warnings({"fm_lora": [ours], "lora": [theirs], "old": [result(config=plain)]})
+  (line,) = notes.warnings({"fm_lora": [ours], "lora": [theirs], "old": [result(config=plain)]})
   assert line == (
     "heads differ: linear from class_mean and aligned (fm_lora); linear from class_mean (lora, old)"
   )
-  assert tables.warnings({"lora": [theirs], "old": [result(config=plain)]}) == []
-  own = {"method.name": "hide_prompt", "method.alignment": {"epochs": 9}}  # not the head's
-  assert tables.warnings({"fm_lora": [ours], "hide": [result(config=plain | own)]}) == []
+  assert notes.warnings({"lora": [theirs], "old": [result(config=plain)]}) == []
+  aligned = {"method.name": "hide_prompt", "method.alignment": {"epochs": 9}}  # not the head's
+  assert notes.warnings({"fm_lora": [ours], "hide": [result(config=plain | aligned)]}) == []
 
 
 def test_the_same_seed_twice_is_warned_about():
-  (line,) = tables.warnings({"fm_lora": [result(), result()]})
+  (line,) = notes.warnings({"fm_lora": [result(), result()]})
   assert line == "fm_lora has several runs of seed 1993: ± is not over seeds alone"
 
 
 def test_what_a_method_keeps_and_computes_besides_has_its_columns():
   passes = {"train": 1, "test": 2, "between": 3}
   (cells,) = tables.rows({"hide": [result(passes=passes, statistics_bytes=61_440)]})
-  assert cells[tables.HEADER.index("statistics")][0] == "61.4 kB"
-  assert cells[tables.HEADER.index("passes")][0] == "1/2 +3"
+  assert cells[tables.header().index("statistics")][0] == "61.4 kB"
+  assert cells[tables.header().index("passes")][0] == "1/2 +3"
 
 
 def test_caveats_stand_below_the_table_once():
@@ -170,15 +170,15 @@ def test_caveats_stand_below_the_table_once():
 
 
 def test_costs_are_three_lines():
-  assert tables.costs(result(tasks=2)) == [
+  assert notes.costs(result(tasks=2)) == [
     "parameters 346k trained in the last task, 1.23M stored beside the backbone; added by each "
     "task: 12.3k 12.3k",
-    "keeps      no image and no statistics of the data (rehearsal-free); forward passes 1/1",
+    "stored     no image, no statistics of the data (rehearsal-free); forward passes 1/1",
     "time       13:32 min: import 2.1 s, train 13:20 min, other 10.2 s",
   ]
   passes = {"train": 2, "test": 2, "between": 1}
-  line = tables.costs(result(passes=passes, statistics_bytes=2_500_000))[1]
-  assert line == "keeps      no image, but 2.5 MB of statistics of the data; forward passes 2/2 +1"
+  line = notes.costs(result(passes=passes, statistics_bytes=2_500_000))[1]
+  assert line == "stored     no image, 2.5 MB of statistics of the data; forward passes 2/2 +1"
 
 
 def test_plain_text_is_never_cut():
@@ -203,7 +203,7 @@ def test_markdown_is_a_table_with_the_best_in_bold():
   lines = text.splitlines()
   assert lines[0] == "### domainnet (cil), 5 tasks"
   assert lines[2].split(" | ")[1:3] == ["seeds", "Acc"]
-  assert {line.count("|") for line in lines[2:6]} == {len(tables.HEADER) + 1}
+  assert {line.count("|") for line in lines[2:6]} == {len(tables.header()) + 1}
   assert lines[4].count("**") == 4
   assert lines[-1] == "> left out: x"
 
@@ -214,11 +214,11 @@ def test_a_folder_is_searched_and_what_is_left_out_is_said(tmp_path):
   save(tmp_path / "broken", result(finished=False))
   (tmp_path / "wip").mkdir()
   (tmp_path / "wip" / "metrics.jsonl").touch()
-  results, notes = load([tmp_path, tmp_path / "b" / "result.json", tmp_path / "b"])
+  results, left_out = load([tmp_path, tmp_path / "b" / "result.json", tmp_path / "b"])
   assert sorted(run["seed"] for run in results) == [1993, 1994]  # each run once
-  assert [note.split(": ")[0] for note in notes] == ["left out"] * 2
-  assert "broken/result.json: not the result of a finished run" in notes[0]
-  assert "wip is not finished" in notes[1]
+  assert [note.split(": ")[0] for note in left_out] == ["left out"] * 2
+  assert "broken/result.json: not the result of a finished run" in left_out[0]
+  assert "wip is not finished" in left_out[1]
 
 
 def test_paths_without_a_result_are_refused(tmp_path):
@@ -246,16 +246,12 @@ def test_the_command_prints_a_table_markdown_and_a_picture(tmp_path):
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   save(tmp_path / "run", result())
-  for argv in (
-    [tmp_path / "nowhere"],
-    [],
-    [tmp_path, "--plot=x.pdf"],
-    [tmp_path, "--plot=/no/x.png"],
-  ):
-    done = run_report(*argv)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+  done = run_report(tmp_path / "nowhere")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
+  assert "no RUN given" in refusal()
+  assert "must end in .png" in refusal(tmp_path, plot="x.pdf")
+  assert "No such file or directory" in refusal(tmp_path, plot="/no/x.png")
 
 
 def test_pictures_need_no_pyplot():

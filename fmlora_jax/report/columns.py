@@ -1,0 +1,107 @@
+"""The columns of a table of runs, and numbers as a reader wants them."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from fmlora_jax.cli.text import duration
+from fmlora_jax.report.runs import Group, mean, mean_std
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One column of a table; each row is a group of runs that differ in the seed only.
+
+  Attributes:
+    name: its head.
+    text: the runs of a row -> the cell.
+    ranked: field of a result by whose mean rows are compared, the largest is best; None compares
+      nothing.
+  """
+
+  name: str
+  text: Callable[[Group], str]
+  ranked: str | None = None
+
+
+def _score(name: str, field: str, ranked: bool = False) -> Column:
+  """Returns a column of a score in percent, mean ± standard deviation over seeds."""
+  return Column(name, lambda runs: mean_std([r[field] for r in runs]), field if ranked else None)
+
+
+def _reported(name: str, field: str, form: str) -> Column:
+  """Returns a column of a fact that only some methods report; `form` is a name in FORMATS."""
+  return Column(name, lambda runs: FORMATS[form]([r[field] for r in runs]))
+
+
+@functools.cache
+def columns() -> tuple[Column, ...]:
+  """Returns the columns after the label of the row."""
+  return (
+    Column("seeds", lambda runs: str(len(runs))),
+    _score("Acc", "acc", ranked=True),
+    _score("AAA", "aaa", ranked=True),
+    _score("forgetting", "forgetting"),
+    _score("learning", "learning_accuracy"),
+    Column("stored", lambda runs: count_text(mean([r["params"]["stored_total"] for r in runs]))),
+    Column("trained", lambda runs: count_text(mean([r["params"]["trained"] for r in runs]))),
+    Column("statistics", lambda runs: bytes_text(mean([r["statistics_bytes"] for r in runs]))),
+    Column("passes", lambda runs: passes_text(runs[0]["passes"])),
+    *(_reported(name, *fact) for name, fact in REPORTED.items()),
+    Column("wall time", lambda runs: duration(mean([r["wall_seconds"]["total"] for r in runs]))),
+  )
+
+
+REPORTED = {"rank": ("ranks", "modes")}  # of some methods: header -> field of a result, format
+LEGEND = (
+  "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
+  "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
+  "stored, trained: numbers of parameters. statistics: bytes stored that were computed from the\n"
+  "data, such as means of features; no image is stored. passes: forward passes for an image in\n"
+  "training/at test time, +n over a task's images between tasks. rank: of each task, the most\n"
+  "frequent over seeds."
+)
+
+
+def count_text(number: float) -> str:
+  """Returns 950, 12.0k, 1.23M or 85.8M."""
+  for unit, size in (("M", 1e6), ("k", 1e3)):
+    if number >= size:
+      return f"{number / size:.3g}{unit}"
+  return f"{number:.0f}"
+
+
+def bytes_text(number: float) -> str:
+  """Returns 0 B, 950 B, 12.0 kB or 1.23 MB."""
+  for unit, size in (("MB", 1e6), ("kB", 1e3)):
+    if number >= size:
+      return f"{number / size:.3g} {unit}"
+  return f"{number:.0f} B"
+
+
+def passes_text(passes: Mapping[str, int]) -> str:
+  """Returns "2/2", in training and at test time, or "1/1 +1" with one between tasks."""
+  between = f" +{passes['between']}" if passes["between"] else ""
+  return f"{passes['train']}/{passes['test']}{between}"
+
+
+def modes_text(values: Sequence[Sequence[int] | None]) -> str:
+  """Returns the most frequent value of each task over seeds, [seed][task]; "-" without values.
+
+  One number if all tasks agree, else a list, or of more than ten tasks the range and the mean.
+  """
+  known = [of_seed for of_seed in values if of_seed is not None]
+  if not known:
+    return "-"
+  modes = [collections.Counter(column).most_common(1)[0][0] for column in zip(*known, strict=True)]
+  if len(set(modes)) == 1:
+    return str(modes[0])
+  if len(modes) <= 10:
+    return " ".join(map(str, modes))
+  return f"{min(modes)}..{max(modes)}, mean {np.mean(modes):.1f}"
+
+
+FORMATS = {"modes": modes_text}  # of facts that methods report: [seed] -> text

@@ -1,0 +1,95 @@
+"""Lines about runs that stand beside their numbers: costs, protocol, and reasons for doubt."""
+
+import collections
+from collections.abc import Mapping
+
+from fmlora_jax.cli.text import duration
+from fmlora_jax.report.columns import bytes_text, count_text, passes_text
+from fmlora_jax.report.runs import Groups, RunResult, repeated_seeds, weights
+
+
+def costs(run: RunResult) -> list[str]:
+  """Returns what a run costs and stores, in three lines."""
+  params, stored = run["params"], run["statistics_bytes"]
+  added = " ".join(map(count_text, params["stored_per_task"]))
+  statistics = "no statistics of the data (rehearsal-free)"
+  if stored:
+    statistics = f"{bytes_text(stored)} of statistics of the data"
+  return [
+    f"parameters {count_text(params['trained'])} trained in the last task, "
+    f"{count_text(params['stored_total'])} stored beside the backbone; added by each task: {added}",
+    f"stored     no image, {statistics}; forward passes {passes_text(run['passes'])}",
+    f"time       {_times(run['wall_seconds'])}",
+  ]
+
+
+def warnings(groups: Groups) -> list[str]:
+  """Returns why the rows of one table may not be comparable, and the notes of their methods."""
+  lines = []
+  for name, value in _COMPARED.items():
+    labels = collections.defaultdict(list)
+    for label, runs in groups.items():
+      for text in sorted({value(run) for run in runs}):
+        labels[text].append(label)
+    if len(labels) > 1:
+      values = "; ".join(f"{text} ({', '.join(who)})" for text, who in labels.items())
+      lines.append(f"{name} differ: {values}")
+  for label, runs in groups.items():
+    twice = ", ".join(map(str, repeated_seeds(runs)))
+    if twice:
+      lines.append(f"{label} has several runs of seed {twice}: ± is not over seeds alone")
+    lines += [f"{label}: {n}" for n in dict.fromkeys(n for run in runs for n in run["caveats"])]
+  return lines
+
+
+def protocols(groups: Groups) -> list[str]:
+  """Returns one line for each row of a table: how its numbers came about; none of old results."""
+  return [
+    f"protocol {label}: {line}"
+    for label, runs in groups.items()
+    for line in sorted({_protocol(run) for run in runs if run["protocol"]})
+  ]
+
+
+def _protocol(run: RunResult) -> str:
+  card, copies = run["protocol"], run["protocol"]["copies"]
+  num_copies = "not counted"
+  if copies is not None:
+    num_copies = str(sum(n for n in copies.values() if isinstance(n, int)))
+  read = "read" if card["validation_read_by_method"] else "not read"
+  return "; ".join(
+    [
+      f"stored of old tasks {bytes_text(card['old_image_bytes'])} of images, "
+      f"{bytes_text(card['old_statistics_bytes'])} of statistics",
+      f"task {'given' if card['task_identity_at_test'] else 'not given'} at test time",
+      f"measured on {card['measured_on']} images of {run['split_id']}, copies across its splits "
+      f"{num_copies}",
+      f"{card['validation_images']} validation images {read} by the method",
+      f"weights {' '.join(weights(run))}, pixels {run['normalisation']}",
+      f"on {'; then '.join(run['devices'])}",
+    ]
+  )
+
+
+def _head(run: RunResult) -> str:
+  """Returns the head in words; older results know less of it."""
+  head, method = run["config"].get("head", {}), run["config"]["method"]
+  aligned = any(group.get("alignment", {}).get("epochs") for group in (head, method))
+  words = [head.get("kind", "linear"), f"from {head.get('start', 'zero')}"]
+  return " ".join([*words, "and aligned"] if aligned else words)
+
+
+_COMPARED = {  # what must not differ between rows -> its text in a run
+  "weights": lambda run: " ".join(weights(run)),
+  "split": lambda run: f"{run['split_id']} {str(run['manifest_sha256'])[:8]}",
+  "epochs": lambda run: str(run["epochs"]),
+  "normalisation": lambda run: str(run["normalisation"]),
+  "augmentation": lambda run: str(run["augmentation"]),
+  "heads": _head,
+}
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+  """Returns "1:03 min: import 2.1 s, train 40.0 s ...": the total, then each kind."""
+  kinds = (f"{kind} {duration(s)}" for kind, s in seconds.items() if kind != "total")
+  return f"{duration(seconds['total'])}: {', '.join(kinds)}"
