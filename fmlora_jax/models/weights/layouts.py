@@ -236,7 +236,7 @@ def _unstack(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   for name, tensor in tensors.items():
     if "/encoderblock/" in name and tensor.ndim:
       for layer, block in enumerate(tensor):
-        single[name.replace("/encoderblock/", f"/encoderblock_{layer}/")] = block
+        single[name.replace("/encoderblock/", f"/encoderblock_{layer}/")] = np.asarray(block)
     else:
       single[name] = tensor
   return single
