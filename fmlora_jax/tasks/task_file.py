@@ -66,7 +66,7 @@ def read_task_file(path: str, source: DataSource, config: TasksConfig) -> TaskSe
 
 
 def _sequence(fields: dict[str, Any], source: DataSource) -> TaskSequence:
-  """Returns the sequence of a file; a KeyError, TypeError or ValueError says that it is none."""
+  """Returns the sequence of a file; raises KeyError, TypeError or ValueError if it is invalid."""
   order = [int(c) for c in fields["class_order"]]
   if sorted(order) != list(range(len(source.class_names))):
     raise ValueError(f"class_order must hold each of 0..{len(source.class_names) - 1} once")
@@ -91,7 +91,7 @@ def _sequence(fields: dict[str, Any], source: DataSource) -> TaskSequence:
   )
 
 
-def _rows(numbers: list[int] | str, num_records: int) -> Int[np.ndarray, " k"]:
+def _rows(numbers: Any, num_records: int) -> Int[np.ndarray, " k"]:
   """Returns ascending record numbers; raises ValueError if they are none of `num_records`."""
   if isinstance(numbers, str):  # packed by version 1: differences as int32, zlib, base64
     packed = base64.b64decode(numbers, validate=True)

@@ -1,7 +1,7 @@
-"""Digests of arrays, computed where the arrays lie: the same on any number of devices.
+"""Digests of arrays, computed on their devices, and equal on any number of them.
 
-They tell rot and bugs, not forgery: no single changed element goes unseen, and any other change
-with a probability of 2^-64.
+They reveal rot and bugs, not forgery: a single changed element always, any other change but for a
+probability of 2^-64.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ def tree_digests(tree: Any) -> dict[str, str]:
   """Returns the digest of each leaf by its path, such as "float32[2,3] 0123456789abcdef".
 
   Args:
-    tree: arrays of at most 2^32 elements of at most 32 bits, on one or many devices, of one or many
-      processes, all of which must then call this.
+    tree: arrays of at most 2^32 elements of at most 32 bits, on one or many devices; all processes
+      that have such devices must call this.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
@@ -30,7 +30,7 @@ def tree_digests(tree: Any) -> dict[str, str]:
 
 
 def abstract_array(text: str, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-  """Returns what an array with the digest `text` looks like, placed by `sharding`."""
+  """Returns shape and dtype of an array with the digest `text`, and its sharding."""
   dtype, _, shape = text.partition("]")[0].partition("[")
   sizes = tuple(int(size) for size in shape.split(",") if size)
   return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=sharding)
@@ -42,18 +42,18 @@ def _text(leaf, lanes) -> str:
 
 @jax.jit
 def _sums(leaf: Array) -> UInt32[Array, " lanes"]:
-  """Returns what each lane makes of all elements; integers add up to the same in any order."""
+  """Returns the sum of each lane over all elements; integer sums do not depend on the order."""
   leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
   word = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
   bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
-  place = jnp.zeros(bits.shape, jnp.uint32)
+  index = jnp.zeros(bits.shape, jnp.uint32)
   for axis, size in enumerate(bits.shape):
-    place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-  return jnp.stack([jnp.sum(_mix(bits ^ _mix(place + lane)), dtype=jnp.uint32) for lane in LANES])
+    index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+  return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + lane)), dtype=jnp.uint32) for lane in LANES])
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-  """Returns MurmurHash3's finaliser of each word, a bijection: different words stay different."""
+  """Returns MurmurHash3's finaliser of each word, a bijection."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x = (x ^ (x >> shift)) * np.uint32(factor)
   return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Files that are not here: from the Hugging Face Hub, into its own cache, or from a bucket."""
+"""Downloads of weight files: from the Hugging Face Hub, into its cache, or from a bucket."""
 
 import contextlib
 import functools
@@ -14,13 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 class FetchError(Exception):
-  """Why a file could not be had, in one line."""
+  """A failed download; the message is the reason in one line."""
 
 
 def from_hub(repository: str, name: str, revision: str | None) -> pathlib.Path:
-  """Returns the file in the cache of huggingface_hub; downloads it if it is not there yet.
+  """Returns a file in the cache of huggingface_hub; downloads it if it is not there.
 
-  The environment variable HF_HUB_OFFLINE=1 forbids that. Only a whole file enters the cache.
+  The environment variable HF_HUB_OFFLINE=1 forbids downloads. Only whole files enter the cache.
 
   Raises:
     FetchError: if huggingface_hub is not installed or the download fails.
@@ -28,7 +28,7 @@ def from_hub(repository: str, name: str, revision: str | None) -> pathlib.Path:
   try:
     import huggingface_hub
   except ImportError:
-    raise FetchError("to download it, pip install huggingface_hub") from None
+    raise FetchError("pip install huggingface_hub to download it") from None
   cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
   if isinstance(cached, str):
     return pathlib.Path(cached)
@@ -37,13 +37,13 @@ def from_hub(repository: str, name: str, revision: str | None) -> pathlib.Path:
     size = ask(dry_run=True).file_size or 0
     _log.info("downloading %s of %s, %.0f MB, once", name, repository, size / 1e6)
     return pathlib.Path(ask())
-  except Exception as error:  # of the network, the Hub, the disk: each client raises its own
+  except Exception as error:  # network, Hub and disk raise errors of many types
     raise FetchError(f"the download failed: {_line(error.__cause__ or error)}") from None
 
 
 @contextlib.contextmanager
 def from_bucket(url: str) -> Iterator[pathlib.Path]:
-  """Gives a local copy of gs://BUCKET/FILE, gone afterwards: what lies there may change.
+  """Yields a local copy of gs://BUCKET/FILE, deleted afterwards, as the original may change.
 
   Raises:
     FetchError: if it can't be read: no gcsfs, no credentials, no such file.

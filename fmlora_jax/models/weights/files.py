@@ -1,6 +1,6 @@
 """Files of named tensors: safetensors, read and written, and .npz, read; told by their content.
 
-Nothing is ever unpickled, and whatever is wrong with a file is one line.
+Nothing is ever unpickled, and every fault of a file is one line.
 """
 
 import hashlib
@@ -25,20 +25,20 @@ _MOST_BYTES = 3_000_000_000
 
 _LONGEST_NAME = 200  # of a tensor, in characters: names are shown and logged
 
-# what people take for a file of weights, by its first bytes
+# common mistakes, by the first bytes of the file
 _MISTAKES = (
   (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
   (b"<", "a web page: download the file itself"),
-  (b"\x80", "a Python pickle, which is never opened: take the model.safetensors of that model"),
+  (b"\x80", "a Python pickle, which is never opened: use the model.safetensors of that model"),
 )
 
 
 def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns (name -> array of a float type, metadata); `shown` stands for the file in errors.
+  """Returns (name -> array of a float type, metadata); errors call the file `shown`.
 
   Raises:
-    ConfigError: if it is neither safetensors nor .npz, is cut off, or holds other types, or names
-      that can't be shown.
+    ConfigError: if it is neither safetensors nor .npz, is truncated, or holds other types or
+      unprintable names.
   """
   try:
     with open(path, "rb") as file:
@@ -49,7 +49,7 @@ def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[st
       return _read_npz(path, shown), {}
   except OSError as error:
     raise ConfigError(f"{shown} can't be read: {error.strerror or error}") from None
-  reason = "damaged or cut off: get it again" if head else "empty: get it again"
+  reason = "damaged or truncated: get it again" if head else "empty: get it again"
   for start, mistake in _MISTAKES:
     if head.startswith(start):
       reason = mistake
@@ -57,7 +57,7 @@ def read(path: pathlib.Path, shown: str) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def _refusal(shown: str, reason: str) -> ConfigError:
-  return ConfigError(f"{shown} is not a whole safetensors or .npz file: it is {reason}")
+  return ConfigError(f"{shown} is not a valid safetensors or .npz file: it is {reason}")
 
 
 def _read_safetensors(path, shown):
@@ -71,7 +71,7 @@ def _read_safetensors(path, shown):
           raise _wrong_type(shown, name, dtype)
       return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
   except safetensors.SafetensorError as error:
-    raise _refusal(shown, f"damaged or cut off ({error}): get it again") from None
+    raise _refusal(shown, f"damaged or truncated ({error}): get it again") from None
 
 
 def _check_names(shown: str, names: Iterable[str]) -> None:
@@ -85,7 +85,7 @@ def _check_names(shown: str, names: Iterable[str]) -> None:
 
 def _wrong_type(shown, name, dtype):
   return ConfigError(
-    f"{shown}: tensor {name} is {dtype}: must be one of {', '.join(_DTYPES)}; take the file that "
+    f"{shown}: tensor {name} is {dtype}: must be one of {', '.join(_DTYPES)}; use the file that "
     "is not quantised"
   )
 
@@ -96,7 +96,7 @@ def _read_npz(path, shown):
     with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
       members = file.zip.infolist()
       if not all(member.filename.endswith(".npy") for member in members):
-        reason = "a zip of other things (PyTorch?): take the model.safetensors of that model"
+        reason = "a zip of other files (PyTorch?): use the model.safetensors of that model"
         raise _refusal(shown, reason)
       size = sum(member.file_size for member in members)
       if size > _MOST_BYTES:
@@ -107,22 +107,22 @@ def _read_npz(path, shown):
       return {name: _floats(shown, name, file[name]) for name in file.files}
   except (ConfigError, OSError):
     raise
-  except Exception as error:  # zipfile, zlib, struct, tokenize and NumPy each raise their own
-    reason = "an archive of Python pickles, which are never opened: take the model.safetensors"
+  except Exception as error:  # zipfile, zlib, struct, tokenize and NumPy raise many types
+    reason = "an archive of Python pickles, which are never opened: use the model.safetensors"
     if "allow_pickle" not in str(error):
-      reason = f"damaged or cut off ({' '.join(str(error).split())}): get it again"
+      reason = f"damaged or truncated ({' '.join(str(error).split())}): get it again"
     raise _refusal(shown, reason) from None
 
 
 def _check_room(shown, archive, member):
-  """Refuses an array that says it is larger than its bytes: NumPy would take memory for it."""
+  """Refuses an array with a header larger than its bytes: NumPy would allocate its memory."""
   with archive.open(member) as file:
     if np.lib.format.read_magic(file) == (1, 0):
       shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     else:
       shape, _, dtype = np.lib.format.read_array_header_2_0(file)
   if math.prod(shape) * dtype.itemsize > member.file_size:
-    raise _refusal(shown, f"damaged or cut off ({member.filename} lacks bytes): get it again")
+    raise _refusal(shown, f"damaged or truncated ({member.filename} lacks bytes): get it again")
 
 
 def _floats(shown, name, array):
@@ -136,21 +136,21 @@ def _floats(shown, name, array):
 
 
 def sha256(path: pathlib.Path) -> str:
-  """Returns the file's hex digest; reads it in pieces."""
+  """Returns the hex digest of a file."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(params: Params, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-  """Writes params in layout "ours", each leaf in its own dtype; whole or not at all.
+  """Writes params in layout "ours", each leaf with its dtype; never a partial file.
 
   Args:
-    metadata: architecture, normalisation and, if not "erf", gelu: then the file loads without a
-      tag. Other entries are kept for people.
+    metadata: architecture, normalisation and, if not "erf", gelu: with these the file loads
+      without a tag. Other entries are for people.
   """
   path = pathlib.Path(path)
-  # safetensors writes the memory of an array as it lies, also of a transposed one
+  # safetensors ignores strides and would write the memory of a transposed array
   leaves = {name: np.ascontiguousarray(leaf) for name, leaf in layouts.flatten(params).items()}
-  part = path.with_name(path.name + ".part")
-  safetensors.numpy.save_file(leaves, part, metadata=dict(metadata))
-  os.replace(part, path)
+  draft = path.with_name(path.name + ".part")
+  safetensors.numpy.save_file(leaves, draft, metadata=dict(metadata))
+  os.replace(draft, path)

@@ -1,4 +1,4 @@
-"""How files of pre-trained weights name their tensors, and the way from there to our parameters.
+"""Layouts of weight files: the names of their tensors, and their conversion to our parameters.
 
 A new kind of file is one entry of `LAYOUTS`: regexes over names, and small changes of arrays.
 """
@@ -22,14 +22,14 @@ Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """How a family of files names its tensors.
+  """Names of the tensors in a family of files.
 
   Attributes:
-    rules: (regex over a whole name on disk, our leaf, change of the array). Each rule that matches
-      makes a leaf: three make query, key and value out of one tensor.
-    ignored: regexes over names of tensors that are no part of the feature extractor.
-    antialias: how positions are interpolated to another image size, as the library does that these
-      files are written for: see `resize_positions`.
+    rules: (regex over a whole name on disk, our leaf, change of the array). Each matching rule
+      makes a leaf; three rules make query, key and value out of one tensor.
+    ignored: regexes over the names of tensors outside of the feature extractor.
+    antialias: of the interpolation of positions, as in the library of these files; see
+      `resize_positions`.
   """
 
   rules: tuple[Rule, ...]
@@ -54,24 +54,24 @@ def _unbatch(x: np.ndarray) -> np.ndarray:
 
 
 def _class_row(x: np.ndarray) -> np.ndarray:
-  """Puts a row of zeros first where the class token has no position, as in newer big_vision."""
+  """Adds a row of zeros for a class token without a position, as in newer big_vision."""
   x = _unbatch(x)
   is_square = x.ndim == 2 and math.isqrt(len(x)) ** 2 == len(x)
   return np.concatenate([np.zeros_like(x[:1]), x]) if is_square else x
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-  """Convolution kernel HWIO -> kernel over flattened patches, rows in the order (p, q, c)."""
+  """Returns a convolution kernel HWIO as a kernel over flattened patches, rows (p, q, c)."""
   return x.reshape(-1, x.shape[-1]) if x.ndim == 4 and x.size else x
 
 
 def _patches(x: np.ndarray) -> np.ndarray:
-  """Convolution weight OIHW -> kernel over flattened patches, rows in the order (p, q, c)."""
+  """Returns a convolution weight OIHW as a kernel over flattened patches, rows (p, q, c)."""
   return x.transpose(2, 3, 1, 0).reshape(math.prod(x.shape[1:]), len(x)) if x.ndim == 4 else x
 
 
 def _dense(name: str, leaf: str, change: Callable[[np.ndarray], np.ndarray] = _same) -> list[Rule]:
-  """Rules of a torch Linear; `change` acts on the rows of weight and bias."""
+  """Returns the rules of a torch Linear; `change` acts on the rows of weight and bias."""
   return [
     (rf"{name}\.weight", f"{leaf}/kernel", lambda x: change(x).T),
     (rf"{name}\.bias", f"{leaf}/bias", change),
@@ -112,7 +112,7 @@ def _timm() -> Layout:
 
 
 def _dinov2() -> Layout:
-  """Hugging Face's names; those of transformers 5 in memory (q_proj, ..., o_proj) as well."""
+  """Returns Hugging Face's layout, also with the names of transformers 5 (q_proj, ..., o_proj)."""
   top = r"(?:dinov2\.)?"
   block = rf"{top}encoder\.layer\.(\d+)\."
   rules = [
@@ -133,7 +133,7 @@ def _dinov2() -> Layout:
 
 
 def _google() -> Layout:
-  """Names in Google's .npz: those before flax.linen (Attention_1), since then, and big_vision's."""
+  """Returns the layout of Google's .npz files, from before flax.linen, since, and big_vision's."""
   top = r"(?:params/)?"
   block = rf"{top}Transformer/encoderblock_(\d+)/"
   attention = rf"{block}MultiHeadDotProductAttention_[01]/(query|key|value|out)"
@@ -149,7 +149,7 @@ def _google() -> Layout:
     (rf"{block}MlpBlock_[03]/Dense_1/(kernel|bias)", r"block_\1/fc2/dense/\2", _same),
     (rf"{top}Transformer/encoder_norm/(scale|bias)", r"norm/\1", _same),
   )
-  # antialias as timm: the features must not depend on which file of a checkpoint was read
+  # antialias as in timm: all files of a checkpoint must give the same features
   return Layout(rules=rules, ignored=(rf"{top}(?:head|pre_logits)/.+",), antialias=True)
 
 
@@ -174,15 +174,15 @@ def unflatten(leaves: Mapping[str, Any]) -> Params:
 def resize_positions(
   position: Float[np.ndarray, "..."], grid: int, *, antialias: bool = False
 ) -> Float[np.ndarray, "..."]:
-  """Returns position embeddings for a grid x grid image; the class token's row stays.
+  """Returns position embeddings for grid x grid patches; the class token's row stays.
 
   Source: torch's bicubic interpolation, as called by timm (antialias, then a = -0.5) and by Hugging
   Face's DINOv2 (none, a = -0.75).
 
   Args:
     position: [N, D]: the class token's row, then a square of patches, row by row. An array of
-      another form comes back as it is.
-    antialias: average over more positions where the grid gets smaller.
+      another form is returned unchanged.
+    antialias: averages over more positions where the grid shrinks.
   """
   side = math.isqrt(max(len(position) - 1, 0)) if position.ndim == 2 else 0
   if side in (0, grid) or side**2 + 1 != len(position):
@@ -196,14 +196,14 @@ def resize_positions(
 
 
 def convert(
-  tensors: Mapping[str, np.ndarray], layout: str, sizes: Sizes, *, cut: bool = False
+  tensors: Mapping[str, np.ndarray], layout: str, sizes: Sizes, *, truncate: bool = False
 ) -> tuple[Params, tuple[str, ...]]:
-  """Returns (params of `vit.make(sizes)` as float32 NumPy arrays, names of the unused tensors).
+  """Returns (params of `vit.make_vit(sizes)` as float32 NumPy arrays, names of unused tensors).
 
   Args:
     tensors: name on disk -> array of any float type.
     layout: a name in LAYOUTS.
-    cut: leave out the blocks from `sizes.depth` on, instead of refusing them.
+    truncate: leave out the blocks from `sizes.depth` on, instead of refusing them.
 
   Raises:
     ValueError: naming together all tensors that are missing, unknown or of a wrong shape; or one
@@ -213,8 +213,8 @@ def convert(
   leaves, ignored, unknown = {}, [], []  # leaf -> (name on disk, array)
   for name, tensor in tensors.items():
     targets = LAYOUTS[layout].leaves(name)
-    is_cut = cut and any(_block(leaf) >= sizes.depth for leaf, _ in targets)
-    if is_cut or (not targets and LAYOUTS[layout].ignores(name)):
+    is_left_out = truncate and any(_block(leaf) >= sizes.depth for leaf, _ in targets)
+    if is_left_out or (not targets and LAYOUTS[layout].ignores(name)):
       ignored.append(name)
     elif not targets or targets[0][0] in leaves:
       unknown.append(name)
@@ -231,19 +231,19 @@ def convert(
 
 
 def _unstack(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Takes the blocks apart that big_vision stacks along a first axis to scan over them."""
-  apart = {}
+  """Returns single blocks in place of those that big_vision stacks along a first axis."""
+  single = {}
   for name, tensor in tensors.items():
     if "/encoderblock/" in name and tensor.ndim:
-      for layer, part in enumerate(tensor):
-        apart[name.replace("/encoderblock/", f"/encoderblock_{layer}/")] = part
+      for layer, block in enumerate(tensor):
+        single[name.replace("/encoderblock/", f"/encoderblock_{layer}/")] = np.asarray(block)
     else:
-      apart[name] = tensor
-  return apart
+      single[name] = tensor
+  return single
 
 
 def _join(leaf: str, x: np.ndarray, sizes: Sizes) -> np.ndarray:
-  """Merges the axes (heads, width of a head) of a projection into one, where they are those."""
+  """Merges the axes (heads, width of a head) of a projection, if it has them, into one."""
   heads = (sizes.num_heads, sizes.width // sizes.num_heads)
   for axis in range(x.ndim - 1 if "/attention/" in leaf else 0):
     if x.shape[axis : axis + 2] == heads:
@@ -258,10 +258,10 @@ def _block(leaf: str) -> int:
 
 
 def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
-  with np.errstate(over="ignore"):  # a float64 too large becomes infinity and is refused here
+  with np.errstate(over="ignore"):  # too large a float64 becomes infinity and is refused here
     tensor = np.atleast_1d(np.asarray(tensor, np.float32))
   if not np.isfinite(tensor).all():
-    raise ValueError(f"tensor {name} holds NaN or infinity; the file is damaged, get it again")
+    raise ValueError(f"tensor {name} holds NaN or infinity: the file is damaged; get it again")
   return tensor
 
 
@@ -276,7 +276,7 @@ def _check(
   sizes: Sizes,
   names: Collection[str],
 ) -> None:
-  """Refuses leaves that are not those of the ViT, all in one message."""
+  """Refuses leaves that do not fit the ViT, all in one message."""
   expected = flatten(jax.eval_shape(vit.make_vit(sizes).init, jax.random.key(0)))
   shapes = {leaf: expected[leaf].shape for leaf in expected}
   surplus = {leaves[leaf][0] for leaf in leaves if leaf not in shapes}
@@ -290,16 +290,16 @@ def _check(
     "unknown": [*unknown, *sorted(surplus)],
     "wrong shape": wrong,
   }
-  found = [f"{kind} ({len(items)}): {_some(items)}" for kind, items in faults.items() if items]
-  if found:
+  shown = [f"{kind} ({len(items)}): {_some(items)}" for kind, items in faults.items() if items]
+  if shown:
     guess, hint = guess_layout(names), ""
     if guess not in (layout, None):
       hint = f"; its names look like layout {guess!r}"
     elif "cls" in faults["missing"] or any(map(_POOLING.fullmatch, names)):
-      hint = "; it seems to average its patches: needed is one whose class token is the feature"
+      hint = "; it seems to pool its patches; only ViTs with a class-token feature are supported"
     raise ValueError(
       f"the tensors do not make a ViT of width {sizes.width}, depth {sizes.depth}, patch size "
-      f"{sizes.patch_size} in layout {layout!r}: {'; '.join(found)}{hint}"
+      f"{sizes.patch_size} in layout {layout!r}: {'; '.join(shown)}{hint}"
     )
 
 
@@ -309,7 +309,7 @@ def _some(items: list[str], most: int = 4) -> str:
 
 
 def guess_layout(names: Iterable[str]) -> str | None:
-  """Returns the layout whose rules match most of the names; None if none matches any."""
+  """Returns the layout whose rules match most names; None if no rule matches."""
   names = list(names)
   counts = {key: sum(bool(x.leaves(name)) for name in names) for key, x in LAYOUTS.items()}
   best = max(counts, key=counts.__getitem__)

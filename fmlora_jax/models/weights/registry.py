@@ -1,8 +1,8 @@
-"""Pre-trained weights: which there are, and how a file on disk becomes the parameters of our ViT.
+"""Pre-trained weights: the known checkpoints, and loading a file as parameters of our ViT.
 
-A tag names one published checkpoint: "ViT-B/16" alone has stood for three networks in timm's time.
-Pickles are never opened. A new checkpoint is one entry of `WEIGHTS`, a new kind of file one entry
-of `layouts.LAYOUTS`.
+A tag names one published checkpoint; "ViT-B/16" alone has meant three networks in timm. Pickles are
+never opened. A new checkpoint is one entry of `WEIGHTS`, a new kind of file one entry of
+`layouts.LAYOUTS`.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from fmlora_jax.types import Params, Sizes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
-  """One published file; it lies on the Hugging Face Hub, in a bucket, or beside this module.
+  """One published file: on the Hugging Face Hub, in a bucket, or next to this module.
 
   Attributes:
-    layout: how it names and lays out its tensors, a name in LAYOUTS.
+    layout: of its tensors, a name in LAYOUTS.
     repository, revision: on the Hub; without a revision the newest.
-    bucket: and folder, on Google Cloud Storage.
-    sha256: None accepts any.
+    bucket: bucket and folder on Google Cloud Storage.
+    sha256: of the file; None accepts any.
   """
 
   layout: str
@@ -42,7 +42,7 @@ class CheckpointFile:
 
   @property
   def command(self) -> str | None:
-    """Fetches it by hand; None if it ships with the package."""
+    """The shell command that downloads it; None if it ships with the package."""
     if self.repository:
       revision = f" --revision {self.revision}" if self.revision else ""
       return f"hf download {self.repository} {self.name}{revision}"
@@ -53,12 +53,12 @@ class CheckpointFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-  """One checkpoint.
+  """One published checkpoint.
 
   Attributes:
-    files: that hold it; any of them will do, and the first can be downloaded.
+    files: that hold it, with equal contents; the first can be downloaded.
     architecture: a name in vit.ARCHITECTURES; None where the config names it.
-    normalisation: of the pixels the network was trained with; None if unknown.
+    normalisation: of pixels in training; None if unknown.
     gelu: "erf" as in timm and Hugging Face, also for networks that Google trained with "tanh".
   """
 
@@ -69,11 +69,11 @@ class Checkpoint:
 
   @property
   def where(self) -> str:
-    """How to get one of its files by hand."""
+    """Advice on how to get one of its files."""
     commands = [f"`{file.command}`" for file in self.files if file.command]
     if not commands:
-      return "it ships with fmlora_jax: install the package again"
-    return f"get it with {' or '.join(commands)}"
+      return "reinstall fmlora_jax, which ships it"
+    return f"run {' or '.join(commands)}"
 
 
 def _timm(name: str, revision: str | None = None, sha256: str | None = None) -> CheckpointFile:
@@ -87,7 +87,7 @@ def _google(name: str) -> CheckpointFile:
 
 
 def _supervised(architecture: str, *files: CheckpointFile) -> Checkpoint:
-  """A checkpoint that Google trained with labels, on pixels in [-1, 1]."""
+  """Returns a checkpoint that Google trained with labels, on pixels in [-1, 1]."""
   return Checkpoint(files=files, architecture=architecture, normalisation="half")
 
 
@@ -177,15 +177,15 @@ WEIGHTS: Mapping[str, Checkpoint] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-  """What was loaded, for the log, the checkpoint and result.json.
+  """Facts about loaded weights, for the log, the checkpoint and result.json.
 
   Attributes:
-    tag: as in the config; "file" where it names none.
+    tag: as in the config; "file" without one.
     file: the file's name without its folder; None for random weights.
     sha256: of the file; None for random weights.
-    normalisation: what the network was trained with; None if the file does not say, then
+    normalisation: of pixels in training; None if the file does not say, so that
       config.input.normalisation must.
-    ignored: tensors of the file that were not used, by their names on disk.
+    ignored: unused tensors of the file, by their names on disk.
   """
 
   tag: str
@@ -196,10 +196,10 @@ class WeightsInfo:
 
 
 def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, Sizes, WeightsInfo]:
-  """Returns (params as float32 NumPy arrays, sizes of the ViT, what was loaded).
+  """Returns (params as float32 NumPy arrays, sizes of the ViT, facts about them).
 
   Args:
-    image_size: side in pixels that the ViT will see; positions are interpolated to it. None takes
+    image_size: side in pixels of the images; positions are interpolated to it. None takes
       the architecture's.
 
   Raises:
@@ -213,7 +213,7 @@ def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, 
 
 
 def check(config: WeightsConfig, image_size: int | None = None) -> Sizes | None:
-  """Returns the sizes of the ViT without a look at its file; None where that one says what it is.
+  """Returns the sizes of the ViT without reading its file; None where only the file tells them.
 
   Raises:
     ConfigError: if a field can't be used.
@@ -229,28 +229,30 @@ def check(config: WeightsConfig, image_size: int | None = None) -> Sizes | None:
 def _convert(
   config: WeightsConfig, image_size: int | None, path: pathlib.Path
 ) -> tuple[Params, Sizes, WeightsInfo]:
-  """Returns what `load` returns, of this file."""
+  """Returns the result of `load` for this file."""
   shown = config.path or path.name
   tensors, metadata = weight_files.read(path, shown)
   layout, digest = layouts.guess_layout(tensors), weight_files.sha256(path)
   if config.tag:
     source = WEIGHTS[config.tag]
-    mend = (
-      f"is it a file of {config.tag!r}? {source.where}; a file of your own takes "
+    hint = (
+      f"is it a file of {config.tag!r}? {source.where}; another file takes "
       f"--config.weights.tag='' --config.weights.architecture={source.architecture} "
       f"--config.input.normalisation={source.normalisation}"
     )
   else:
     source = _describe(config, layout, metadata, shown)
-    mend = f"is it a {source.architecture}? --config.weights.architecture=NAME"
+    hint = f"is it a {source.architecture}? --config.weights.architecture=NAME"
   file = next((file for file in source.files if file.layout == layout), source.files[0])
   if file.sha256 not in (None, digest):
-    raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {mend}")
+    raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {hint}")
   sizes = _sizes(config, source, image_size)
   try:
-    params, ignored = layouts.convert(tensors, file.layout, sizes, cut=config.depth is not None)
+    params, ignored = layouts.convert(
+      tensors, file.layout, sizes, truncate=config.depth is not None
+    )
   except ValueError as error:
-    raise ConfigError(f"{shown}: {error}; {mend}") from None
+    raise ConfigError(f"{shown}: {error}; {hint}") from None
   logging.info("weights %s: %s, sha256 %s", config.tag or "file", path.name, digest)
   if ignored:
     logging.info("weights: %d tensors ignored: %s", len(ignored), ", ".join(ignored))
@@ -265,7 +267,7 @@ def _convert(
 
 
 def _check_fields(config: WeightsConfig) -> None:
-  """Refuses an unknown tag, and fields that the tag does not take."""
+  """Refuses an unknown tag, and fields that do not go with the tag."""
   if config.tag and config.tag not in WEIGHTS:
     near = difflib.get_close_matches(config.tag, WEIGHTS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -283,7 +285,7 @@ def _check_fields(config: WeightsConfig) -> None:
   if fixed and config.architecture not in (None, fixed):
     raise ConfigError(
       f"config.weights.architecture is {config.architecture!r}: tag {config.tag!r} is a {fixed}; "
-      "leave it out, or take tag '' for a file of your own, tag 'random' for none"
+      "leave it out, or set tag '' for another file, tag 'random' for none"
     )
 
 
@@ -296,7 +298,7 @@ def _draw(config: WeightsConfig, image_size: int | None) -> tuple[Params, Sizes,
 
 
 def _sizes(config: WeightsConfig, source: Checkpoint, image_size: int | None) -> Sizes:
-  """Returns the sizes of the architecture at this image size, cut to the config's depth."""
+  """Returns the sizes of the architecture at this image size and the config's depth."""
   name = source.architecture or config.architecture
   if name not in vit.ARCHITECTURES:
     raise ConfigError(
@@ -321,14 +323,14 @@ def _sizes(config: WeightsConfig, source: Checkpoint, image_size: int | None) ->
 def _describe(
   config: WeightsConfig, layout: str | None, metadata: Mapping[str, str], shown: str
 ) -> Checkpoint:
-  """Returns what is known of a file without a tag: from its metadata, its names and the config."""
+  """Returns a description of a file without a tag, from its metadata, its names and the config."""
   if layout is None:
     known = list(layouts.LAYOUTS)
     raise ConfigError(f"{shown}: no tensor has a name as in one of the layouts {known}")
   architecture = config.architecture or metadata.get("architecture")
   if architecture is None:
     raise ConfigError(
-      f"config.weights.architecture is not set, and {shown} does not name its own: must be one of "
+      f"config.weights.architecture is not set, and {shown} names none: must be one of "
       f"{sorted(vit.ARCHITECTURES)}"
     )
   normalisation, gelu = metadata.get("normalisation"), metadata.get("gelu", "erf")
@@ -347,7 +349,7 @@ def _describe(
 
 @contextlib.contextmanager
 def _located(config: WeightsConfig) -> Iterator[pathlib.Path]:
-  """Gives the file: the path's, also in a bucket, or else the tag's, shipped or on the Hub."""
+  """Yields the file at the config's path, also in a bucket, or else the tag's."""
   if config.path is None:
     yield _published(config.tag)
   elif config.path.startswith("gs://"):
@@ -356,15 +358,15 @@ def _located(config: WeightsConfig) -> Iterator[pathlib.Path]:
         yield path
     except download.FetchError as error:
       raise ConfigError(
-        f"config.weights.path is {config.path!r}: can't be read ({error}); needed are gcsfs and "
-        "credentials, or copy the file here and name the copy"
+        f"config.weights.path is {config.path!r}: can't be read ({error}); install gcsfs and "
+        "get credentials, or copy the file here and name the copy"
       ) from None
   else:
     yield _local(config)
 
 
 def _published(tag: str) -> pathlib.Path:
-  """Returns the tag's file, downloaded where it does not ship."""
+  """Returns the tag's file, downloaded if it does not ship with the package."""
   source = WEIGHTS[tag]
   file = source.files[0]
   if file.repository:
@@ -372,23 +374,23 @@ def _published(tag: str) -> pathlib.Path:
       return download.from_hub(file.repository, file.name, file.revision)
     except download.FetchError as error:
       raise ConfigError(
-        f"config.weights.tag is {tag!r}: its file is not part of fmlora_jax; {error}; or "
-        f"{source.where} and say --config.weights.path=FILE"
+        f"config.weights.tag is {tag!r}: its file does not ship with fmlora_jax: {error}, "
+        f"or {source.where} and pass --config.weights.path=FILE"
       ) from None
   path = pathlib.Path(__file__).with_name(file.name)
   if not path.is_file():
-    raise ConfigError(f"config.weights.tag is {tag!r}: {path.name} is gone; {source.where}")
+    raise ConfigError(f"config.weights.tag is {tag!r}: {path.name} is missing; {source.where}")
   return path
 
 
 def _local(config: WeightsConfig) -> pathlib.Path:
-  """Returns the path; refuses one that is no file."""
+  """Returns the config's path; refuses one that is no file."""
   path = pathlib.Path(config.path).expanduser()
   if path.is_file():
     return path
-  mend = f"no such file; {WEIGHTS[config.tag].where}" if config.tag else "no such file"
+  fault = f"no such file; {WEIGHTS[config.tag].where}" if config.tag else "no such file"
   if path.is_dir():
-    mend = f"a folder; name the file in it, such as {path / 'model.safetensors'}"
+    fault = f"a folder; name the file in it, such as {path / 'model.safetensors'}"
   if "://" in config.path:
-    mend = "must be a local file or gs://BUCKET/FILE; download it and name the copy"
-  raise ConfigError(f"config.weights.path is {config.path!r}: {mend}")
+    fault = "must be a local file or gs://BUCKET/FILE; download it and name the copy"
+  raise ConfigError(f"config.weights.path is {config.path!r}: {fault}")

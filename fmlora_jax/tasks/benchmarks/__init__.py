@@ -1,1 +1,1 @@
-"""One file per benchmark, found by its name: `make(config, source_size) -> DataSource`."""
+"""One file per benchmark, imported by its name: `make(config, source_size) -> DataSource`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8, UInt16
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
@@ -99,7 +99,7 @@ class PreparedSplit:
     return self.files.split
 
   @property
-  def labels(self) -> Int[np.ndarray, " n"]:
+  def labels(self) -> UInt16[np.ndarray, " n"]:
     return self.index.labels
 
   def pixels(self, position: int, side: int, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
-from fmlora_jax.tasks.splits import Records, SplitCodes, SplitRule
+from fmlora_jax.tasks.splits import Records, SplitRule
 from fmlora_jax.tasks.tfds.prepared import PreparedData, PreparedSplit, data_root, open_builder
 
 TFDS_SPLITS = {"train": TRAIN, "validation": VAL, "test": TEST}  # by TFDS's names
@@ -87,7 +87,7 @@ def make_source(
   Classes are numbered by the rank of their TFDS label among the labels present.
 
   Args:
-    config: says where the data are, and names the split rule.
+    config: names the data folder and the split rule.
     side: shorter side in pixels that images are resized to.
     published: splits of one builder, or of several with the same classes.
     rules: split rules by name, the default first. Without any, the published splits are taken, and
@@ -103,20 +103,20 @@ def make_source(
   _warn_of_counts(published, splits)
   used, labels = np.unique(np.concatenate([s.labels for s in splits]), return_inverse=True)
   domains = np.repeat([each.domain for each in published], counts)
-  official = np.repeat([TFDS_SPLITS[each.split] for each in published], counts).astype(np.int8)
+  records = Records(
+    origin=np.repeat(np.arange(len(published)), counts),
+    official=np.repeat([TFDS_SPLITS[each.split] for each in published], counts).astype(np.int8),
+    stratum=domains * len(used) + labels,
+    names=lambda: [name for split in splits for name in split.file_names()],
+    root=data_root(config.data_dir),
+  )
+  split_name, codes = None, records.official if len(published) > 1 else None
   if rules:
-    records = Records(
-      origin=np.repeat(np.arange(len(published)), counts),
-      official=official,
-      stratum=domains * len(used) + labels,
-      names=lambda: [name for split in splits for name in split.file_names()],
-      root=data_root(config.data_dir),
-    )
     split_name = config.split or next(iter(rules))
     codes = rules[split_name](records)
-    _pin(prepared, np.repeat([each.builder for each in published], counts), split_name, codes)
-  else:
-    split_name, codes = None, official if len(published) > 1 else None
+    builders = np.repeat([each.builder for each in published], counts)
+    for name, data in prepared.items():
+      data.manifest.pin(split_name, codes[builders == name])
   canvas = _canvas(splits, side)
   first = next(iter(prepared.values()))
   return DataSource(
@@ -157,14 +157,6 @@ def _warn_of_counts(published: Sequence[PublishedSplit], splits: Sequence[Prepar
       "record counts differ from the published ones, so results are not comparable: %s",
       "; ".join(odd),
     )
-
-
-def _pin(
-  prepared: Mapping[str, PreparedData], builders: np.ndarray, rule: str, codes: SplitCodes
-) -> None:
-  """Pins the result of a split rule in the manifest of each builder."""
-  for name, data in prepared.items():
-    data.manifest.pin(rule, codes[builders == name])
 
 
 def _canvas(splits: Sequence[PreparedSplit], side: int) -> tuple[int, int]:

@@ -49,15 +49,17 @@ def refusal(**fields) -> str:
 
 
 COMMANDS = (
-  f"get it with `hf download ada/tiny model.safetensors --revision {COMMIT}` or "
-  "`curl -LO https://storage.googleapis.com/ada/augreg/Ti.npz` and say --config.weights.path=FILE"
+  f"run `hf download ada/tiny model.safetensors --revision {COMMIT}` or "
+  "`curl -LO https://storage.googleapis.com/ada/augreg/Ti.npz` and pass --config.weights.path=FILE"
 )
 
 
 def test_without_the_hub_library_the_commands_are_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
   message = refusal(tag="tiny")
-  assert message.startswith("config.weights.tag is 'tiny': its file is not part of fmlora_jax; ")
+  assert message.startswith(
+    "config.weights.tag is 'tiny': its file does not ship with fmlora_jax: "
+  )
   assert "pip install huggingface_hub" in message
   assert COMMANDS in message
 
@@ -200,5 +202,5 @@ def test_a_file_that_ships_and_is_gone_is_named(monkeypatch):
     normalisation="half",
   )
   monkeypatch.setitem(registry.WEIGHTS, "gone", source)
-  expected = "gone.safetensors is gone; it ships with fmlora_jax: install the package again"
+  expected = "gone.safetensors is missing; reinstall fmlora_jax, which ships it"
   assert expected in refusal(tag="gone")

@@ -61,14 +61,14 @@ def test_a_pickle_in_an_npz_is_never_opened(tmp_path):
 def test_the_zip_of_pytorch_is_refused(tmp_path):
   with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
     archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
-  assert "a zip of other things (PyTorch?)" in refusal(tmp_path / "x.pth")
+  assert "a zip of other files (PyTorch?)" in refusal(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
 def test_an_npz_that_was_cut_off_is_refused(google_file, share):
   content = google_file.read_bytes()
   google_file.write_bytes(content[: int(len(content) * share)])
-  assert "damaged or cut off" in refusal(google_file)
+  assert "damaged or truncated" in refusal(google_file)
 
 
 def test_whatever_bytes_change_an_npz_is_read_or_refused(google_file):
@@ -105,7 +105,7 @@ def test_a_header_that_promises_more_than_there_is_is_refused(tmp_path, shape):
   )
   with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
     archive.writestr("cls.npy", header.getvalue() + bytes(12))
-  assert "damaged or cut off" in refusal(tmp_path / "x.npz")
+  assert "damaged or truncated" in refusal(tmp_path / "x.npz")
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(google_file):

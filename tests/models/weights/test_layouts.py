@@ -79,7 +79,7 @@ def test_a_class_token_without_position_makes_the_same_features(scan):
 def test_a_scanned_file_can_be_cut_to_its_first_blocks():
   short = Sizes(image_size=16, patch_size=4, width=12, depth=2, num_heads=2)
   disk = to_big_vision(random_params(TINY), TINY, scan=True)
-  ours, ignored = layouts.convert(disk, "google", short, cut=True)
+  ours, ignored = layouts.convert(disk, "google", short, truncate=True)
   assert_equal(ours["block_1"], random_params(TINY)["block_1"])
   assert len(ignored) == 17  # the head and the 16 tensors of the block that is left out
   with pytest.raises(ValueError, match=r"unknown \(16\): params/Transformer/encoderblock_2/"):
@@ -109,7 +109,7 @@ def test_a_network_that_averages_its_patches_is_refused(layout):
     disk = to_big_vision(params, TINY)
     del disk["params/cls"]
     names = r"missing \(1\): cls"
-  with pytest.raises(ValueError, match=f"{names}.*it seems to average its patches"):
+  with pytest.raises(ValueError, match=f"{names}.*it seems to pool its patches"):
     layouts.convert(disk, layout, TINY)
 
 

@@ -262,7 +262,7 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(image_size, n
 
 
 def test_a_file_that_is_not_there_says_where_to_get_it():
-  message = r"path is 'no/such': no such file; get it with `hf download ada/timm model.safetensors`"
+  message = r"path is 'no/such': no such file; run `hf download ada/timm model.safetensors`"
   with pytest.raises(ConfigError, match=message):
     registry.load(WeightsConfig(tag="tiny_timm", path="no/such"))
 
@@ -284,12 +284,12 @@ def refusal(tag: str, path: str, **fields) -> str:
   ("content", "reason"),
   [
     (b"", "empty: get it again"),
-    (b"abc", "damaged or cut off"),
+    (b"abc", "damaged or truncated"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
     (b"<!DOCTYPE html><html>not found</html>", "a web page"),
     (b"\x80\x02}q\x00.", "a Python pickle, which is never opened"),
-    (b"PK\x03\x04" + bytes(60), "damaged or cut off (File is not a zip file)"),
-    (b"\xff" * 64, "damaged or cut off"),
+    (b"PK\x03\x04" + bytes(60), "damaged or truncated (File is not a zip file)"),
+    (b"\xff" * 64, "damaged or truncated"),
   ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content, reason):
@@ -303,7 +303,7 @@ def test_a_file_that_was_cut_off_is_refused(timm_file, share):
   path = pathlib.Path(timm_file)
   content = path.read_bytes()
   path.write_bytes(content[: int(len(content) * share)])
-  assert "damaged or cut off" in refusal("tiny_timm", timm_file)
+  assert "damaged or truncated" in refusal("tiny_timm", timm_file)
 
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
@@ -336,7 +336,7 @@ def test_missing_unknown_and_misshapen_tensors_are_reported_together(tmp_path):
   assert (
     "blocks.2.mlp.fc1.weight -> block_2/fc1/dense/kernel (12, 24) instead of (12, 48)" in message
   )
-  assert "is it a file of 'tiny_timm'? get it with `hf download ada/timm" in message
+  assert "is it a file of 'tiny_timm'? run `hf download ada/timm" in message
 
 
 def test_more_blocks_than_the_architecture_has_are_unknown(tmp_path):
