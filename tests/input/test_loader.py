@@ -2,6 +2,7 @@ import concurrent.futures
 import threading
 
 import pytest
+
 from fmlora_jax.input.loader import Prefetcher
 
 
