@@ -31,7 +31,6 @@ def main(argv: list[str]) -> None:
   from rich.console import Console  # after the flags: --help and a typo answer at once
 
   from fmlora_jax.distributed import hosts
-  from fmlora_jax.experiment import estimate, seeds
   from fmlora_jax.experiment.run import run
   from fmlora_jax.report import tables
 
@@ -41,6 +40,8 @@ def main(argv: list[str]) -> None:
   # before anything is loaded: on other meshes, say, exchanges would never end
   hosts.assert_same_on_all({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
   if flags.FLAGS.dry_run:
+    from fmlora_jax.experiment import estimate
+
     found = estimate.estimate(config)
     if hosts.is_first():
       estimate.show(found, Console())
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
   name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
   workdir = program.workdir(name)
   if config.seeds:
+    from fmlora_jax.experiment import seeds
+
     results = seeds.run_each(config, workdir, began=BEGAN)
   else:
     results = [run(config, workdir, began=BEGAN)]

@@ -13,7 +13,6 @@ from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment import provenance
 from fmlora_jax.experiment.clock import Clock
-from fmlora_jax.experiment.evaluation import TestSets
 from fmlora_jax.experiment.result import build_result
 from fmlora_jax.experiment.session import Session
 from fmlora_jax.experiment.setup import RunSetup, SetupCache
@@ -21,6 +20,7 @@ from fmlora_jax.experiment.task_loop import TaskLoop
 from fmlora_jax.report import notes
 from fmlora_jax.tasks import task_file
 from fmlora_jax.train import mesh as mesh_lib
+from fmlora_jax.train.evaluator import TestSets
 from fmlora_jax.workdir import checkpoint, files, lock, result_file
 from fmlora_jax.workdir import identity as identity_lib
 from fmlora_jax.workdir import log as writer
@@ -58,8 +58,10 @@ def run(
       "task_file_sha256": hashlib.sha256(task_text.encode()).hexdigest(),
     }
     hosts.assert_same_on_all(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
-    claim = functools.partial(_claim, workdir, identity, task_text)
-    is_finished = hosts.run_on_first(claim)
+    hosts.run_on_first(functools.partial(identity_lib.claim_workdir, workdir, identity))
+    write = functools.partial(files.write_atomically, workdir / task_file.FILE, task_text)
+    hosts.run_on_first(write)
+    is_finished = hosts.run_on_first((workdir / result_file.RESULT).exists)
     if not (workdir / task_file.FILE).exists():
       raise ConfigError(
         f"workdir {workdir} is not shared with process 0: put it on storage that all hosts share"
@@ -74,13 +76,6 @@ def run(
       for line in notes.costs(result):
         log.note(line)
   return result
-
-
-def _claim(workdir: pathlib.Path, identity: dict[str, Any], task_text: str) -> bool:
-  """Makes the workdir this run's; returns whether the run has finished there."""
-  identity_lib.claim_workdir(workdir, identity)
-  files.write_atomically(workdir / task_file.FILE, task_text)
-  return (workdir / result_file.RESULT).exists()
 
 
 def _describe(setup: RunSetup, workdir: pathlib.Path, log: writer.RunLog) -> None:
@@ -112,7 +107,16 @@ def _learn(
     on_damage=setup.config.checkpoint.on_damage,
     note=log.note,
   )
-  session, tests = Session(store), TestSets(setup)
+  session = Session(store)
+  tests = TestSets(
+    setup.loader,
+    setup.config.tasks.evaluate_on,
+    setup.method,
+    setup.weights,
+    batch_size=setup.config.eval_batch_size,
+    center=setup.center,
+    mesh=setup.mesh,
+  )
   TaskLoop(setup, session, tests, log, clock).run()
   result = build_result(setup, session.progress, session.variables, tests.sizes)
   if hosts.is_first():

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from fmlora_jax.distributed import stop
 from fmlora_jax.experiment import provenance
 from fmlora_jax.experiment.clock import Clock
-from fmlora_jax.experiment.evaluation import TestSets
 from fmlora_jax.experiment.guards import FrozenGuard
 from fmlora_jax.experiment.session import Session
 from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.input.loader import Prefetcher
 from fmlora_jax.train import mesh as mesh_lib
+from fmlora_jax.train.evaluator import TestSets
 from fmlora_jax.train.labels import num_trained
 from fmlora_jax.train.rng import named_key
 from fmlora_jax.train.step import TrainState

@@ -1,5 +1,6 @@
 """Counts of right answers over padded batches of test images."""
 
+import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,9 @@ from jaxtyping import Array, Bool, Int
 
 from fmlora_jax.distributed import stop
 from fmlora_jax.input import order
-from fmlora_jax.types import Examples, Method, SequenceSpec
+from fmlora_jax.input.loader import Prefetcher, TaskLoader
+from fmlora_jax.train import mesh as mesh_lib
+from fmlora_jax.types import Examples, Method, Params, SequenceSpec, Variables
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "center"))
@@ -92,3 +95,57 @@ def iterate_batches(
     for (examples, _), rows in zip(batches, blocks, strict=True):
       stop.check()
       yield examples, replicate(owners[rows])  # padding has any owner: it is not valid
+
+
+class TestSets:
+  """The images that fill the accuracy matrix, one set for each task.
+
+  Args:
+    loader: of images.
+    split: "test" or "val".
+    method: to measure.
+    weights: the pre-trained backbone.
+    batch_size: over all devices.
+    center: as of `Evaluator`.
+    mesh: devices.
+
+  Attributes:
+    sizes: images of each set.
+  """
+
+  __test__ = False  # for pytest
+
+  def __init__(
+    self,
+    loader: TaskLoader,
+    split: str,
+    method: Method,
+    weights: Params,
+    *,
+    batch_size: int,
+    center: Callable,
+    mesh: jax.sharding.Mesh,
+  ):
+    records = [getattr(task, split) for task in loader.sequence.tasks]
+    self.sizes = np.asarray([len(indices) for indices in records])
+    self._images = loader.test_images(np.concatenate(records))
+    self._spec, self._weights, self._batch_size = loader.sequence.spec, weights, batch_size
+    self._evaluator, self._fold = Evaluator(method, center), jax.jit(method.fold)
+    self._replicate = functools.partial(mesh_lib.place, shardings=mesh_lib.replicated(mesh))
+
+  def num_after(self, index: int) -> int:
+    """Returns how many sets are measured after task `index`: in dil also the next task's."""
+    spec = self._spec
+    return index + 1 + (spec.scenario == "dil" and index + 1 < spec.num_tasks)
+
+  def prefetch(self, index: int, prefetcher: Prefetcher) -> concurrent.futures.Future | None:
+    """Decodes the sets of task `index` in the background; None where images are streamed."""
+    return self._images.prefetch(int(sum(self.sizes[: self.num_after(index)])), prefetcher)
+
+  def count_correct(self, variables: Variables, index: int, num_sets: int) -> list[int]:
+    """Returns right answers on the first sets, of a model that has learned tasks 0 to `index`."""
+    sizes = self.sizes[:num_sets]
+    model = self._fold(self._weights, variables)
+    masks = self._replicate(allowed_classes(self._spec, index))
+    batches = iterate_batches(self._images.read, sizes, self._batch_size, self._replicate)
+    return self._evaluator.correct(model, batches, masks)[:num_sets].tolist()

@@ -191,7 +191,9 @@ def test_a_process_that_dies_is_told_with_the_setting(make_lab):
   read = streaming.StreamingReader(
     sequence=sequence, indices=np.arange(4), put=lambda x: x, workers=1
   ).read
-  with pytest.raises(ConfigError, match=r"config\.input\.workers is 1: .* exit code 3.*; 0 needs"):
+  with pytest.raises(
+    ConfigError, match=r"config\.input\.workers is 1: .* exit code 3.*; 0 decodes in a"
+  ):
     list(read(np.arange(4).reshape(2, 2)))
   assert not multiprocessing.active_children()
 

@@ -19,13 +19,12 @@ from orbax.checkpoint._src.path import atomicity
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.cli import config_files
-from fmlora_jax.experiment.evaluation import TestSets
 from fmlora_jax.experiment.run import run
 from fmlora_jax.experiment.session import Session
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.experiment.task_loop import TaskLearner, TaskLoop
 from fmlora_jax.report import plots
-from fmlora_jax.train.evaluator import Evaluator
+from fmlora_jax.train.evaluator import Evaluator, TestSets
 from fmlora_jax.workdir import checkpoint, files, identity, log, result_file, step_folders
 
 EVERY = 3  # steps between checkpoints

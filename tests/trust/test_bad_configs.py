@@ -6,9 +6,10 @@ import pytest
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.config import ConfigError
-from fmlora_jax.experiment import preflight, run, setup
+from fmlora_jax.experiment import preflight, setup
 from fmlora_jax.models.weights import registry
 from fmlora_jax.train import mesh
+from fmlora_jax.workdir import identity
 
 B16 = {"weights": {"tag": "augreg2_in21k_ft_in1k"}}
 HUGE = 10**30
@@ -110,7 +111,7 @@ def test_a_workdir_with_a_link_out_of_it_is_refused_and_nothing_is_written(tmp_p
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
   with pytest.raises(config.ConfigError, match=f"holds the link '{name}'"):
-    run._claim(tmp_path / "run", {}, "{}")
+    identity.claim_workdir(tmp_path / "run", {})
   assert not list((tmp_path / "elsewhere").iterdir())
   assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
