@@ -23,7 +23,7 @@ from fmlora_jax.input.prefetch import Prefetcher
 from fmlora_jax.report import tables
 from fmlora_jax.tasks import task_file
 from fmlora_jax.train import mesh as mesh_lib
-from fmlora_jax.train.evaluator import Evaluator, allowed_classes, test_batches
+from fmlora_jax.train.evaluator import Evaluator, allowed_classes, iterate_batches
 from fmlora_jax.train.labels import num_trained
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.rng import named_key
@@ -312,7 +312,7 @@ class Experiment:
       sizes: of the images the first sizes[0] are of test set 0, and so on.
     """
     masks = allowed_classes(self.sequence.spec, learned)
-    batches = test_batches(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
+    batches = iterate_batches(tests.read, sizes, self.config.eval_batch_size, self.trainer.put)
     return self.evaluator.correct(model, batches, self.trainer.put(masks))
 
   def _measured_images(self, records: np.ndarray) -> streaming.StreamingReader:

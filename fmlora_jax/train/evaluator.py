@@ -67,7 +67,7 @@ def allowed_classes(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]
   return np.stack([classes < seen] * spec.num_tasks)
 
 
-def test_batches(
+def iterate_batches(
   read: Callable, sizes: Sequence[int], batch_size: int, put: Callable
 ) -> Iterator[tuple[Examples, Int[Array, " B"]]]:
   """Yields the batches of test sets that follow each other in what `read` reads.

@@ -14,7 +14,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.input.streaming import StreamingReader
 from fmlora_jax.models import heads, vit
-from fmlora_jax.train.evaluator import Evaluator, test_batches
+from fmlora_jax.train.evaluator import Evaluator, iterate_batches
 from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.train.step import TrainStep
 from fmlora_jax.types import SequenceSpec, Sizes, Variables
@@ -186,7 +186,7 @@ def counter(learned, batch_size):
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
-    batches = test_batches(tests.read, sizes, batch_size, trainer.put)
+    batches = iterate_batches(tests.read, sizes, batch_size, trainer.put)
     return evaluator.correct(model, batches, np.tile(mask, (3, 1))).tolist()
 
   return count

@@ -63,7 +63,7 @@ def test_each_test_image_is_seen_once_in_full_batches_that_span_tasks(lab, learn
       labels = made.sequence.labels[records[rows]]
       yield Examples(images=pixels, sizes=extents, labels=labels, valid=rows >= 0), rows
 
-  batches = list(evaluate.test_batches(read, sizes, 8, made.trainer.put))
+  batches = list(evaluate.iterate_batches(read, sizes, 8, made.trainer.put))
   assert len(batches) == -(-sum(sizes) // 8)
   assert [row for rows in seen for row in rows if row >= 0] == list(range(sum(sizes)))
   assert all((rows >= 0).all() for rows in seen[:-1])

@@ -8,7 +8,7 @@ import pytest
 
 from fmlora_jax.input import resident, streaming
 from fmlora_jax.train import metrics
-from fmlora_jax.train.evaluator import Evaluator, allowed_classes, test_batches
+from fmlora_jax.train.evaluator import Evaluator, allowed_classes, iterate_batches
 from fmlora_jax.types import Batch, Examples, SequenceSpec
 
 CLASSES, TASKS = 12, 4
@@ -61,7 +61,7 @@ def counted(tests, model, learned, batch_size, hosts=1, scenario="cil"):
       yield Examples(images=pixels, sizes=sizes, labels=truth, valid=valid), rows
 
   evaluator = Evaluator(types.SimpleNamespace(predict=logits_of), center)
-  batches = test_batches(read, SIZES[: learned + 1], batch_size, lambda rows: rows)
+  batches = iterate_batches(read, SIZES[: learned + 1], batch_size, lambda rows: rows)
   return evaluator.correct(model, batches, masks)
 
 
