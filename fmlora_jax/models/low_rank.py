@@ -39,6 +39,11 @@ def fresh(
   return factors
 
 
+def deltas_of(factors: Mapping[str, Mapping[str, Array]]) -> dict[str, LowRank]:
+  """Returns the deltas of factors a and b, and a core where there is one, of each target."""
+  return {name: LowRank(**leaves) for name, leaves in factors.items()}
+
+
 def num_parameters(sizes: Sizes, targets: Sequence[str], rank: int) -> int:
   """Returns how many numbers A and B of the targets hold over all layers."""
   return sizes.depth * rank * sum(sum(sizes.projection(name)) for name in targets)
