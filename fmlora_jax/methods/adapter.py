@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common import recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
+from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Bottleneck, Facts, Params, Rules, Sizes, Variables
 
 VARIANTS = ({"kind": "houlsby"}, {"kind": "adaptformer"})  # in a comparison of all methods
@@ -119,7 +120,7 @@ def fresh(key: PRNGKeyArray, sizes: Sizes, hidden: int) -> dict[str, Float[Array
   """Returns the layers of a new bottleneck: `up` is zero, so that it adds nothing."""
   depth, width = sizes.depth, sizes.width
   return {
-    "down": base.torch_uniform(key, depth, width, hidden),
+    "down": low_rank.torch_uniform(key, depth, width, hidden),
     "down_bias": jnp.zeros((depth, hidden)),
     "up": jnp.zeros((depth, hidden, width)),
     "up_bias": jnp.zeros((depth, width)),

@@ -76,7 +76,7 @@ class CLoRA(AdaptedViT[Config]):
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     variables, facts = super().begin_task(variables, view)
     settings, sizes, key = self.settings, self.backbone.sizes, view.key("lora")
-    new = low_rank.fresh(key, sizes, settings.targets, settings.rank, draw=base.torch_uniform)
+    new = low_rank.fresh(key, sizes, settings.targets, settings.rank, draw=low_rank.torch_uniform)
     return variables.update(cur={"lora": new}), facts | {"rank": settings.rank}
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:

@@ -59,7 +59,7 @@ class LoRA(AdaptedViT[Config]):
     """Returns the factors of a new pair for each target."""
     settings = self.settings
     return low_rank.fresh(
-      key, self.backbone.sizes, settings.targets, settings.rank, draw=base.random_factor
+      key, self.backbone.sizes, settings.targets, settings.rank, draw=low_rank.random_factor
     )
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:

@@ -72,7 +72,7 @@ class SDLoRA(AdaptedViT[Config]):
     """Returns the factors of a new direction for each target."""
     settings = self.settings
     return low_rank.fresh(
-      key, self.backbone.sizes, settings.targets, settings.rank, draw=base.torch_uniform
+      key, self.backbone.sizes, settings.targets, settings.rank, draw=low_rank.torch_uniform
     )
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:

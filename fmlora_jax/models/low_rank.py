@@ -19,6 +19,21 @@ from fmlora_jax.models import products
 from fmlora_jax.types import LowRank, Params, Sizes
 
 
+def random_factor(
+  key: PRNGKeyArray, depth: int, width: int, rank: int
+) -> Float[Array, "{depth} {width} {rank}"]:
+  """Returns normal entries; columns have an expected norm of 1."""
+  return jax.random.normal(key, (depth, width, rank)) / jnp.sqrt(width)
+
+
+def torch_uniform(
+  key: PRNGKeyArray, depth: int, width: int, rank: int
+) -> Float[Array, "{depth} {width} {rank}"]:
+  """Returns entries of U(-1/√width, 1/√width), the start of torch's linear layer."""
+  limit = width**-0.5
+  return jax.random.uniform(key, (depth, width, rank), minval=-limit, maxval=limit)
+
+
 def fresh(
   key: PRNGKeyArray,
   sizes: Sizes,

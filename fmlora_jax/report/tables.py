@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fmlora_jax import methods
 from fmlora_jax.report.runs import Group, RunResult, group, mean, mean_std, repeated_seeds, weights
 from fmlora_jax.workdir.log import duration
 
@@ -16,14 +17,15 @@ Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
 SCORES = {"Acc": "acc", "AAA": "aaa", "forgetting": "forgetting", "learning": "learning_accuracy"}
 COSTS = ("stored", "trained", "statistics", "passes")
-HEADER = ("run", "seeds", *SCORES, *COSTS, "rank", "wall time")
+REPORTED = methods.columns()  # header -> field of result.json, name of its format in FORMATS
+HEADER = ("run", "seeds", *SCORES, *COSTS, *REPORTED, "wall time")
 LEGEND = (
   "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
   "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
   "stored, trained: numbers of parameters. statistics: bytes of numbers computed from the data\n"
   "and kept, such as means of features; images never are. passes: forward passes for an image in\n"
-  "training/at test time, +n over a task's images between tasks. rank: of each task, the most\n"
-  "frequent over seeds."
+  "training/at test time, +n over a task's images between tasks.\n"
+  f"{', '.join(REPORTED)}: of each task, the most frequent over seeds."
 )
 
 
@@ -44,7 +46,8 @@ def rows(groups: Mapping[str, Group]) -> list[list[Cell]]:
       cells.append((_count(mean([run["params"][name] for run in runs])), False))
     cells.append((_bytes(mean([run["rehearsal_bytes"] for run in runs])), False))
     cells.append((_passes(runs[0]["passes"]), False))
-    cells.append((_ranks([run["ranks"] for run in runs]), False))
+    for field, form in REPORTED.values():
+      cells.append((FORMATS[form]([run.get(field) for run in runs]), False))
     cells.append((duration(mean([run["wall_seconds"]["total"] for run in runs])), False))
     table.append(cells)
   return table
@@ -218,9 +221,9 @@ def _times(seconds: Mapping[str, float]) -> str:
   return f"{duration(seconds['total'])}: {', '.join(kinds)}"
 
 
-def _ranks(ranks: Sequence[Sequence[int] | None]) -> str:
-  """Returns the most frequent rank of each task: "8" if all agree, else the list or its range."""
-  known = [r for r in ranks if r is not None]
+def _modes(values: Sequence[Sequence[int] | None]) -> str:
+  """Returns the most frequent value of each task: "8" if all agree, else the list or its range."""
+  known = [run for run in values if run is not None]
   if not known:
     return "-"
   modes = [collections.Counter(column).most_common(1)[0][0] for column in zip(*known, strict=True)]
@@ -229,6 +232,9 @@ def _ranks(ranks: Sequence[Sequence[int] | None]) -> str:
   if len(modes) <= 10:
     return " ".join(map(str, modes))
   return f"{min(modes)}..{max(modes)}, mean {np.mean(modes):.1f}"
+
+
+FORMATS = {"modes": _modes}  # of columns that methods declare: values of each run -> cell
 
 
 def _table(cells: Sequence[Sequence[Cell]], columns: Iterable[int]) -> Table:

@@ -32,7 +32,7 @@ EVENTS = "events"
 FIELDS = (  # noqa: SIM905  of every result; a literal would take a line for each
   "method benchmark scenario split_id manifest_sha256 seed class_order task_names n_test accuracy "
   "acc aaa acc_task_mean aaa_task_mean forgetting forgetting_clipped bwt fwt learning_accuracy "
-  "ranks complexity params rehearsal_bytes passes caveats weights normalisation augmentation "
+  "params rehearsal_bytes passes caveats weights normalisation augmentation "
   "epochs batch_size wall_seconds params_sha256 devices versions git_commit config finished"
 ).split()
 LINE_EVERY_S = (10.0, 60.0)  # where there is no terminal: at least and at most

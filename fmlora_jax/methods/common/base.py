@@ -304,21 +304,6 @@ def clipping(config: Config) -> optax.GradientTransformation:
   return optax.identity() if limit is None else optax.clip_by_global_norm(limit)
 
 
-def random_factor(
-  key: PRNGKeyArray, depth: int, width: int, rank: int
-) -> Float[Array, "{depth} {width} {rank}"]:
-  """Returns normal entries; columns have an expected norm of 1."""
-  return jax.random.normal(key, (depth, width, rank)) / jnp.sqrt(width)
-
-
-def torch_uniform(
-  key: PRNGKeyArray, depth: int, width: int, rank: int
-) -> Float[Array, "{depth} {width} {rank}"]:
-  """Returns entries of U(-1/√width, 1/√width), the start of torch's linear layer."""
-  limit = width**-0.5
-  return jax.random.uniform(key, (depth, width, rank), minval=-limit, maxval=limit)
-
-
 def check_rank(rank: int, field: str, backbone: Backbone, targets: Iterable[str]) -> None:
   """Raises ConfigError if `rank` is above min(d_in, d_out) of a target."""
   for name in targets:
