@@ -13,13 +13,14 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 Params = dict[str, Any]  # nested dict of arrays
+Facts = dict[str, Any]  # JSON values by name
 
 
 class NonFiniteError(ValueError):
@@ -249,6 +250,10 @@ class Variables:
   cur: Params
   mem: Params
 
+  def update(self, **groups: Params) -> "Variables":
+    """Returns the variables with the entries of some groups replaced or added, given by group."""
+    return self.replace(**{name: getattr(self, name) | new for name, new in groups.items()})
+
 
 @flax.struct.dataclass
 class TaskArrays:
@@ -340,40 +345,78 @@ class Passes:
   between: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Method:
-  """A continual-learning method as pure functions over `Variables`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reported:
+  """A fact about each task that a method declares: for the log, result.json and the report.
+
+  Attributes:
+    name: key in the facts that begin_task and end_task return; a task may lack it or have None.
+    kind: type of the value: int, float, or list of numbers, which may be nested.
+    field: key of result.json with the values of all tasks; None keeps the fact to the log.
+    is_final: whether `field` has the last task's value alone.
+    column: header and format of a column in the report's tables; report/tables.py has the formats.
+  """
+
+  name: str
+  kind: type
+  field: str | None = None
+  is_final: bool = False
+  column: tuple[str, str] | None = None
+
+
+class Method(Protocol):
+  """A continual-learning method as the trainer sees it: pure functions over `Variables`.
 
   A task t runs: begin_task, freeze, training steps with `apply`, end_task; then fold once and
   `predict` on every test image. `begin_task` and `end_task` run on the host between tasks: they
   may look at the task's data through the `TaskView` and may change the shapes in `cur`.
 
   Attributes:
-    init: (key, weights) -> Variables with `frozen` empty.
-    begin_task: (variables, view) -> (variables, facts); facts is a JSON-able dict for the log.
-    freeze: (weights, variables) -> the `frozen` group for training at the current task.
-    apply: (variables, images, task: TaskArrays, key, valid [B] = all) -> Output.
-    end_task: (variables, view) -> (variables, facts).
-    fold: (weights, variables) -> a pytree for inference; the whole past folded in.
-    predict: (folded, images) -> logits [B, C] over all classes; unseen ones are masked outside.
-    rules: t -> labels of the leaves of shared and cur: a name in `groups`, or "frozen".
-    groups: the optimizer's, by name.
-    stored: facts of the tasks so far -> parameters kept, {"shared": n, "per_task": [n, ...]}, and
-      "statistics": n where numbers computed from the data are kept too, such as means of features;
-      what the head and the pre-trained backbone need is not counted.
+    reports: the facts that begin_task and end_task return.
+    groups: groups of the optimizer, by name.
     passes: forward passes of the ViT.
-    caveats: what a reader of the results must know, one line each.
+    caveats: notes for a reader of the results, one line each.
   """
 
-  init: Callable[..., Variables]
-  begin_task: Callable[..., tuple[Variables, dict]]
-  freeze: Callable[..., Params]
-  apply: Callable[..., Output]
-  end_task: Callable[..., tuple[Variables, dict]]
-  fold: Callable[..., Params]
-  predict: Callable[..., Float[Array, "B C"]]
-  rules: Callable[[int], Rules]
+  reports: tuple[Reported, ...]
   groups: Mapping[str, OptimizerGroup]
-  stored: Callable[[list[dict]], dict]
-  passes: Passes = Passes()
-  caveats: tuple[str, ...] = ()
+  passes: Passes
+  caveats: tuple[str, ...]
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    """Returns the variables before the first task, with `frozen` empty."""
+
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """Returns the variables that a task starts from, and facts of it."""
+
+  def freeze(self, weights: Params, variables: Variables) -> Params:
+    """Returns the `frozen` group for training at the current task."""
+
+  def apply(
+    self,
+    variables: Variables,
+    images: Float[Array, "B S S 3"],
+    task: TaskArrays,
+    key: PRNGKeyArray,
+    valid: Bool[Array, " B"] | None = None,
+  ) -> Output:
+    """Returns logits and penalty of a training step; all images are valid unless told."""
+
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """Returns the variables that a task leaves behind, and facts of it."""
+
+  def fold(self, weights: Params, variables: Variables) -> Params:
+    """Returns a pytree for inference, with all learned tasks folded in."""
+
+  def predict(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B C"]:
+    """Returns the logits of all classes from a folded model; unseen ones are masked outside."""
+
+  def rules(self, task: int) -> Rules:
+    """Returns the labels of the leaves of shared and cur: a name in `groups`, or "frozen"."""
+
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    """Returns how many parameters the tasks with these facts leave behind, besides head and ViT.
+
+    {"shared": n, "per_task": [n, ...]}, and "statistics": n where numbers computed from the data
+    are stored too, such as means of features.
+    """

@@ -1,6 +1,7 @@
 """The contents of result.json."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from fmlora_jax.experiment.session import GROUPS, Progress
 from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.tasks.sequence import find_copies
 from fmlora_jax.train import metrics
-from fmlora_jax.types import Variables
+from fmlora_jax.types import Facts, Reported, Variables
 from fmlora_jax.workdir import result_file
 
 
@@ -29,10 +30,7 @@ def build_result(
     [None if c is None else c / n for c, n in zip(counts, n_test, strict=True)] if counts else None
     for counts in (progress.ahead, progress.baseline)
   )
-  facts = progress.facts
-  ranks = [fact.get("rank") for fact in facts]
-  hardness = [fact.get("complexity") for fact in facts]
-  stored = method.stored(facts)
+  stored = method.stored(progress.facts)
   head = variables.mem["head"]
   means = sum(head[name].size for name in ("mean", "count") if name in head)
   statistics = 4 * (means + stored.get("statistics", 0))
@@ -48,9 +46,7 @@ def build_result(
     "class_order": sequence.class_order,
     "task_names": [task.name for task in sequence.tasks],
     **metrics.summarise(progress.counts(len(n_test)), n_test, before=ahead, baseline=baseline),
-    "ranks": ranks if any(ranks) else None,
-    "complexity": hardness if any(h is not None for h in hardness) else None,
-    "interference": facts[-1].get("interference"),
+    **reported(method.reports, progress.facts),
     "params": {
       "trained": progress.trained,
       "stored_per_task": stored["per_task"],
@@ -103,6 +99,17 @@ def _protocol(setup: RunSetup, progress: Progress, statistics: int) -> dict[str,
       "frozen": "weights and frozen parameters at each task's end and each checkpoint",
     },
   }
+
+
+def reported(reports: Iterable[Reported], facts: Sequence[Facts]) -> dict[str, Any]:
+  """Returns the fields of result.json that a method declares; None without a value in any task."""
+  fields = {}
+  for report in reports:
+    if report.field:
+      values = [fact.get(report.name) for fact in facts]
+      has_value = any(value is not None for value in values)
+      fields[report.field] = (values[-1] if report.is_final else values) if has_value else None
+  return fields
 
 
 def _num_params(tree: Any) -> int:

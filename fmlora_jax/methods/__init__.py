@@ -1,4 +1,9 @@
-"""One module per method, found by its name; `common` holds what several of them use."""
+"""The methods: one module each, looked up by its name; `common` holds the parts that several use.
+
+A module has `Config`, its settings, and `METHOD`, its class: a `common.base.AdaptedViT` made from
+the run's config, a `Backbone` and a `SequenceSpec`. It may have `OFFICIAL`, the settings of the
+official code by benchmark, and `VARIANTS`, the settings in which a comparison of all methods runs.
+"""
 
 import dataclasses
 import importlib
@@ -9,6 +14,7 @@ from typing import Any
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Config, MethodConfig
+from fmlora_jax.types import Backbone, Method, Reported, SequenceSpec
 
 
 def names() -> list[str]:
@@ -37,7 +43,7 @@ def config_class(name: str) -> type[MethodConfig]:
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-  """Returns the config of a run from nested dicts; fields that have moved may be where they were.
+  """Returns the config of a run from nested dicts; fields may also be where they were earlier.
 
   Raises:
     ConfigError: if a field is unknown or a value invalid, with the field's full path.
@@ -59,10 +65,15 @@ def variants(name: str) -> tuple[dict, ...]:
   return getattr(find(name), "VARIANTS", ({},))
 
 
-def make_method(config, backbone, spec):
-  """Returns the Method that `config.method.name` names, for a Backbone and a SequenceSpec.
+def reports(name: str) -> tuple[Reported, ...]:
+  """Returns the facts that the method `name` declares; none of a method of another version."""
+  return find(name).METHOD.reports if name in names() else ()
+
+
+def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> Method:
+  """Returns the method that `config.method.name` names.
 
   Raises:
     ConfigError: if its settings do not fit the backbone or the sequence.
   """
-  return find(config.method.name).make(config, backbone, spec)
+  return find(config.method.name).METHOD(config, backbone, spec)

@@ -7,21 +7,24 @@ tasks: that of APER and SimpleCIL does so in the first task alone. A fresh adapt
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods.common import base, recipes
-from fmlora_jax.types import Adapters, Backbone, Bottleneck, Method, SequenceSpec, Variables
+from fmlora_jax.methods.common import recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
+from fmlora_jax.models import low_rank
+from fmlora_jax.types import Adapters, Bottleneck, Facts, Params, Rules, Sizes, Variables
 
-VARIANTS = ({"kind": "houlsby"}, {"kind": "adaptformer"})  # of a comparison of all methods
+VARIANTS = ({"kind": "houlsby"}, {"kind": "adaptformer"})  # in a comparison of all methods
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-  """What tells the adapters of two papers apart; `scale` multiplies what they add."""
+  """The differences between the adapters of two papers; `scale` multiplies their output."""
 
   sites: tuple[str, ...]
   activation: str
@@ -57,65 +60,71 @@ class Config(config_lib.MethodConfig):
     config_lib.require(fits, "dropout", self.dropout, "in [0, 1)")
 
 
-OFFICIAL = recipes.like_sd_lora()  # there are none of its own
+OFFICIAL = recipes.like_sd_lora()  # there is no official code for a sequence of tasks
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns sequential adapters as a Method."""
-  settings, kind = config.method, KINDS[config.method.kind]
-  depth, width, hidden = backbone.sizes.depth, backbone.sizes.width, config.method.width
-  dropout = kind.dropout if settings.dropout is None else settings.dropout
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequentialAdapter(AdaptedViT[Config]):
+  """One set of bottlenecks in `shared`, which every task trains."""
 
-  def fresh(key):
-    return {
-      "down": base.torch_uniform(key, depth, width, hidden),
-      "down_bias": jnp.zeros((depth, hidden)),
-      "up": jnp.zeros((depth, hidden, width)),
-      "up_bias": jnp.zeros((depth, width)),
+  @property
+  def kind(self) -> Kind:
+    return KINDS[self.settings.kind]
+
+  @property
+  def dropout(self) -> float:
+    return self.kind.dropout if self.settings.dropout is None else self.settings.dropout
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    layers = {
+      site: fresh(jax.random.fold_in(key, i), self.backbone.sizes, self.settings.width)
+      for i, site in enumerate(self.kind.sites)
     }
+    return super().init(key, weights).update(shared={"adapter": layers})
 
-  def init(key, weights):
-    del weights
-    found = {site: fresh(jax.random.fold_in(key, i)) for i, site in enumerate(kind.sites)}
-    return Variables(frozen={}, shared={"adapter": found}, cur={}, mem={})
-
-  def bottlenecks(variables):
+  def bottlenecks(self, variables: Variables) -> dict[str, Bottleneck]:
+    """Returns the bottlenecks at each site, scaled and without dropout."""
     return {
       site: Bottleneck(
         down=leaves["down"],
         down_bias=leaves["down_bias"],
-        up=kind.scale * leaves["up"],
-        up_bias=kind.scale * leaves["up_bias"],
-        dropout=dropout,
-        activation=kind.activation,
+        up=self.kind.scale * leaves["up"],
+        up_bias=self.kind.scale * leaves["up_bias"],
+        dropout=self.dropout,
+        activation=self.kind.activation,
       )
       for site, leaves in variables.shared["adapter"].items()
     }
 
-  def adapters(variables, inputs):
-    found = bottlenecks(variables)
-    if dropout:
-      keys = {site: jax.random.fold_in(inputs.key, i) for i, site in enumerate(kind.sites)}
-      found = {
-        site: layers.replace(dropout_keys=jax.random.split(keys[site], depth))
-        for site, layers in found.items()
-      }
-    return Adapters(bottlenecks=found)
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
+    layers, depth = self.bottlenecks(variables), self.backbone.sizes.depth
+    if self.dropout:
+      for i, site in enumerate(self.kind.sites):
+        keys = jax.random.split(jax.random.fold_in(inputs.key, i), depth)
+        layers[site] = layers[site].replace(dropout_keys=keys)
+    return Adapters(bottlenecks=layers)
 
-  def folded(weights, variables):
-    return weights, Adapters(bottlenecks=bottlenecks(variables))
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Adapters]:
+    return weights, Adapters(bottlenecks=self.bottlenecks(variables))
 
-  def stored(facts):
-    each = depth * (2 * width * hidden + hidden + width)
-    return {"shared": len(kind.sites) * each, "per_task": [0] * len(facts)}
+  def rules(self, task: int) -> Rules:
+    return (("shared/adapter/.*", "adapter"), *super().rules(task))
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    folded=folded,
-    rules=lambda task: (("shared/adapter/.*", "adapter"),),
-    stored=stored,
-  )
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    sizes, hidden = self.backbone.sizes, self.settings.width
+    count = sizes.depth * (2 * sizes.width * hidden + hidden + sizes.width)
+    return super().stored(facts) | {"shared": len(self.kind.sites) * count}
+
+
+def fresh(key: PRNGKeyArray, sizes: Sizes, hidden: int) -> dict[str, Float[Array, "..."]]:
+  """Returns the layers of a new bottleneck: `up` is zero, so that it adds nothing."""
+  depth, width = sizes.depth, sizes.width
+  return {
+    "down": low_rank.torch_uniform(key, depth, width, hidden),
+    "down_bias": jnp.zeros((depth, hidden)),
+    "up": jnp.zeros((depth, hidden, width)),
+    "up_bias": jnp.zeros((depth, width)),
+  }
+
+
+METHOD = SequentialAdapter

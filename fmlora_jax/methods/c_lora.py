@@ -6,14 +6,18 @@ official code for classification; its loss is known from a remark in InfLoRA's c
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Projection
 from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
+from fmlora_jax.types import Adapters, Facts, Params, Reported, Rules, TaskView, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Config(config_lib.LowRankConfig):
     config_lib.require(self.penalty_weight >= 0, "penalty_weight", self.penalty_weight, ">= 0")
 
 
-# no official settings: from memory of InfLoRA's supplement, on what InfLoRA's code runs
+# no official settings: from memory of InfLoRA's supplement, with the setup of InfLoRA's code
 OFFICIAL = {
   benchmark: recipes.like_inflora(
     benchmark,
@@ -46,70 +50,75 @@ OFFICIAL = {
 }
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns C-LoRA as a Method; the sum of the past is folded into the weights and kept in `mem`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CLoRA(AdaptedViT[Config]):
+  """C-LoRA: factors in `cur`; the sum of all earlier changes, dense, in `mem`.
 
   Raises:
     ConfigError: if the rank is above min(d_in, d_out) of a target.
   """
-  settings, sizes = config.method, backbone.sizes
-  base.check_rank(settings.rank, "method.rank", backbone, settings.targets)
-  shapes = {name: (sizes.depth, *sizes.projection(name)) for name in settings.targets}
 
-  def init(key, weights):
-    del key, weights
-    merged = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    return Variables(frozen={}, shared={}, cur={}, mem={"merged": merged})
+  reports = (base.RANK, Reported(name="penalty", kind=float), *AdaptedViT.reports)
 
-  def deltas(variables):
-    return {name: LowRank(**f) for name, f in variables.cur["lora"].items()}
+  def __post_init__(self):
+    base.check_rank(self.settings.rank, "method.rank", self.backbone, self.settings.targets)
 
-  def adapters(variables, inputs):
+  @property
+  def shapes(self) -> dict[str, tuple[int, int, int]]:
+    """The shape of the change of each target, [L, D_in, D_out]."""
+    sizes = self.backbone.sizes
+    return {name: (sizes.depth, *sizes.projection(name)) for name in self.settings.targets}
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    merged = {name: jnp.zeros(shape) for name, shape in self.shapes.items()}
+    return super().init(key, weights).update(mem={"merged": merged})
+
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    variables, facts = super().begin_task(variables, view)
+    settings, sizes, key = self.settings, self.backbone.sizes, view.key("lora")
+    new = low_rank.fresh(key, sizes, settings.targets, settings.rank, draw=low_rank.torch_uniform)
+    return variables.update(cur={"lora": new}), facts | {"rank": settings.rank}
+
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     del inputs
-    return Adapters(deltas=deltas(variables))
+    return Adapters(deltas=low_rank.deltas_of(variables.cur["lora"]))
 
-  def overlap(variables):
-    """Sum over layers, projections and entries of (dW_old o A·Bᵀ)²."""
-    merged = variables.mem["merged"]
-    products = (merged[name] * low_rank.dense(new) for name, new in deltas(variables).items())
-    return sum(jnp.sum(product**2) for product in products)
-
-  def penalty(variables, inputs, features):
+  def penalty(
+    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
+  ) -> Float[Array, ""]:
     del inputs, features
-    return settings.penalty_weight * overlap(variables)
+    return self.settings.penalty_weight * self.total_overlap(variables)
 
-  def begin_task(variables, view):
-    key, rank = view.key("lora"), settings.rank
-    new = low_rank.fresh(key, sizes, settings.targets, rank, draw=base.torch_uniform)
-    return variables.replace(cur=variables.cur | {"lora": new}), {"rank": rank}
+  def total_overlap(self, variables: Variables) -> Float[Array, ""]:
+    """Returns the overlap of the current change with the earlier ones over all targets."""
+    merged, deltas = variables.mem["merged"], low_rank.deltas_of(variables.cur["lora"])
+    return sum(overlap(merged[name], low_rank.dense(new)) for name, new in deltas.items())
 
-  def end_task(variables, view):
-    del view
-    facts = {"penalty": settings.penalty_weight * float(overlap(variables))}
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    facts = {"penalty": self.settings.penalty_weight * float(self.total_overlap(variables))}
     merged = {
       name: variables.mem["merged"][name] + low_rank.dense(new)
-      for name, new in deltas(variables).items()
+      for name, new in low_rank.deltas_of(variables.cur["lora"]).items()
     }
-    return variables.replace(mem=variables.mem | {"merged": merged}), facts
+    variables, of_head = super().end_task(variables.update(mem={"merged": merged}), view)
+    return variables, facts | of_head
 
-  def past(weights, variables):
+  def past(self, weights: Params, variables: Variables) -> Params:
     return low_rank.add(weights, variables.mem["merged"])
 
-  def stored(facts):
-    """The sum, whose entries the penalty needs: as much as the factors of 6 tasks of a ViT-B/16."""
-    size = sum(depth * d_in * d_out for depth, d_in, d_out in shapes.values())
-    return {"shared": size, "per_task": [0] * len(facts)}
+  def rules(self, task: int) -> Rules:
+    return (("cur/lora/.*", "adapter"), *super().rules(task))
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    penalty=penalty,
-    begin_task=begin_task,
-    end_task=end_task,
-    past=past,
-    rules=lambda task: (("cur/lora/.*", "adapter"),),
-    stored=stored,
-  )
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    """Counts all entries of the sum: of a ViT-B/16 as many as the factors of six tasks."""
+    return super().stored(facts) | {"shared": sum(map(math.prod, self.shapes.values()))}
+
+
+def overlap(
+  old: Float[Array, "L D_in D_out"], new: Float[Array, "L D_in D_out"]
+) -> Float[Array, ""]:
+  """Returns the sum over layers and entries of (dW_old o dW_new)². Source: see the module."""
+  return jnp.sum((old * new) ** 2)
+
+
+METHOD = CLoRA

@@ -8,16 +8,20 @@ and add exactly nothing.
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import prompts
-from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
+from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,88 +49,112 @@ class Config(config_lib.MethodConfig):
     config_lib.require(mu >= 0, "orthogonality", mu, ">= 0")
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns CODA-Prompt as a Method.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CODAPrompt(AdaptedViT[Config]):
+  """CODA-Prompt: the slots of the current task in `cur`, of all tasks in `mem`, "components".
+
+  Components are prompts, keys and attentions: [layers, slots, ...] of a task, and in `mem` with an
+  axis of tasks in front.
 
   Raises:
     ConfigError: if a task gets no slot, if there are more slots than can be orthonormal, or if the
       backbone lacks a block of `layers`.
   """
-  settings, width, num_tasks = config.method, backbone.sizes.width, spec.num_tasks
-  base.check_layers(settings.layers, "method.layers", backbone)
-  slots, depth = settings.pool_size // num_tasks, len(settings.layers)
-  if not num_tasks <= num_tasks * slots <= width:
-    raise ConfigError(
-      f"config.method.pool_size is {settings.pool_size}: must give each of {num_tasks} tasks a "
-      f"slot, and all together at most {width}, as many as can be orthonormal"
-    )
-  shapes = {"prompt": (settings.length, width), "key": (width,), "attention": (width,)}
 
-  def init(key, weights):
-    del key, weights
-    stacks = {name: jnp.zeros((num_tasks, depth, slots, *shape)) for name, shape in shapes.items()}
-    return Variables(frozen={}, shared={}, cur={}, mem={"components": stacks})
+  query = "always"
 
-  def begin_task(variables, view):
-    """Draws the task's slots, orthonormal to each other."""
-    fresh = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-      earlier = _vectors(variables.mem["components"][name])
+  def __post_init__(self):
+    base.check_layers(self.settings.layers, "method.layers", self.backbone)
+    num_tasks, width = self.spec.num_tasks, self.backbone.sizes.width
+    if not num_tasks <= num_tasks * self.num_slots <= width:
+      raise ConfigError(
+        f"config.method.pool_size is {self.settings.pool_size}: must give each of {num_tasks} "
+        f"tasks a slot, and all together at most {width}, as many as can be orthonormal"
+      )
+
+  @property
+  def num_slots(self) -> int:
+    """Of each task."""
+    return self.settings.pool_size // self.spec.num_tasks
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The shape of a task's components, by their name."""
+    width = self.backbone.sizes.width
+    shapes = {"prompt": (self.settings.length, width), "key": (width,), "attention": (width,)}
+    layers = len(self.settings.layers)
+    return {name: (layers, self.num_slots, *shape) for name, shape in shapes.items()}
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    stacks = {name: jnp.zeros((self.spec.num_tasks, *s)) for name, s in self.shapes.items()}
+    return super().init(key, weights).update(mem={"components": stacks})
+
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """Draws the slots of the task, orthonormal to each other."""
+    variables, facts = super().begin_task(variables, view)
+    components = {}
+    for i, (name, shape) in enumerate(self.shapes.items()):
+      earlier = joined(variables.mem["components"][name])
       key = jax.random.fold_in(view.key("components"), i)
-      drawn = jax.random.normal(key, (depth, slots, earlier.shape[-1]))
-      fresh[name] = prompts.gram_schmidt(earlier, drawn).reshape(depth, slots, *shape)
-    return variables.replace(cur=variables.cur | {"components": fresh}), {}
+      drawn = jax.random.normal(key, (*shape[:2], earlier.shape[-1]))
+      components[name] = prompts.gram_schmidt(earlier, drawn).reshape(shape)
+    return variables.update(cur={"components": components}), facts
 
-  def joined(variables, task):
-    """Returns the slots of all tasks, those of `task` the ones in training."""
+  def slots_of_all_tasks(self, variables: Variables, task: int | Int[Array, ""]) -> Params:
+    """Returns the components of all tasks, those of `task` the ones in training."""
     return base.put_slot(variables.mem["components"], task, variables.cur["components"])
 
-  def recall(components, query):
-    by_layer = {n: rearrange(c, "t l m ... -> l (t m) ...") for n, c in components.items()}
-    weights = prompts.attended_similarity(query, by_layer["attention"], by_layer["key"])
-    mixed = prompts.mix(weights, by_layer["prompt"])
-    halves = rearrange(mixed, "b l (two p) d -> b l two p d", two=2)
-    return Adapters(prefix=prompts.prefixes(halves, settings.layers, backbone.sizes.num_heads))
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
+    return self.recall(self.slots_of_all_tasks(variables, inputs.task.index), inputs.query)
 
-  def adapters(variables, inputs):
-    return recall(joined(variables, inputs.task.index), inputs.query)
+  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+    prefixes = prefix_prompts(memory, query)
+    heads = self.backbone.sizes.num_heads
+    return Adapters(prefix=prompts.prefixes(prefixes, self.settings.layers, heads))
 
-  def penalty(variables, inputs, features):
+  def penalty(
+    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
+  ) -> Float[Array, ""]:
     del features
-    used = jnp.arange(num_tasks * slots) < (inputs.task.index + 1) * slots
-    kinds = joined(variables, inputs.task.index).values()
-    total = sum(prompts.orthogonality(_vectors(kind), used) for kind in kinds)
-    return settings.orthogonality * total
+    components = self.slots_of_all_tasks(variables, inputs.task.index)
+    used = jnp.arange(self.spec.num_tasks * self.num_slots)
+    used = used < (inputs.task.index + 1) * self.num_slots
+    kinds = (prompts.orthogonality(joined(kind), used) for kind in components.values())
+    return self.settings.orthogonality * sum(kinds)
 
-  def end_task(variables, view):
-    stacks = joined(variables, view.index)
-    return variables.replace(mem=variables.mem | {"components": stacks}), {}
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    stacks = self.slots_of_all_tasks(variables, view.index)
+    return super().end_task(variables.update(mem={"components": stacks}), view)
 
-  def stored(facts):
-    each = depth * slots * (settings.length + 2) * width
-    return {"shared": 0, "per_task": [each] * len(facts)}
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
+    return weights, variables.mem["components"]
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    penalty=penalty,
-    begin_task=begin_task,
-    end_task=end_task,
-    folded=lambda weights, variables: (weights, variables.mem["components"]),
-    recall=recall,
-    query="always",
-    rules=lambda task: (("cur/components/.*", "adapter"),),
-    stored=stored,
-  )
+  def rules(self, task: int) -> Rules:
+    return (("cur/components/.*", "adapter"), *super().rules(task))
+
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    count = sum(map(math.prod, self.shapes.values()))
+    return super().stored(facts) | {"per_task": [count] * len(facts)}
 
 
-def _vectors(stack):
-  """[T, L, M, ...] -> [L, T·M, D]: each slot a vector."""
+def joined(stack: Float[Array, "T L M ..."]) -> Float[Array, "L TM D"]:
+  """Returns the slots of all tasks in one row, each as a vector."""
   return rearrange(stack, "t l m ... -> l (t m) (...)")
 
+
+def prefix_prompts(components: Params, query: Float[Array, "B D"]) -> Float[Array, "B L 2 P D"]:
+  """Returns each sample's prompt for each layer: keys (0) and values (1), the halves of a mixture.
+
+  Components are weighted by the cosine between their key and the query under their attention.
+  Source: CODA-Prompt (arXiv:2211.13218) Sec. 4.1 and 4.2.
+  """
+  by_layer = {n: rearrange(c, "t l m ... -> l (t m) ...") for n, c in components.items()}
+  weights = prompts.attended_similarity(query, by_layer["attention"], by_layer["key"])
+  mixed = prompts.mix(weights, by_layer["prompt"])
+  return rearrange(mixed, "b l (two p) d -> b l two p d", two=2)
+
+
+METHOD = CODAPrompt
 
 # CO/configs/imnet-r_prompt.yaml, CO/experiments/imagenet-r.sh (`--prompt_param 100 8 0.0`); classes
 # are shuffled in all its trials but the first, and its last batch is dropped where ours is padded

@@ -13,14 +13,18 @@ the values, as in LP; CODA-Prompt's port splits it between the two.
 
 import dataclasses
 import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
+from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,91 +57,127 @@ class Config(config_lib.MethodConfig):
     config_lib.require(self.pull >= 0, "pull", self.pull, ">= 0")
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns DualPrompt as a Method.
+SLOT = ("expert", "key")  # of a task
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DualPrompt(AdaptedViT[Config]):
+  """DualPrompt: the general prompt in `shared`, the task's expert and key in `cur`.
+
+  `mem` holds those of all tasks, drawn at the start, and which tasks are learned.
 
   Raises:
     ConfigError: if the backbone lacks a block that has a prompt.
   """
-  settings, sizes = config.method, backbone.sizes
-  base.check_layers(settings.general_layers, "method.general_layers", backbone)
-  base.check_layers(settings.expert_layers, "method.expert_layers", backbone)
-  general_shape = (len(settings.general_layers), 2, settings.general_length, sizes.width)
-  expert_shape = (len(settings.expert_layers), 2, settings.expert_length, sizes.width)
 
-  def init(key, weights):
-    del weights
-    draw = jax.nn.initializers.uniform(0.01)  # LP/models/prompt.py:171-198
-    keys = jax.random.split(key, 3)
-    mem = {
-      "expert": draw(keys[1], (spec.num_tasks, *expert_shape)),
-      "key": draw(keys[2], (spec.num_tasks, sizes.width)),
-      "learned": jnp.zeros(spec.num_tasks, bool),
+  query = "always"
+
+  def __post_init__(self):
+    for name in ("general_layers", "expert_layers"):
+      base.check_layers(getattr(self.settings, name), f"method.{name}", self.backbone)
+
+  @property
+  def caveats(self) -> tuple[str, ...]:
+    return (base.BATCH_VOTE,) if self.settings.batchwise else ()
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The shape of the general prompt and of an expert: [layers, 2, P, D]."""
+    settings, width = self.settings, self.backbone.sizes.width
+    return {
+      "general": (len(settings.general_layers), 2, settings.general_length, width),
+      "expert": (len(settings.expert_layers), 2, settings.expert_length, width),
     }
-    return Variables(frozen={}, shared={"general": draw(keys[0], general_shape)}, cur={}, mem=mem)
 
-  def adapted(general, expert):
-    """Prefixes of both kinds; general [S, 2, P, D], expert [B or 1, S, 2, P, D]."""
-    first = prompts.prefixes(general[None], settings.general_layers, sizes.num_heads)
-    second = prompts.prefixes(expert, settings.expert_layers, sizes.num_heads)
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    draw = jax.nn.initializers.uniform(0.01)  # LP/models/prompt.py:171-198
+    keys, num_tasks = jax.random.split(key, 3), self.spec.num_tasks
+    mem = {
+      "expert": draw(keys[1], (num_tasks, *self.shapes["expert"])),
+      "key": draw(keys[2], (num_tasks, self.backbone.sizes.width)),
+      "learned": jnp.zeros(num_tasks, bool),
+    }
+    shared = {"general": draw(keys[0], self.shapes["general"])}
+    return super().init(key, weights).update(shared=shared, mem=mem)
+
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """The expert starts from that of the task before; the key as it was drawn."""
+    variables, facts = super().begin_task(variables, view)
+    mem, t = variables.mem, view.index
+    slot = {"expert": mem["expert"][max(t - 1, 0)], "key": mem["key"][t]}
+    return variables.update(cur=slot), facts
+
+  def prefixes(
+    self, general: Float[Array, "S 2 P D"], expert: Float[Array, "B E 2 Q D"]
+  ) -> Adapters:
+    """Returns the prefixes of both kinds; experts of all samples (B = 1) or of each."""
+    heads, settings = self.backbone.sizes.num_heads, self.settings
+    first = prompts.prefixes(general[None], settings.general_layers, heads)
+    second = prompts.prefixes(expert, settings.expert_layers, heads)
     return Adapters(prefix=tuple(a or b for a, b in itertools.zip_longest(first, second)))
 
-  def adapters(variables, inputs):
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     del inputs
-    return adapted(variables.shared["general"], variables.cur["expert"][None])
+    return self.prefixes(variables.shared["general"], variables.cur["expert"][None])
 
-  def penalty(variables, inputs, features):
-    """Pulls the task's key to the queries: arXiv:2204.04799 Sec. 4.3."""
+  def penalty(
+    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
+  ) -> Float[Array, ""]:
     del features
-    key = variables.cur["key"][None]
-    pulled = prompts.similarity(inputs.query, key)[:, 0]
-    return -settings.pull * heads.weighted_mean(pulled, inputs.valid)
+    return -self.settings.pull * pull(inputs.query, variables.cur["key"], inputs.valid)
 
-  def begin_task(variables, view):
-    """The expert goes on from that of the task before; the key is as it was drawn."""
-    mem, t = variables.mem, view.index
-    own = {"expert": mem["expert"][max(t - 1, 0)], "key": mem["key"][t]}
-    return variables.replace(cur=variables.cur | own), {}
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    slot = {name: variables.cur[name] for name in SLOT} | {"learned": True}
+    stacks = base.put_slot({name: variables.mem[name] for name in slot}, view.index, slot)
+    return super().end_task(variables.update(mem=stacks), view)
 
-  def end_task(variables, view):
-    own = {name: variables.cur[name] for name in ("expert", "key")} | {"learned": True}
-    slots = base.put_slot({name: variables.mem[name] for name in own}, view.index, own)
-    return variables.replace(mem=variables.mem | slots), {}
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
+    return weights, variables.shared | {n: variables.mem[n] for n in (*SLOT, "learned")}
 
-  def folded(weights, variables):
-    slots = {name: variables.mem[name] for name in ("expert", "key", "learned")}
-    return weights, variables.shared | slots
-
-  def recall(memory, query):
-    """Before any task is learned all similarities are equal, and slot 0 serves."""
-    similarities = prompts.similarity(query, memory["key"])
-    similarities = jnp.where(memory["learned"], similarities, -jnp.inf)
-    chosen = prompts.choose(similarities, 1, batchwise=settings.batchwise)[:, 0]
-    return adapted(memory["general"], memory["expert"][chosen])
-
-  def stored(facts):
-    general, expert = (
-      2 * layers * length * width for layers, _, length, width in (general_shape, expert_shape)
+  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+    chosen = nearest_task(
+      query, memory["key"], memory["learned"], batchwise=self.settings.batchwise
     )
-    return {"shared": general, "per_task": [expert + sizes.width] * len(facts)}
+    return self.prefixes(memory["general"], memory["expert"][chosen])
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    penalty=penalty,
-    begin_task=begin_task,
-    end_task=end_task,
-    folded=folded,
-    recall=recall,
-    query="always",
-    rules=lambda task: (("shared/general|cur/(expert|key)", "adapter"),),
-    stored=stored,
-    caveats=(base.BATCH_VOTE,) if settings.batchwise else (),
-  )
+  def rules(self, task: int) -> Rules:
+    return (("shared/general|cur/(expert|key)", "adapter"), *super().rules(task))
 
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    general, expert = (math.prod(self.shapes[name]) for name in ("general", "expert"))
+    each = expert + self.backbone.sizes.width
+    return super().stored(facts) | {"shared": general, "per_task": [each] * len(facts)}
+
+
+def pull(
+  query: Float[Array, "B D"], key: Float[Array, " D"], valid: Bool[Array, " B"]
+) -> Float[Array, ""]:
+  """Returns the mean cosine between the samples' queries and the key of their task.
+
+  Source: DualPrompt (arXiv:2204.04799) Sec. 4.3.
+  """
+  return heads.weighted_mean(prompts.similarity(query, key[None])[:, 0], valid)
+
+
+def nearest_task(
+  query: Float[Array, "B D"],
+  keys: Float[Array, "T D"],
+  learned: Bool[Array, " T"],
+  *,
+  batchwise: bool,
+) -> Int[Array, " B"]:
+  """Returns the learned task whose key is nearest to each query; 0 before any is learned.
+
+  Args:
+    batchwise: all samples get the task that most of the batch chose.
+
+  Source: DualPrompt (arXiv:2204.04799), task inference, here over learned tasks only.
+  """
+  similarities = jnp.where(learned, prompts.similarity(query, keys), -jnp.inf)
+  return prompts.choose(similarities, 1, batchwise=batchwise)[:, 0]
+
+
+METHOD = DualPrompt
 
 _PIXELS = {"augmentation": "pilot", "normalisation": "zero_one"}  # area from 0.05 in LP and HD
 _NATURAL = {"order": "natural", "split": "full"}  # rand_seed = -1 in LP, --shuffle False in HD

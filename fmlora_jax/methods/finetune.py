@@ -1,18 +1,22 @@
 """Sequential fine-tuning of the whole ViT: the lower bound on forgetting. Source: baseline."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods.common import base, recipes
-from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
+from fmlora_jax.methods.common import recipes
+from fmlora_jax.methods.common.base import AdaptedViT
+from fmlora_jax.types import Adapters, Facts, Params, Rules, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(config_lib.MethodConfig):
-  """No settings of its own; `optim.learning_rate` is the ViT's."""
+  """Fine-tuning has no settings: `optim.learning_rate` is the ViT's."""
 
   name: str = "finetune"
 
@@ -45,32 +49,25 @@ OFFICIAL = {
 }
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns full fine-tuning as a Method."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finetune(AdaptedViT[Config]):
+  """Full fine-tuning: `shared` holds a copy of the ViT, which every task trains."""
 
-  def init(key, weights):
-    del key
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
     # a copy: the pre-trained weights outlive the training state, which is donated
-    return Variables(
-      frozen={}, shared={"backbone": jax.tree.map(jnp.array, weights)}, cur={}, mem={}
-    )
+    copy = jax.tree.map(jnp.array, weights)
+    return super().init(key, weights).update(shared={"backbone": copy})
 
-  def folded(weights, variables):
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Adapters]:
     del weights
     return variables.shared["backbone"], Adapters()
 
-  def stored(facts):
-    size = sum(
-      leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backbone.init, jax.random.key(0)))
-    )
-    return {"shared": size, "per_task": [0] * len(facts)}
+  def rules(self, task: int) -> Rules:
+    return (("shared/backbone/.*", "adapter"), *super().rules(task))
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    folded=folded,
-    rules=lambda task: (("shared/backbone/.*", "adapter"),),
-    stored=stored,
-  )
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    weights = jax.eval_shape(self.backbone.init, jax.random.key(0))
+    return super().stored(facts) | {"shared": optax.tree.size(weights)}
+
+
+METHOD = Finetune

@@ -10,15 +10,18 @@ position embeddings; prompts start in [0, 0.01), as in LP, and not in [-1, 1), a
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
+from fmlora_jax.types import Adapters, Facts, Params, Rules, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,60 +52,79 @@ class Config(config_lib.MethodConfig):
     config_lib.require(self.pull >= 0, "pull", self.pull, ">= 0")
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns L2P as a Method; its features are the mean of the prompts' outputs."""
-  settings, width = config.method, backbone.sizes.width
+@dataclasses.dataclass(frozen=True, eq=False)
+class L2P(AdaptedViT[Config]):
+  """L2P: prompts [M, P, D] and keys [M, D] of the pool in `shared`; every task trains them all.
 
-  def init(key, weights):
-    del weights
+  The head sees the mean of the outputs of the prompts.
+  """
+
+  query = "always"
+
+  @property
+  def caveats(self) -> tuple[str, ...]:
+    return (base.BATCH_VOTE,) if self.settings.batchwise else ()
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    settings, width = self.settings, self.backbone.sizes.width
     draw = jax.nn.initializers.uniform(0.01)  # LP/models/vit.py:381
     key_prompt, key_key = jax.random.split(key)
     pool = {
       "prompt": draw(key_prompt, (settings.pool_size, settings.length, width)),
       "key": draw(key_key, (settings.pool_size, width)),
     }
-    return Variables(frozen={}, shared={"pool": pool}, cur={}, mem={})
+    return super().init(key, weights).update(shared={"pool": pool})
 
-  def match(pool, query):
-    """Returns the similarities of all keys [B, M] and the numbers of the chosen ones [B, N]."""
-    similarities = prompts.similarity(query, pool["key"])
+  def match(
+    self, pool: Params, query: Float[Array, "B D"]
+  ) -> tuple[Float[Array, "B M"], Int[Array, "B N"]]:
+    """Returns the similarities of all keys and the numbers of the chosen ones."""
+    settings, similarities = self.settings, prompts.similarity(query, pool["key"])
     return similarities, prompts.choose(similarities, settings.top_n, batchwise=settings.batchwise)
 
-  def recall(pool, query):
-    _, chosen = match(pool, query)
-    return Adapters(prompt=rearrange(pool["prompt"][chosen], "b n p d -> b (n p) d"))
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
+    return self.recall(variables.shared["pool"], inputs.query)
 
-  def penalty(variables, inputs, features):
-    """Pulls the chosen keys to their queries: arXiv:2112.08654 Sec. 4.3."""
-    del features
-    similarities, chosen = match(variables.shared["pool"], inputs.query)
-    pulled = jnp.take_along_axis(similarities, chosen, axis=1).sum(1)
-    return -settings.pull * heads.weighted_mean(pulled, inputs.valid)
+  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+    _, chosen = self.match(memory, query)
+    return Adapters(prompt=rearrange(memory["prompt"][chosen], "b n p d -> b (n p) d"))
 
-  def read(trunk, images, adapted):
-    tokens = backbone.tokens(trunk, images, adapted, 1 + adapted.prompt.shape[1])
+  def read(
+    self, backbone: Params, images: Float[Array, "B S S 3"], adapters: Adapters
+  ) -> Float[Array, "B D"]:
+    tokens = self.backbone.tokens(backbone, images, adapters, 1 + adapters.prompt.shape[1])
     return tokens[:, 1:].astype(jnp.float32).mean(1)
 
-  def stored(facts):
-    each = settings.pool_size * (settings.length + 1) * width
-    return {"shared": each, "per_task": [0] * len(facts)}
+  def penalty(
+    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
+  ) -> Float[Array, ""]:
+    del features
+    matched = self.match(variables.shared["pool"], inputs.query)
+    return -self.settings.pull * pull(*matched, inputs.valid)
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=lambda variables, inputs: recall(variables.shared["pool"], inputs.query),
-    penalty=penalty,
-    folded=lambda weights, variables: (weights, variables.shared["pool"]),
-    recall=recall,
-    query="always",
-    read=read,
-    rules=lambda task: (("shared/pool/.*", "adapter"),),
-    stored=stored,
-    caveats=(base.BATCH_VOTE,) if settings.batchwise else (),
-  )
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
+    return weights, variables.shared["pool"]
 
+  def rules(self, task: int) -> Rules:
+    return (("shared/pool/.*", "adapter"), *super().rules(task))
+
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    settings, width = self.settings, self.backbone.sizes.width
+    count = settings.pool_size * (settings.length + 1) * width
+    return super().stored(facts) | {"shared": count}
+
+
+def pull(
+  similarities: Float[Array, "B M"], chosen: Int[Array, "B N"], valid: Bool[Array, " B"]
+) -> Float[Array, ""]:
+  """Returns the mean over samples of the summed cosines to the chosen keys.
+
+  Source: L2P (arXiv:2112.08654) Sec. 4.3.
+  """
+  return heads.weighted_mean(jnp.take_along_axis(similarities, chosen, axis=1).sum(1), valid)
+
+
+METHOD = L2P
 
 _PIXELS = {"augmentation": "pilot", "normalisation": "zero_one"}  # area from 0.05 in LP, PI and HD
 

@@ -4,17 +4,18 @@ Source: LoRA (arXiv:2106.09685); used as "SeqLoRA" or as "IncLoRA".
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, Variables
+from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
 
-VARIANTS = ({"mode": "incremental"}, {"mode": "sequential"})  # of a comparison of all methods
+VARIANTS = ({"mode": "incremental"}, {"mode": "sequential"})  # in a comparison of all methods
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Config(config_lib.LowRankConfig):
 
   Attributes:
     mode: sequential trains one (A, B) through all tasks; incremental adds a fresh pair per task
-      and keeps the old ones as they are.
+      and freezes the earlier ones.
   """
 
   name: str = "lora"
@@ -36,74 +37,75 @@ class Config(config_lib.LowRankConfig):
 OFFICIAL = recipes.like_sd_lora(rank=10)
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns LoRA as a Method.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRA(AdaptedViT[Config]):
+  """LoRA: factors in `shared`, or in `cur` and, of all tasks, in `mem`.
 
   Raises:
     ConfigError: if the rank is above min(d_in, d_out) of a target.
   """
-  settings = config.method
-  base.check_rank(settings.rank, "method.rank", backbone, settings.targets)
-  home = "cur" if settings.mode == "incremental" else "shared"
 
-  def fresh(key):
+  reports = (base.RANK, *AdaptedViT.reports)
+
+  def __post_init__(self):
+    base.check_rank(self.settings.rank, "method.rank", self.backbone, self.settings.targets)
+
+  @property
+  def group(self) -> str:
+    """The group of `Variables` that holds the factors in training."""
+    return "cur" if self.settings.mode == "incremental" else "shared"
+
+  def fresh(self, key: PRNGKeyArray) -> Params:
+    """Returns the factors of a new pair for each target."""
+    settings = self.settings
     return low_rank.fresh(
-      key, backbone.sizes, settings.targets, settings.rank, draw=base.random_factor
+      key, self.backbone.sizes, settings.targets, settings.rank, draw=low_rank.random_factor
     )
 
-  def deltas(factors):
-    return {name: LowRank(**f) for name, f in factors.items()}
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    variables, factors = super().init(key, weights), self.fresh(key)
+    if self.group == "shared":
+      return variables.update(shared={"lora": factors})
+    return variables.update(mem={"lora": base.empty_slots(factors, self.spec.num_tasks)})
 
-  def init(key, weights):
-    del weights
-    empty = Variables(frozen={}, shared={}, cur={}, mem={})
-    if home == "shared":
-      return empty.replace(shared={"lora": fresh(key)})
-    stacks = jax.tree.map(lambda leaf: jnp.zeros((spec.num_tasks, *leaf.shape)), fresh(key))
-    return empty.replace(mem={"lora": stacks})
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    variables, facts = super().begin_task(variables, view)
+    if self.group == "cur":
+      variables = variables.update(cur={"lora": self.fresh(view.key("lora"))})
+    return variables, facts | {"rank": self.settings.rank}
 
-  def adapters(variables, inputs):
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     del inputs
-    return Adapters(deltas=deltas(getattr(variables, home)["lora"]))
+    return Adapters(deltas=low_rank.deltas_of(getattr(variables, self.group)["lora"]))
 
-  def begin_task(variables, view):
-    if home == "cur":
-      variables = variables.replace(cur=variables.cur | {"lora": fresh(view.key("lora"))})
-    return variables, {"rank": settings.rank}
-
-  def end_task(variables, view):
-    if home == "cur":
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    if self.group == "cur":
       stacks = base.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
-      variables = variables.replace(mem=variables.mem | {"lora": stacks})
-    return variables, {}
+      variables = variables.update(mem={"lora": stacks})
+    return super().end_task(variables, view)
 
-  def past(weights, variables):
-    if home == "shared":
+  def past(self, weights: Params, variables: Variables) -> Params:
+    if self.group == "shared":
       return weights
     # tasks to come are zero; their ranks are stacked next to those of the past
-    stacked = jax.tree.map(low_rank.join_ranks, variables.mem["lora"])
-    return low_rank.fold_deltas(weights, deltas(stacked))
+    joined = jax.tree.map(low_rank.join_ranks, variables.mem["lora"])
+    return low_rank.fold_deltas(weights, low_rank.deltas_of(joined))
 
-  def folded(weights, variables):
-    if home == "shared":
-      return low_rank.fold_deltas(weights, deltas(variables.shared["lora"])), Adapters()
-    return past(weights, variables), Adapters()
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Adapters]:
+    if self.group == "cur":
+      return super().folded(weights, variables)
+    deltas = low_rank.deltas_of(variables.shared["lora"])
+    return low_rank.fold_deltas(weights, deltas), Adapters()
 
-  def stored(facts):
-    each = low_rank.num_parameters(backbone.sizes, settings.targets, settings.rank)
-    growing = home == "cur"
-    return {"shared": 0 if growing else each, "per_task": [each if growing else 0] * len(facts)}
+  def rules(self, task: int) -> Rules:
+    return ((f"{self.group}/lora/.*", "adapter"), *super().rules(task))
 
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    begin_task=begin_task,
-    end_task=end_task,
-    past=past,
-    folded=folded,
-    rules=lambda task: ((f"{home}/lora/.*", "adapter"),),
-    stored=stored,
-  )
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    settings = self.settings
+    count = low_rank.num_parameters(self.backbone.sizes, settings.targets, settings.rank)
+    if self.group == "shared":
+      return super().stored(facts) | {"shared": count}
+    return super().stored(facts) | {"per_task": [count] * len(facts)}
+
+
+METHOD = LoRA

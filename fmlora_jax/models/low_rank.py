@@ -19,6 +19,21 @@ from fmlora_jax.models import products
 from fmlora_jax.types import LowRank, Params, Sizes
 
 
+def random_factor(
+  key: PRNGKeyArray, depth: int, width: int, rank: int
+) -> Float[Array, "{depth} {width} {rank}"]:
+  """Returns normal entries; columns have an expected norm of 1."""
+  return jax.random.normal(key, (depth, width, rank)) / jnp.sqrt(width)
+
+
+def torch_uniform(
+  key: PRNGKeyArray, depth: int, width: int, rank: int
+) -> Float[Array, "{depth} {width} {rank}"]:
+  """Returns entries of U(-1/√width, 1/√width), the start of torch's linear layer."""
+  limit = width**-0.5
+  return jax.random.uniform(key, (depth, width, rank), minval=-limit, maxval=limit)
+
+
 def fresh(
   key: PRNGKeyArray,
   sizes: Sizes,
@@ -37,6 +52,11 @@ def fresh(
     a = draw(jax.random.fold_in(key, i), sizes.depth, d_in, rank)
     factors[name] = {"a": a, "b": jnp.zeros((sizes.depth, d_out, rank))}
   return factors
+
+
+def deltas_of(factors: Mapping[str, Mapping[str, Array]]) -> dict[str, LowRank]:
+  """Returns the deltas of factors a and b, and a core where there is one, of each target."""
+  return {name: LowRank(**leaves) for name, leaves in factors.items()}
 
 
 def num_parameters(sizes: Sizes, targets: Sequence[str], rank: int) -> int:

@@ -1,13 +1,53 @@
-"""The dynamic rank selector's algebra: nested rank masks, drawn and chosen by Gumbel-Softmax.
+"""The dynamic rank selector: nested rank masks, drawn and chosen by Gumbel-Softmax.
 
 Source: FM-LoRA (arXiv:2504.08823) Sec. 3.3, Eq. (11-12); Gumbel-Softmax arXiv:1611.01144.
 """
 
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class RankSelector(nn.Module):
+  """P(r_k) = softmax(alpha)_k over the candidate ranks; its collection is the group `cur`: alpha.
+
+  Attributes:
+    candidates: r_1 < ... < r_k.
+    max_rank: R, length of a mask.
+    tau: temperature of the Gumbel-Softmax, > 0.
+  """
+
+  candidates: tuple[int, ...]
+  max_rank: int
+  tau: float = 1.0
+
+  def setup(self):
+    self.alpha = self.variable("cur", "alpha", jnp.zeros, len(self.candidates))
+
+  @property
+  def masks(self) -> Float[Array, "k R"]:
+    return rank_masks(self.candidates, self.max_rank)
+
+  def __call__(self, key: PRNGKeyArray) -> Float[Array, " R"]:
+    """Returns the mask of a drawn rank, Eq. (11); its gradient is the soft sample's."""
+    return gumbel_one_hot(self.alpha.value, key, self.tau) @ self.masks
+
+  def probabilities(self) -> Float[Array, " k"]:
+    return jax.nn.softmax(self.alpha.value)
+
+  def choice(self) -> Int[Array, ""]:
+    """Returns the number of the likeliest candidate, without noise: Eq. (12)."""
+    return jnp.argmax(self.alpha.value)
+
+  def learn(
+    self, costs: Float[Array, " k"], key: PRNGKeyArray, *, steps: int, learning_rate: float
+  ) -> None:
+    """Trains alpha on the costs of the candidates: see `learn_alpha`."""
+    descent = {"tau": self.tau, "steps": steps, "learning_rate": learning_rate}
+    self.alpha.value = learn_alpha(self.alpha.value, costs, key, **descent)
 
 
 def rank_masks(candidates: Sequence[int], max_rank: int) -> Float[Array, "k R"]:
@@ -29,7 +69,7 @@ def gumbel_one_hot(alpha: Float[Array, " k"], key: PRNGKeyArray, tau: float) -> 
 def mask_core(
   m: Float[Array, "L R R"], n: Float[Array, "L R R"], mask: Float[Array, " R"]
 ) -> Float[Array, "L R R"]:
-  """Returns M·Nᵀ of the leading columns and rows only: that of M[:r, :r] and N[:r, :r], padded."""
+  """Returns M[:r, :r]·N[:r, :r]ᵀ, padded with zeros, for the mask of rank r."""
   corner = mask[:, None] * mask[None, :]
   return (m * corner) @ jnp.swapaxes(n * corner, -1, -2)
 
@@ -70,8 +110,8 @@ def learn_alpha(
 ) -> Float[Array, " k"]:
   """Returns alpha after gradient descent on the cost of a candidate drawn at each step.
 
-  The cost is linear in the draw, so that the straight-through gradient compares all candidates,
-  those beyond the drawn one too. Source: FM-LoRA Eq. (11).
+  The cost is linear in the draw, so the straight-through gradient compares all candidates.
+  Source: FM-LoRA Eq. (11).
   """
 
   def step(i, alpha):

@@ -149,7 +149,7 @@ class Block(nn.Module):
   """x + attention(LN(x)), then x + mlp(LN(x)); each branch with LayerScale where sizes say so.
 
   x may come in parts, which are joined here. With `num_queries` only that many leading tokens come
-  back.
+  back. Returns the tokens, and the inputs of query, key and value, in parts.
   """
 
   sizes: Sizes
@@ -161,7 +161,7 @@ class Block(nn.Module):
     parts: Sequence[Float[Array, "B _ D"]],
     adapters: LayerAdapters,
     num_queries: int | None = None,
-  ) -> Float[Array, "B Q D"]:
+  ) -> tuple[Float[Array, "B Q D"], list[Float[Array, "B _ D"]]]:
     sizes, deltas = self.sizes, adapters.deltas
 
     def scaled(branch, name):
@@ -171,13 +171,13 @@ class Block(nn.Module):
       return branch * gamma.astype(self.dtype)
 
     def bottlenecked(branch, site, source):
-      found = adapters.bottlenecks.get(site)
-      return branch if found is None else branch + bottleneck.apply(source, found)
+      layer = adapters.bottlenecks.get(site)
+      return branch if layer is None else branch + bottleneck.apply(source, layer)
 
     norm1 = LayerNorm(self.dtype, name="norm1")
     attend = Attention(sizes.num_heads, self.dtype, name="attention")
-    seen = [norm1(part) for part in parts]
-    y = scaled(attend(seen, deltas, adapters.prefix, num_queries), "scale1")
+    normed = [norm1(part) for part in parts]
+    y = scaled(attend(normed, deltas, adapters.prefix, num_queries), "scale1")
     x = jnp.concatenate(parts, axis=1)[:, :num_queries] + bottlenecked(y, "attention", y)
     y = LayerNorm(self.dtype, name="norm2")(x)
     hidden = sizes.width * sizes.mlp_ratio
@@ -185,14 +185,16 @@ class Block(nn.Module):
     y = gelu(y, sizes.gelu)
     y = AdaptedDense(sizes.width, self.dtype, name="fc2")(y, deltas.get("fc2", ()))
     y = scaled(y, "scale2")
-    return x + bottlenecked(bottlenecked(y, "mlp", y), "parallel", x)
+    return x + bottlenecked(bottlenecked(y, "mlp", y), "parallel", x), normed
 
 
 class ViT(nn.Module):
-  """Images -> tokens after the final LayerNorm; the class token is at index 0.
+  """Images -> tokens after the final LayerNorm, and the attention inputs of each block.
 
-  With `num_queries` only that many leading tokens come back: the last block then computes nothing
-  but keys and values for the others, which saves 10/12 of a block forward and backward.
+  The class token is at index 0. With `num_queries` only that many leading tokens come back: the
+  last block then computes nothing but keys and values for the others, which saves 10/12 of a block
+  forward and backward. The attention inputs are what query, key and value project: all tokens of
+  each block after its first LayerNorm.
   """
 
   sizes: Sizes
@@ -204,7 +206,7 @@ class ViT(nn.Module):
     images: Float[Array, "B S S 3"],
     adapters: Adapters | None = None,
     num_queries: int | None = None,
-  ) -> Float[Array, "B Q D"]:
+  ) -> tuple[Float[Array, "B Q D"], list[Float[Array, "B N D"]]]:
     sizes, adapters = self.sizes, adapters or Adapters()
     p = sizes.patch_size
     # a convolution whose stride is its size is one matrix product over patches
@@ -217,11 +219,14 @@ class ViT(nn.Module):
     if adapters.prompt is not None:  # often all that the first block passes a gradient to
       prompt = jnp.broadcast_to(adapters.prompt, (len(x), *adapters.prompt.shape[-2:]))
       parts = x[:, :1], prompt.astype(x.dtype), x[:, 1:]
+    inputs = []
     for layer in range(sizes.depth):
       wanted = num_queries if layer == sizes.depth - 1 else None
       block = Block(sizes, self.dtype, name=f"block_{layer}")
-      parts = (block(parts, adapters.at_layer(layer), wanted),)
-    return LayerNorm(self.dtype, name="norm")(*parts)
+      x, normed = block(parts, adapters.at_layer(layer), wanted)
+      inputs.append(jnp.concatenate(normed, axis=1))
+      parts = (x,)
+    return LayerNorm(self.dtype, name="norm")(x), inputs
 
 
 def make_vit(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
@@ -229,24 +234,13 @@ def make_vit(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
   module = ViT(sizes, dtype)
 
   def tokens(params, images, adapters=None, num_queries=None):
-    return module.apply({"params": params}, images, adapters, num_queries)
+    return module.apply({"params": params}, images, adapters, num_queries)[0]
 
   def apply(params, images, adapters=None):
-    features = module.apply({"params": params}, images, adapters, num_queries=1)
-    return features[:, 0].astype(jnp.float32)
+    return tokens(params, images, adapters, num_queries=1)[:, 0].astype(jnp.float32)
 
   def attention_inputs(params, images, adapters=None):
-    _, seen = module.apply(
-      {"params": params},
-      images,
-      adapters,
-      num_queries=1,
-      capture_intermediates=lambda part, _: part.name == "norm1",
-      mutable="intermediates",
-    )
-    blocks = seen["intermediates"]
-    layers = [blocks[f"block_{i}"]["norm1"]["__call__"] for i in range(sizes.depth)]
-    return jnp.stack([jnp.concatenate(parts, axis=1) for parts in layers])
+    return jnp.stack(module.apply({"params": params}, images, adapters, num_queries=1)[1])
 
   def init(key):
     image = jnp.zeros((1, sizes.image_size, sizes.image_size, 3), dtype)

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from fmlora_jax import methods
 from fmlora_jax.cli.text import duration
-from fmlora_jax.report.runs import Group, mean, mean_std
+from fmlora_jax.report.runs import Group, Groups, mean, mean_std
+from fmlora_jax.types import Reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +33,15 @@ def _score(name: str, field: str, ranked: bool = False) -> Column:
   return Column(name, lambda runs: mean_std([r[field] for r in runs]), field if ranked else None)
 
 
-def _reported(name: str, field: str, form: str) -> Column:
-  """Returns a column of a fact that only some methods report; `form` is a name in FORMATS."""
-  return Column(name, lambda runs: FORMATS[form]([r[field] for r in runs]))
+def _reported(fact: Reported) -> Column:
+  """Returns the column of a fact that only some methods report."""
+  name, form = fact.column
+  return Column(name, lambda runs: FORMATS[form]([r.get(fact.field) for r in runs]))
 
 
-@functools.cache
-def columns() -> tuple[Column, ...]:
-  """Returns the columns after the label of the row."""
-  return (
+def columns(groups: Groups) -> list[Column]:
+  """Returns the columns after the label of the row, with those that the methods of rows declare."""
+  return [
     Column("seeds", lambda runs: str(len(runs))),
     _score("Acc", "acc", ranked=True),
     _score("AAA", "aaa", ranked=True),
@@ -50,19 +51,25 @@ def columns() -> tuple[Column, ...]:
     Column("trained", lambda runs: count_text(mean([r["params"]["trained"] for r in runs]))),
     Column("statistics", lambda runs: bytes_text(mean([r["statistics_bytes"] for r in runs]))),
     Column("passes", lambda runs: passes_text(runs[0]["passes"])),
-    *(_reported(name, *fact) for name, fact in REPORTED.items()),
+    *(_reported(fact) for fact in declared(groups)),
     Column("wall time", lambda runs: duration(mean([r["wall_seconds"]["total"] for r in runs]))),
-  )
+  ]
 
 
-REPORTED = {"rank": ("ranks", "modes")}  # of some methods: header -> field of a result, format
+def declared(groups: Groups) -> list[Reported]:
+  """Returns the facts with a column that the methods of some runs declare, one for each header."""
+  names = dict.fromkeys(run["method"] for runs in groups.values() for run in runs)
+  facts = [fact for name in names for fact in methods.reports(name) if fact.column]
+  return list({fact.column[0]: fact for fact in facts}.values())
+
+
 LEGEND = (
   "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
   "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
   "stored, trained: numbers of parameters. statistics: bytes stored that were computed from the\n"
   "data, such as means of features; no image is stored. passes: forward passes for an image in\n"
-  "training/at test time, +n over a task's images between tasks. rank: of each task, the most\n"
-  "frequent over seeds."
+  "training/at test time, +n over a task's images between tasks. Further columns: the value of\n"
+  "each task, the most frequent over seeds."
 )
 
 

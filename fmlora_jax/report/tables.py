@@ -14,16 +14,16 @@ from fmlora_jax.report.runs import Groups, RunResult, group, mean
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
 
 
-def header() -> list[str]:
-  """Returns the heads of the columns."""
-  return ["run", *(column.name for column in columns())]
+def header(groups: Groups) -> list[str]:
+  """Returns the heads of the columns of `rows`."""
+  return ["run", *(column.name for column in columns(groups))]
 
 
 def rows(groups: Groups) -> list[list[Cell]]:
   """Returns the cells under `header`; where there are rivals the best score is marked."""
   by_column = [
     zip([column.text(runs) for runs in groups.values()], _is_best(column, groups), strict=True)
-    for column in columns()
+    for column in columns(groups)
   ]
   return [[(label, False), *cells] for label, *cells in zip(groups, *by_column, strict=True)]
 
@@ -40,7 +40,7 @@ def show(results: Iterable[RunResult], console: Console, notes: Iterable[str] = 
   """Prints one table for each heading, with its warnings, to a terminal or as plain text."""
   for heading, groups in group(results).items():
     line(console, f"\n{heading}", "bold")
-    _print_rows(rows(groups), console)
+    _print_rows(header(groups), rows(groups), console)
     for text in warnings(groups):
       line(console, f"warning: {text}", "yellow")
     for text in protocols(groups):
@@ -54,7 +54,8 @@ def markdown(results: Iterable[RunResult], notes: Iterable[str] = ()) -> str:
   """Returns the tables, warnings and notes as Markdown."""
   parts = []
   for heading, groups in group(results).items():
-    lines = ["| " + " | ".join(header()) + " |", "|---|" + "---:|" * len(columns())]
+    heads = header(groups)
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for cells in rows(groups):
       texts = [text.replace("|", r"\|") for text, _ in cells]
       marked = [f"**{t}**" if best else t for t, (_, best) in zip(texts, cells, strict=True)]
@@ -70,16 +71,16 @@ def line(console: Console, text: str, style: str = "") -> None:
   console.print(Text(text, style=style), soft_wrap=True)
 
 
-def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
+def _print_rows(heads: Sequence[str], cells: Sequence[Sequence[Cell]], console: Console) -> None:
   """Prints one table, or on a narrow terminal several below each other; cuts no number."""
   endless = console.options.update(width=10_000)  # measure() never answers more than the width
 
   def width(part):
-    return console.measure(_table(cells, part), options=endless).maximum
+    return console.measure(_table(heads, cells, part), options=endless).maximum
 
-  whole = range(len(header()))
+  whole = range(len(heads))
   if not console.is_terminal:
-    Console(file=console.file, width=width(whole)).print(_table(cells, whole))
+    Console(file=console.file, width=width(whole)).print(_table(heads, cells, whole))
     return
   if width(whole) > console.width and width([0]) > console.width / 3:  # numbers for long names
     for i, row in enumerate(cells):
@@ -93,12 +94,11 @@ def _print_rows(cells: Sequence[Sequence[Cell]], console: Console) -> None:
   for i, part in enumerate(parts):
     if i:
       console.print()
-    console.print(_table(cells, part))
+    console.print(_table(heads, cells, part))
 
 
-def _table(cells: Sequence[Sequence[Cell]], part: Sequence[int]) -> Table:
+def _table(heads: Sequence[str], cells: Sequence[Sequence[Cell]], part: Sequence[int]) -> Table:
   """Returns the columns at the positions `part`."""
-  heads = header()
   table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
   for i in part:
     table.add_column(heads[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")

@@ -11,7 +11,7 @@ from fmlora_jax.workdir.files import jsonable, write_atomically
 
 RESULT = "result.json"
 SCHEMA = 2  # version; results of version 1 lack the field
-FIELDS = {  # every result has exactly these
+FIELDS = {  # every result has these, and those that its method declares
   "schema": "version of this table",
   "method": "its name",
   "benchmark": "its name, as in config.tasks.benchmark",
@@ -32,9 +32,6 @@ FIELDS = {  # every result has exactly these
   "bwt": "backward transfer, percentage points",
   "fwt": "forward transfer, percentage points; dil only",
   "learning_accuracy": "mean accuracy on each task just after it was learned, percent",
-  "ranks": "rank of each task; null for methods without",
-  "complexity": "complexity of each task; null for methods without",
-  "interference": "cosines between the tasks' weight changes; null for methods without",
   "params": "numbers of trained, stored and backbone parameters",
   "statistics_bytes": "bytes of statistics of the data that the method stores",
   "protocol": "facts about how the numbers came about",
@@ -54,7 +51,7 @@ FIELDS = {  # every result has exactly these
   "config": "all settings",
   "finished": "true",
 }
-ADDED = ("interference", "protocol", "input")  # early results of version 1 lack them
+ADDED = ("protocol", "input")  # early results of version 1 lack them
 
 
 def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> Path:
@@ -66,7 +63,8 @@ def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> Path:
     ValueError: if its fields are not those of the schema.
     TypeError: on a value that JSON can't hold, with its path.
   """
-  if odd := sorted(FIELDS.keys() ^ result.keys()):
+  declared = {fact.field for fact in methods.reports(result["method"]) if fact.field}
+  if odd := sorted((FIELDS.keys() | declared) ^ result.keys()):
     raise ValueError(f"result: fields {', '.join(odd)} are missing or not in the schema")
   path = Path(workdir) / RESULT
   fields = [f"  {json.dumps(k)}: {json.dumps(jsonable(v, k))}" for k, v in result.items()]

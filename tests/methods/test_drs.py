@@ -1,4 +1,4 @@
-"""The rank selector: on a model that needs a known rank, within FM-LoRA, and on real digits."""
+"""Rank selection: on a model that needs a known rank, within FM-LoRA, and on real digits."""
 
 import dataclasses
 import functools
@@ -43,16 +43,16 @@ def select(make_lab, view):
   """Returns the function (needed rank, settings of drs) -> facts."""
 
   @functools.cache
-  def selector(**changes):
+  def selection(**changes):
     drs_changes = {"epochs": 16, "price": 0.001} | changes
     optim = {"head_learning_rate": 0.1, "weight_decay": 0.0}
     config = make_lab(drs=drs_changes, optim=optim).config
-    return drs.RankSelector(config, logits_from_a_rank_on)
+    return drs.RankSelection(config, logits_from_a_rank_on)
 
   def select(needed, view=view, **changes):
     core = {"query": {"m": jnp.zeros((1, 4, 4)), "n": jnp.zeros((1, 4, 4))}}
     params = {"core": core, "head": {"kernel": jnp.zeros((3, 48))}}
-    return selector(**changes).select(params, {"needed": jnp.int32(needed)}, view)
+    return selection(**changes).select(params, {"needed": jnp.int32(needed)}, view)
 
   return select
 
@@ -108,29 +108,14 @@ def test_a_task_without_validation_images_is_refused_by_field(select, view, stra
     select(2, view=empty, strategy=strategy)
 
 
-@pytest.fixture
-def selectors(monkeypatch):
-  """The rank selectors that are made in a test."""
-  made = []
-
-  class Recorded(drs.RankSelector):
-    def __init__(self, *arguments):
-      super().__init__(*arguments)
-      made.append(self)
-
-  monkeypatch.setattr(drs, "RankSelector", Recorded)
-  return made
-
-
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
-def test_the_selections_of_all_tasks_run_the_same_programs(make_lab, selectors, strategy):
+def test_the_selections_of_all_tasks_run_the_same_programs(make_lab, strategy):
   made = make_lab(drs={"strategy": strategy})
-  (selector,) = selectors
-  variables = made.replicate(made.variables)
+  selection, variables = made.method.selection, made.replicate(made.variables)
   for task in (1, 2):
     variables, _ = made.method.begin_task(variables, made.view(task))
-  train = selector._train_drawn if strategy == "gumbel" else selector._train_all
-  assert train._cache_size() == selector._validate_all._cache_size() == 1
+  train = selection.train_drawn if strategy == "gumbel" else selection.train_all
+  assert train._cache_size() == selection.validate_all._cache_size() == 1
 
 
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
@@ -262,10 +247,10 @@ def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_distant_ones(d
     assert again["rank"] < distant["rank"]
 
 
-def test_the_selection_costs_at_most_1_3_epochs_of_training(selectors):
+def test_the_selection_costs_at_most_1_3_epochs_of_training():
   """Of ViT-B/16 at the smallest rank, where there are 7 training images for one of validation."""
   lab = Workload(BenchSettings(batch=2, rank=4))
-  (selector,) = selectors
+  selection = lab.method.selection
 
   def shapes(weights):
     variables = lab.begin(weights, lab.variables(weights, 0), 1)
@@ -273,21 +258,21 @@ def test_the_selection_costs_at_most_1_3_epochs_of_training(selectors):
     square = jnp.zeros((12, 32, 32))
     core = {name: {"m": square, "n": square} for name in variables.cur["core"]}
     params = {"core": core, "head": variables.cur["head"]}
-    probe = drs.Probe(params, selector.optimizer.init(params))
+    probe = drs.Probe(params, selection.optimizer.init(params))
     context = drs.Context(fixed=variables.shared | fixed.frozen, task=fixed.task)
-    return (state, fixed, batch), probe, context, selector._stacked(params)
+    return (state, fixed, batch), probe, context, selection.stacked(params)
 
   weights = jax.eval_shape(lab.backbone.init, jax.random.key(0))
   arguments, probe, context, stacked = jax.eval_shape(shapes, weights)
-  alpha, rows = jnp.zeros(len(selector.masks)), jnp.arange(2)
+  alpha, rows = selection.selector.init({}, method="probabilities"), jnp.arange(2)
   seen = arguments[-1], rows  # a batch as it is
   programs = {
     "step": jax.jit(lab.stepper(1).step).lower(*arguments),
-    "draw": selector._train_drawn.lower(
+    "draw": selection.train_drawn.lower(
       probe, alpha, context, *seen, jax.random.key(0), augment=lambda batch, rows, key: batch
     ),
-    "validate": selector._validate_all.lower(
-      stacked, selector.masks, context, *seen, center=lambda batch, rows: batch
+    "validate": selection.validate_all.lower(
+      stacked, selection.masks, context, *seen, center=lambda batch, rows: batch
     ),
   }
   flops = {name: program.cost_analysis()["flops"] for name, program in programs.items()}

@@ -283,7 +283,8 @@ def test_rank_selection_needs_validation_images_and_a_fixed_rank_does_not(lab, s
   spec = dataclasses.replace(made.spec, has_val=False)
   methods.make_method(made.config, made.backbone, spec)
   selecting = dataclasses.replace(made.config.method.drs, strategy=strategy)
+  settings = dataclasses.replace(made.config.method, drs=selecting)
   with pytest.raises(
     ConfigError, match=f"config.method.drs.strategy is '{strategy}' and a task has no val"
   ):
-    methods.make_method(dataclasses.replace(made.config, drs=selecting), made.backbone, spec)
+    methods.make_method(dataclasses.replace(made.config, method=settings), made.backbone, spec)

@@ -11,7 +11,6 @@ from cases import SPANNED
 
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
-from fmlora_jax.methods import inflora
 from fmlora_jax.models import vit
 from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.types import SequenceSpec, Sizes
@@ -183,24 +182,15 @@ def test_directions_are_those_of_augmented_images(make_lab, learned):
   assert np.abs(projector(plain) - projector(np.asarray(first["a"][0]))).max() > 1e-4
 
 
-def test_the_pass_over_the_images_compiles_once_for_all_tasks(make_lab, monkeypatch):
-  made = []
-
-  def recorded(backbone):
-    made.append(make_add_moments(backbone))
-    return made[-1]
-
-  make_add_moments = inflora.make_add_moments
-  monkeypatch.setattr(inflora, "make_add_moments", recorded)
-  make_lab(method={"name": "inflora"} | SETTINGS, epochs=1).learn()
-  (add_moments,) = made
-  assert add_moments._cache_size() == 1
+def test_the_pass_over_the_images_compiles_once_for_all_tasks(make_lab):
+  made = make_lab(method={"name": "inflora"} | SETTINGS, epochs=1)
+  made.learn()
+  assert made.method.add_moments._cache_size() == 1
 
 
 def test_moments_are_float32_where_the_model_computes_in_bfloat16(lab, learned):
   made = lab("inflora", method=SETTINGS, input={"augmentation": "none"}, compute_dtype="bfloat16")
-  add_moments = inflora.make_add_moments(made.backbone)
-  view = made.view(0)
+  add_moments, view = made.method.add_moments, made.view(0)
   weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), made.weights)
   total, count = jnp.zeros((2, 16, 16)), jnp.int32(0)
   for batch in view.train_batches(0):

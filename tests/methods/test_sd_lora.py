@@ -11,6 +11,7 @@ import pytest
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.models import heads, vit
+from fmlora_jax.train.labels import label_leaves
 from fmlora_jax.train.step import StepContext, TrainStep
 from fmlora_jax.types import Batch, SequenceSpec, Sizes, TaskArrays
 
@@ -230,9 +231,7 @@ def test_settings_that_cannot_be_are_refused_by_field(make_lab, changes, message
 
 
 def test_scalars_are_spared_weight_decay(learned):
-  labels = methods.rules.label_leaves({"cur": learned.variables.cur}, learned.method.rules(0))[
-    "cur"
-  ]
+  labels = label_leaves({"cur": learned.variables.cur}, learned.method.rules(0))["cur"]
   assert labels["scales"] == "scale"
   assert set(jax.tree.leaves(labels["lora"])) == {"adapter"}
   assert optax.tree.norm(learned.variables.mem["directions"]) > 0

@@ -171,7 +171,7 @@ def test_the_place_of_prompts_does_not_matter_to_the_class_token(timm_vit):
   def run(x):
     for layer in range(TIMM.depth):
       block = vit.Block(TIMM, jnp.float32)
-      x = block.apply({"params": params[f"block_{layer}"]}, (x,), LayerAdapters())
+      x, _ = block.apply({"params": params[f"block_{layer}"]}, (x,), LayerAdapters())
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     return x * params["norm"]["scale"] + params["norm"]["bias"]

@@ -199,3 +199,10 @@ def test_cosines_have_a_unit_diagonal_and_a_zero_delta_has_none():
   assert not cosines[1].any() and not cosines[:, 1].any()
   assert 0 < abs(cosines[0, 2]) < 1
   np.testing.assert_allclose(cosines, cosines.T, atol=1e-6)
+
+
+def test_torchs_uniform_fills_a_third_of_the_variance_of_a_unit_column():
+  drawn = np.asarray(low_rank.torch_uniform(jax.random.key(0), 4, 64, 50))
+  assert drawn.shape == (4, 64, 50)
+  assert 0.124 < drawn.max() <= 1 / 8 and -1 / 8 <= drawn.min() < -0.124
+  np.testing.assert_allclose((drawn**2).sum(1).mean(), 1 / 3, rtol=0.02)

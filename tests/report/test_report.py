@@ -17,6 +17,8 @@ from fmlora_jax.report import notes, plots, tables
 from fmlora_jax.report.runs import group, load, mean_std
 from fmlora_jax.workdir import result_file
 
+HEADER = tables.header({"fm_lora": [result()]})
+
 
 def text_of(results, width=200, **options):
   console = Console(file=io.StringIO(), width=width, force_terminal=False, **options)
@@ -104,8 +106,8 @@ def test_mean_and_deviation_as_text(values, text):
 
 def test_one_task_has_no_forgetting_in_the_table():
   (cells,) = tables.rows({"fm_lora": [result(tasks=1, ranks=[8])]})
-  assert cells[tables.header().index("forgetting")] == ("-", False)
-  assert cells[tables.header().index("rank")] == ("8", False)
+  assert cells[HEADER.index("forgetting")] == ("-", False)
+  assert cells[HEADER.index("rank")] == ("8", False)
 
 
 def test_only_the_best_accuracy_is_marked_and_only_among_rivals():
@@ -119,11 +121,15 @@ def test_only_the_best_accuracy_is_marked_and_only_among_rivals():
 def test_ranks_are_modes_over_seeds_and_long_lists_are_summed_up():
   runs = [result(ranks=r) for r in ([8, 4, 4, 4, 4], [8, 4, 4, 4, 8], [4, 4, 4, 4, 8])]
   (cells,) = tables.rows({"fm_lora": runs})
-  assert cells[tables.header().index("rank")][0] == "8 4 4 4 8"
+  assert cells[HEADER.index("rank")][0] == "8 4 4 4 8"
   (cells,) = tables.rows({"fm_lora": [result(tasks=20, ranks=[4] * 10 + [8] * 10)]})
-  assert cells[tables.header().index("rank")][0] == "4..8, mean 6.0"
-  (cells,) = tables.rows({"l2p": [result("l2p", ranks=None)]})
-  assert cells[tables.header().index("rank")][0] == "-"
+  assert cells[HEADER.index("rank")][0] == "4..8, mean 6.0"
+  groups = {"fm_lora": runs, "l2p": [result("l2p", ranks=None)]}
+  assert [cells[tables.header(groups).index("rank")][0] for cells in tables.rows(groups)] == [
+    "8 4 4 4 8",
+    "-",
+  ]
+  assert "rank" not in tables.header({"l2p": groups["l2p"]})
 
 
 def test_unfair_comparisons_are_warned_about():
@@ -158,8 +164,8 @@ def test_the_same_seed_twice_is_warned_about():
 def test_what_a_method_keeps_and_computes_besides_has_its_columns():
   passes = {"train": 1, "test": 2, "between": 3}
   (cells,) = tables.rows({"hide": [result(passes=passes, statistics_bytes=61_440)]})
-  assert cells[tables.header().index("statistics")][0] == "61.4 kB"
-  assert cells[tables.header().index("passes")][0] == "1/2 +3"
+  assert cells[HEADER.index("statistics")][0] == "61.4 kB"
+  assert cells[HEADER.index("passes")][0] == "1/2 +3"
 
 
 def test_caveats_stand_below_the_table_once():
@@ -203,7 +209,7 @@ def test_markdown_is_a_table_with_the_best_in_bold():
   lines = text.splitlines()
   assert lines[0] == "### domainnet (cil), 5 tasks"
   assert lines[2].split(" | ")[1:3] == ["seeds", "Acc"]
-  assert {line.count("|") for line in lines[2:6]} == {len(tables.header()) + 1}
+  assert {line.count("|") for line in lines[2:6]} == {len(HEADER) + 1}
   assert lines[4].count("**") == 4
   assert lines[-1] == "> left out: x"
 

@@ -1,7 +1,7 @@
-"""Classifier alignment: a classifier of all classes learns from features drawn as they once were.
+"""Classifier alignment: SGD on features drawn from the statistics of all classes so far.
 
-Training with local cross-entropy never compares classes of different tasks; this does, without an
-image of theirs. Source: SLCA (arXiv:2303.05118), classifier alignment; HiDe-Prompt
+Training with local cross-entropy never compares classes of different tasks; alignment does, without
+an image of earlier tasks. Source: SLCA (arXiv:2303.05118), classifier alignment; HiDe-Prompt
 (arXiv:2310.07234), task-adaptive prediction, whose descent this is.
 """
 
@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods.common import class_statistics
-from fmlora_jax.types import NonFiniteError, Params, SequenceSpec, TaskView
+from fmlora_jax.types import Facts, NonFiniteError, Params, Reported, SequenceSpec, TaskView
+
+LOSS = Reported(name="alignment_loss", kind=float)
 
 
 class Aligner:
@@ -24,7 +26,7 @@ class Aligner:
 
   Args:
     settings: of the descent.
-    field: where they stand in the config.
+    field: their path in the config, for messages.
     logits: (params, features [B, D]) -> [B, O] over all outputs; all of `params` is trained.
     output: of each row of the statistics; every output has a row.
   """
@@ -40,17 +42,22 @@ class Aligner:
     self._descend = jax.jit(self._descent)
 
   def align(
-    self, params: Params, statistics: Params, rows: Bool[np.ndarray, " R"], num_old: int, key
+    self,
+    params: Params,
+    statistics: Params,
+    rows: Bool[np.ndarray, " R"],
+    num_old: int,
+    key: PRNGKeyArray,
   ) -> tuple[Params, float | None]:
     """Returns the trained params and the loss of the last minibatch in nats, None of 0 epochs.
 
     Args:
-      rows: whose classes are known by now; other outputs are masked.
+      rows: those of the classes seen so far; other outputs are masked.
       num_old: how many of them are from earlier tasks: minibatches in an epoch.
 
     Raises:
-      NonFiniteError: if the loss gets NaN or infinite.
-      ConfigError: if there are more minibatches than can be counted.
+      NonFiniteError: if the loss becomes NaN or infinite.
+      ConfigError: if there are more minibatches than an int32 can count.
     """
     if not self.settings.epochs:
       return params, None
@@ -67,25 +74,22 @@ class Aligner:
       )
     return params, float(loss)
 
-  def _descent(self, params, statistics, rows, num_old, key: PRNGKeyArray):
+  def _descent(self, params, statistics, rows, num_old, key):
     settings = self.settings
     momentum = optax.trace(decay=settings.momentum)
     chances = class_statistics.chances(statistics, rows)
     output = jnp.asarray(self._output)
-    known = jnp.zeros(self._output.max() + 1, bool).at[output].max(rows)
+    seen = jnp.zeros(self._output.max() + 1, bool).at[output].max(rows)
 
-    def loss_of(params, key):
+    def loss_fn(params, key):
       features, row = class_statistics.draw(statistics, chances, key, settings.batch_size)
-      logits = self._logits(params, features)
-      masked = jnp.where(known, logits, -1e9)  # finite: -inf would make NaN gradients
-      return optax.softmax_cross_entropy_with_integer_labels(masked, output[row]).mean()
+      return masked_loss(self._logits(params, features), output[row], seen)
 
     def body(i, carry):
       params, state, _ = carry
-      loss, grads = jax.value_and_grad(loss_of)(params, jax.random.fold_in(key, i))
+      loss, grads = jax.value_and_grad(loss_fn)(params, jax.random.fold_in(key, i))
       updates, state = momentum.update(grads, state)
-      annealed = 0.5 * (1 + jnp.cos(jnp.pi * (i // num_old) / settings.epochs))
-      rate = settings.learning_rate * annealed
+      rate = annealed_rate(settings.learning_rate, i // num_old, settings.epochs)
       params = jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates)
       return params, state, loss
 
@@ -94,13 +98,29 @@ class Aligner:
     return params, loss
 
 
+def masked_loss(
+  logits: Float[Array, "B O"], targets: Int[Array, " B"], seen: Bool[Array, " O"]
+) -> Float[Array, ""]:
+  """Returns the mean cross-entropy over the outputs seen so far, in nats."""
+  masked = jnp.where(seen, logits, -1e9)  # finite: -inf would make NaN gradients
+  return optax.softmax_cross_entropy_with_integer_labels(masked, targets).mean()
+
+
+def annealed_rate(
+  learning_rate: float, epoch: int | Int[Array, ""], epochs: int
+) -> Float[Array, ""]:
+  """Returns the rate of an epoch: cosine annealing to 0. Source: HiDe-Prompt's code."""
+  annealed = 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
+  return learning_rate * annealed
+
+
 class HeadAlignment:
-  """Keeps statistics of each class's features and aligns the head with all of them after a task.
+  """Statistics of each class's features, and the alignment of the head with all of them.
 
   Args:
     settings: of the descent.
-    field: where they stand in the config.
-    num_centroids: kept of each class of a task at most.
+    field: their path in the config, for messages.
+    num_centroids: of each class of a task at most.
     spec: of the sequence.
     width: D.
     logits: of the head: (rows, features [B, D]) -> [B, C].
@@ -124,32 +144,34 @@ class HeadAlignment:
     self._aligner = Aligner(settings, field, logits, self._rows.label)
 
   @property
-  def num_kept(self) -> int:
-    """Numbers of the statistics of all tasks: means and variances."""
+  def num_stored(self) -> int:
+    """Numbers in the statistics of all tasks: means and variances."""
     return 2 * math.prod(self._shape)
 
   def empty(self) -> Params:
-    """Returns statistics of nothing."""
+    """Returns statistics without a class."""
     return class_statistics.empty(*self._shape)
 
   def after(
     self, head: Params, statistics: Params, model: Params, view: TaskView
-  ) -> tuple[Params, Params, dict]:
+  ) -> tuple[Params, Params, Facts]:
     """Returns the aligned head, the statistics with the task of `view`, and facts of it.
 
-    Of the first task the head stays as it is: it has been trained on all its classes at once.
+    The head stays as it is after the first task: it was trained on all classes at once.
 
     Args:
       head: rows of all classes, those of the task as training left them.
       statistics: of the tasks before.
-      model: what `features` sees, of the task's end.
+      model: first argument of `features`, at the task's end.
 
     Raises:
-      NonFiniteError: if the loss gets NaN or infinite.
+      NonFiniteError: if the loss becomes NaN or infinite.
     """
     task, rows = view.index, self._rows
-    found = self._collect(model, view)
-    statistics = view.replicate(class_statistics.add(statistics, rows, task, *found, view.seed))
+    features, labels = self._collect(model, view)
+    statistics = view.replicate(
+      class_statistics.add(statistics, rows, task, features, labels, view.seed)
+    )
     if task == 0:
       return head, statistics, {}
     head, loss = self._aligner.align(

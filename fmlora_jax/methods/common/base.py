@@ -1,32 +1,29 @@
-"""What methods share: a head around adapted features.
+"""The base of all methods: a ViT with a method's adapters, and a head on its features."""
 
-Most methods differ only in the `Adapters` they give the ViT and in what they do between tasks;
-`with_head` makes a whole `Method` from that.
-"""
-
+import dataclasses
 import functools
 import itertools
-import types
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fmlora_jax.config import Config, ConfigError
-from fmlora_jax.methods.common.alignment import HeadAlignment
+from fmlora_jax.config import Config, ConfigError, MethodConfig
+from fmlora_jax.methods.common.alignment import LOSS, HeadAlignment
 from fmlora_jax.models import heads
 from fmlora_jax.types import (
   Adapters,
   Backbone,
-  Method,
+  Facts,
   OptimizerGroup,
   Output,
   Params,
   Passes,
+  Reported,
   Rules,
   SequenceSpec,
   TaskArrays,
@@ -34,21 +31,24 @@ from fmlora_jax.types import (
   Variables,
 )
 
+RANK = Reported(name="rank", kind=int, field="ranks", column=("rank", "modes"))
 BATCH_VOTE = (
   "batchwise: a batch votes on its prompts, so a prediction depends on the batch it is in, and "
   "batches of one task's images tell which task it is"
 )
 
+Settings = TypeVar("Settings", bound=MethodConfig)
+
 
 @flax.struct.dataclass
 class StepInputs:
-  """What a training step sees besides variables and images.
+  """A training step's inputs besides variables and images.
 
   Attributes:
     task: the current one.
     key: of this step alone.
     valid: False for padding rows.
-    query: class tokens of the untouched ViT, float32, without a gradient; None where the method
+    query: class tokens of the unadapted ViT, float32, without a gradient; None where the method
       asks for none.
   """
 
@@ -58,167 +58,207 @@ class StepInputs:
   query: Float[Array, "B D"] | None = None
 
 
-def with_head(
-  config: Config,
-  backbone: Backbone,
-  spec: SequenceSpec,
-  *,
-  init: Callable[..., Variables],
-  adapters: Callable[[Variables, StepInputs], Adapters] = lambda variables, inputs: Adapters(),
-  penalty: Callable[..., Any] = lambda variables, inputs, features: jnp.float32(0),
-  begin_task: Callable[..., tuple[Variables, dict]] = lambda variables, view: (variables, {}),
-  end_task: Callable[..., tuple[Variables, dict]] = lambda variables, view: (variables, {}),
-  past: Callable[[Params, Variables], Params] = lambda weights, variables: weights,
-  folded: Callable[[Params, Variables], tuple[Params, Any]] | None = None,
-  recall: Callable[..., Adapters] = lambda memory, query: memory,
-  query: Literal["never", "test", "always"] = "never",
-  read: Callable[..., Any] | None = None,
-  rules: Callable[[int], Rules] = lambda task: (),
-  groups: Mapping[str, OptimizerGroup] = types.MappingProxyType({}),
-  stored: Callable[[list[dict]], dict],
-  feature_epochs: int = 0,
-  caveats: tuple[str, ...] = (),
-) -> Method:
-  """Returns a method whose features are the adapted ViT's and whose head is `config.head`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedViT(Generic[Settings]):
+  """A `Method` whose features are the adapted ViT's and whose head is that of `config.head`.
 
-  Args:
-    init, begin_task, end_task, rules, stored, caveats: the method's own, without the head.
-    adapters: what the ViT is handed during training.
-    groups: the optimizer's besides "adapter" and "head".
-    penalty: (variables, inputs, features [B, D]) -> what is added to the loss.
-    past: (weights, variables) -> the backbone that a task trains on, the past folded in; float32.
-      Unless `shared` holds a backbone: then that one is trained.
-    folded: (weights, variables) -> backbone and memory for inference; None takes `past` and no
-      adapters.
-    recall: (memory, query [B, D] or None) -> the adapters at test time; memory is by default the
-      adapters themselves.
-    query: when the class token of the unadapted backbone is wanted, at one more forward pass.
-    read: (backbone, images, adapters) -> features [B, D]; None takes the class token.
-    feature_epochs: forward passes over the training images that begin_task and end_task do.
+  A method overrides the hooks in which it differs, calls `super()` in each of those that have a
+  part of the head, and adds its own part. This class alone trains a head on the frozen ViT. Methods
+  are compared by identity, so that a bound hook may be a static argument of a jitted function.
+
+  Attributes:
+    run: config of the run; `settings` is the method's part of it.
+    backbone: the ViT.
+    spec: sizes of the task sequence.
+    query: when the class token of the unadapted ViT is needed, at one more forward pass: "never",
+      "test" or "always".
+    feature_epochs: forward passes over the training images in begin_task and end_task.
+    reports, caveats: as of `Method`.
   """
-  head = heads.make_head(config.head.kind, spec.num_classes, backbone.sizes.width)
-  read = read or backbone.apply
-  dtype = jnp.dtype(config.compute_dtype)
-  starts_at_means = config.head.start == "class_mean"
-  passes_at_test = 1 + (query != "never")
 
-  def step_inputs(variables, images, task, key, valid):
-    seen = None
-    if query == "always":
-      seen = jax.lax.stop_gradient(backbone.apply(variables.frozen["backbone"], images))
-    if valid is None:
-      valid = jnp.ones(len(images), bool)
-    return StepInputs(task=task, key=key, valid=valid, query=seen)
+  run: Config
+  backbone: Backbone
+  spec: SequenceSpec
 
-  def features_so_far(model, images):
-    """Of the folded model."""
-    seen = backbone.apply(model["backbone"], images) if query != "never" else None
-    return read(model["backbone"], images, recall(model["memory"], seen))
+  query: ClassVar[Literal["never", "test", "always"]] = "never"
+  feature_epochs: ClassVar[int] = 0
+  reports: ClassVar[tuple[Reported, ...]] = (LOSS,)
+  caveats: ClassVar[tuple[str, ...]] = ()
 
-  class_sums = make_class_sums(features_so_far, spec.num_classes)
-  aligned = None
-  if config.head.alignment.epochs:
-    aligned = HeadAlignment(
-      config.head.alignment,
+  @property
+  def settings(self) -> Settings:
+    return self.run.method
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of the ViT's matrices and activations."""
+    return jnp.dtype(self.run.compute_dtype)
+
+  @functools.cached_property
+  def head(self) -> heads.Head:
+    return heads.make_head(self.run.head.kind, self.spec.num_classes, self.backbone.sizes.width)
+
+  @functools.cached_property
+  def alignment(self) -> HeadAlignment | None:
+    """The alignment of the head after each task, where `config.head` asks for it."""
+    settings = self.run.head
+    if not settings.alignment.epochs:
+      return None
+    return HeadAlignment(
+      settings.alignment,
       "head.alignment",
-      num_centroids=config.head.num_centroids,
-      spec=spec,
-      width=backbone.sizes.width,
-      logits=head.logits,
-      features=features_so_far,
+      num_centroids=settings.num_centroids,
+      spec=self.spec,
+      width=self.backbone.sizes.width,
+      logits=self.head.logits,
+      features=self.features,
     )
 
-  def init_with_head(key, weights):
-    variables = init(key, weights)
-    mem = variables.mem | {"head": head.init(_head_key(key, 0))}
-    if aligned:
-      mem["head_statistics"] = aligned.empty()
-    return variables.replace(mem=mem)
+  @functools.cached_property
+  def class_sums(self) -> Callable[..., tuple[Float[Array, "C D"], Float[Array, " C"]]]:
+    """Sums and counts of the folded model's features by class: see `make_class_sums`."""
+    return make_class_sums(self.features, self.spec.num_classes)
 
-  def begin_with_head(variables, view):
-    rows = heads.start(
-      head, variables.mem["head"], spec, view.index, _head_key(view.key("init"), 1)
+  @property
+  def groups(self) -> dict[str, OptimizerGroup]:
+    return {"adapter": OptimizerGroup(), "head": OptimizerGroup(is_head=True)}
+
+  @property
+  def passes(self) -> Passes:
+    test = 1 + (self.query != "never")
+    of_head = self._starts_at_means + self.head.needs_means + (self.alignment is not None)
+    return Passes(
+      train=1 + (self.query == "always"), test=test, between=self.feature_epochs + test * of_head
     )
-    if starts_at_means and not (spec.shares_classes and view.index):
-      rows = heads.imprint(rows, *class_sums(fold(view.weights, variables), view), view.arrays)
-    variables = variables.replace(cur=variables.cur | {"head": rows})
-    return begin_task(variables, view)
 
-  def freeze(weights, variables):
+  @property
+  def _starts_at_means(self) -> bool:
+    return self.run.head.start == "class_mean"
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    """Returns the variables before the first task: in `mem` the head and its statistics."""
+    del weights
+    mem = {"head": self.head.init(_head_key(key, 0))}
+    if self.alignment:
+      mem["head_statistics"] = self.alignment.empty()
+    return Variables(frozen={}, shared={}, cur={}, mem=mem)
+
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """Adds to `cur` the rows of the head that the task trains; returns no facts."""
+    key = _head_key(view.key("init"), 1)
+    rows = heads.start(self.head, variables.mem["head"], self.spec, view.index, key)
+    if self._starts_at_means and not (self.spec.shares_classes and view.index):
+      sums = self.class_sums(self.fold(view.weights, variables), view)
+      rows = heads.imprint(rows, *sums, view.arrays)
+    return variables.update(cur={"head": rows}), {}
+
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
+    """Returns the adapters of a training step."""
+    del variables, inputs
+    return Adapters()
+
+  def penalty(
+    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
+  ) -> Float[Array, ""]:
+    """Returns the term that the method adds to the loss."""
+    del variables, inputs, features
+    return jnp.float32(0)
+
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """Writes the trained rows to `mem`, updates class means and aligns the head."""
+    head = heads.commit(variables.mem["head"], variables.cur["head"], self.spec, view.index)
+    variables = variables.update(mem={"head": head})
+    if self.head.needs_means:
+      sums = self.class_sums(self.fold(view.weights, variables), view)
+      variables = variables.update(mem={"head": heads.add_means(head, *sums)})
+    if not self.alignment:
+      return variables, {}
+    mem, model = variables.mem, self.fold(view.weights, variables)
+    head, statistics, facts = self.alignment.after(mem["head"], mem["head_statistics"], model, view)
+    return variables.update(mem={"head": head, "head_statistics": statistics}), facts
+
+  def past(self, weights: Params, variables: Variables) -> Params:
+    """Returns the float32 ViT that a task trains on, with the earlier tasks folded in.
+
+    It is not used where `shared` has a "backbone", which is then trained.
+    """
+    del variables
+    return weights
+
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Any]:
+    """Returns the ViT for inference and the memory that `recall` reads."""
+    return self.past(weights, variables), Adapters()
+
+  def recall(self, memory: Any, query: Float[Array, "B D"] | None) -> Adapters:
+    """Returns the adapters at test time; by default the memory is these adapters."""
+    del query
+    return memory
+
+  def read(
+    self, backbone: Params, images: Float[Array, "B S S 3"], adapters: Adapters
+  ) -> Float[Array, "B D"]:
+    """Returns the features that the head sees; by default the class token."""
+    return self.backbone.apply(backbone, images, adapters)
+
+  def features(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
+    """Returns the features of the folded model."""
+    query = self.backbone.apply(model["backbone"], images) if self.query != "never" else None
+    return self.read(model["backbone"], images, self.recall(model["memory"], query))
+
+  def freeze(self, weights: Params, variables: Variables) -> Params:
+    """Returns the `frozen` group of a task: the ViT in the compute dtype, unless it is trained."""
     if "backbone" in variables.shared:
       return {}
-    return {"backbone": cast_kernels(past(weights, variables), dtype)}
+    return {"backbone": cast_kernels(self.past(weights, variables), self.dtype)}
 
-  def apply(variables, images, task, key, valid=None):
-    inputs = step_inputs(variables, images, task, key, valid)
+  def apply(
+    self,
+    variables: Variables,
+    images: Float[Array, "B S S 3"],
+    task: TaskArrays,
+    key: PRNGKeyArray,
+    valid: Bool[Array, " B"] | None = None,
+  ) -> Output:
+    """Returns the logits of the task's classes and the penalty of a training step."""
+    query = None
+    if self.query == "always":
+      query = self.backbone.apply(variables.frozen["backbone"], images)
+      query = jax.lax.stop_gradient(query)
+    if valid is None:
+      valid = jnp.ones(len(images), bool)
+    inputs = StepInputs(task=task, key=key, valid=valid, query=query)
     trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
-    features = read(trunk, images, adapters(variables, inputs))
+    features = self.read(trunk, images, self.adapters(variables, inputs))
     return Output(
-      logits=head.logits(variables.cur["head"], features),
-      penalty=penalty(variables, inputs, features),
+      logits=self.head.logits(variables.cur["head"], features),
+      penalty=self.penalty(variables, inputs, features),
     )
 
-  def end_with_head(variables, view):
-    mem = variables.mem | {
-      "head": heads.commit(variables.mem["head"], variables.cur["head"], spec, view.index)
-    }
-    variables, facts = end_task(variables.replace(mem=mem), view)
-    if head.needs_means:
-      sums, counts = class_sums(fold(view.weights, variables), view)
-      mem = variables.mem | {"head": heads.add_means(variables.mem["head"], sums, counts)}
-      variables = variables.replace(mem=mem)
-    if aligned:
-      mem, model = variables.mem, fold(view.weights, variables)
-      rows, statistics, more = aligned.after(mem["head"], mem["head_statistics"], model, view)
-      variables = variables.replace(mem=mem | {"head": rows, "head_statistics": statistics})
-      facts = facts | more
-    return variables, facts
-
-  def fold(weights, variables):
-    if folded is None:
-      trunk, memory = past(weights, variables), Adapters()
-    else:
-      trunk, memory = folded(weights, variables)
+  def fold(self, weights: Params, variables: Variables) -> Params:
+    """Returns the model for inference: ViT in the compute dtype, memory and head."""
+    trunk, memory = self.folded(weights, variables)
     return {
-      "backbone": cast_kernels(trunk, dtype),
+      "backbone": cast_kernels(trunk, self.dtype),
       "memory": memory,
       "head": variables.mem["head"],
     }
 
-  def predict(model, images):
-    return head.predict(model["head"], features_so_far(model, images))
+  def predict(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B C"]:
+    """Returns the logits of all classes."""
+    return self.head.predict(model["head"], self.features(model, images))
 
-  def rules_with_head(task):
-    return (*rules(task), ("cur/head/.*", "head"))
+  def rules(self, task: int) -> Rules:
+    """Returns the labels of the head's rows."""
+    del task
+    return (("cur/head/.*", "head"),)
 
-  def stored_with_head(facts):
-    kept = stored(facts)
-    if aligned:
-      kept = kept | {"statistics": kept.get("statistics", 0) + aligned.num_kept}
-    return kept
-
-  return Method(
-    init=init_with_head,
-    begin_task=begin_with_head,
-    freeze=freeze,
-    apply=apply,
-    end_task=end_with_head,
-    fold=fold,
-    predict=predict,
-    rules=rules_with_head,
-    groups={"adapter": OptimizerGroup(), "head": OptimizerGroup(is_head=True), **groups},
-    stored=stored_with_head,
-    passes=Passes(
-      train=1 + (query == "always"),
-      test=passes_at_test,
-      between=feature_epochs
-      + passes_at_test * (starts_at_means + head.needs_means + (aligned is not None)),
-    ),
-    caveats=caveats,
-  )
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    """Returns no parameters, and the numbers of the head's statistics."""
+    counts = {"shared": 0, "per_task": [0] * len(facts)}
+    return counts | ({"statistics": self.alignment.num_stored} if self.alignment else {})
 
 
-def _head_key(key, purpose: int):
+def _head_key(key: PRNGKeyArray, purpose: int) -> PRNGKeyArray:
   return jax.random.fold_in(key, 7 + purpose)
 
 
@@ -248,29 +288,23 @@ def make_class_sums(features: Callable[..., Float[Array, "B D"]], num_classes: i
   return class_sums
 
 
-def put_slot(stacks: Params, task, slot: Params) -> Params:
-  """Returns stacks [T, ...] with the leaves of `slot` as row `task`, which may be traced."""
+def empty_slots(slot: Params, num: int) -> Params:
+  """Returns zeros with one row for each of `num` tasks: [T, ...] of each leaf of `slot`."""
+  return jax.tree.map(lambda leaf: jnp.zeros((num, *leaf.shape)), slot)
+
+
+def put_slot(stacks: Params, task: int | Int[Array, ""], slot: Params) -> Params:
+  """Returns stacks [T, ...] with the leaves of `slot` as row `task`."""
   return jax.tree.map(lambda stack, leaf: stack.at[task].set(leaf), stacks, slot)
 
 
 def clipping(config: Config) -> optax.GradientTransformation:
-  """Returns what clips the gradients of a training between tasks, as `config.optim` says."""
+  """Returns the gradient clipping of `config.optim`, for a training between tasks."""
   limit = config.optim.clip_norm
   return optax.identity() if limit is None else optax.clip_by_global_norm(limit)
 
 
-def random_factor(key, depth: int, width: int, rank: int):
-  """Returns [depth, width, rank] normal entries with columns of expected norm 1."""
-  return jax.random.normal(key, (depth, width, rank)) / jnp.sqrt(width)
-
-
-def torch_uniform(key, depth: int, width: int, rank: int):
-  """Returns [depth, width, rank] entries of U(-1/√width, 1/√width): torch's new linear layer."""
-  limit = width**-0.5
-  return jax.random.uniform(key, (depth, width, rank), minval=-limit, maxval=limit)
-
-
-def check_rank(rank: int, field: str, backbone: Backbone, targets) -> None:
+def check_rank(rank: int, field: str, backbone: Backbone, targets: Iterable[str]) -> None:
   """Raises ConfigError if `rank` is above min(d_in, d_out) of a target."""
   for name in targets:
     limit = min(backbone.sizes.projection(name))

@@ -1,4 +1,4 @@
-"""What is kept of a class instead of its images: centroids of its features, with variances.
+"""Statistics of a class, stored in place of its images: centroids of features, with variances.
 
 A row of the statistics is a class of a task; where tasks share their classes, a class has a row in
 each. They are arrays {"mean": [R, k, D], "variance": [R, k, D], "exists": [R, k]}: R rows of k
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.types import Params, SequenceSpec, TaskView
 
-FLOOR = 1e-4  # added to variances that are drawn with
+FLOOR = 1e-4  # added to the variances of drawn features
 
 
 class Rows:
@@ -37,7 +37,7 @@ class Rows:
 
 
 def empty(num_rows: int, num_centroids: int, width: int) -> Params:
-  """Returns statistics of nothing."""
+  """Returns statistics without a class."""
   zeros = jnp.zeros((num_rows, num_centroids, width))
   return {"mean": zeros, "variance": zeros, "exists": jnp.zeros((num_rows, num_centroids), bool)}
 
@@ -55,8 +55,8 @@ def make_collector(features: Callable[..., Float[Array, "B D"]]) -> Callable:
 
   def collect(model, view: TaskView):
     parts = [of_batch(model, *batch, center=view.center) for batch in view.train_batches(0)]
-    found, labels, valid = map(np.concatenate, zip(*view.gather(parts), strict=True))
-    return found[valid], labels[valid]
+    gathered, labels, valid = map(np.concatenate, zip(*view.gather(parts), strict=True))
+    return gathered[valid], labels[valid]
 
   return collect
 
@@ -72,8 +72,8 @@ def add(
   """Returns `statistics` with the rows of `task` computed from the features of its images."""
   host = {name: np.array(leaf) for name, leaf in statistics.items()}
   for row in np.flatnonzero(rows.task == task):
-    own = features[labels == rows.label[row]]
-    mean, variance = centroids(own, host["mean"].shape[1], seed)
+    of_class = features[labels == rows.label[row]]
+    mean, variance = centroids(of_class, host["mean"].shape[1], seed)
     host["mean"][row, : len(mean)], host["variance"][row, : len(mean)] = mean, variance
     host["exists"][row] = np.arange(host["exists"].shape[1]) < len(mean)
   return {name: jnp.asarray(leaf) for name, leaf in host.items()}
@@ -82,20 +82,20 @@ def add(
 def centroids(
   features: Float[np.ndarray, "n D"], most: int, seed: int
 ) -> tuple[Float[np.ndarray, "c D"], Float[np.ndarray, "c D"]]:
-  """Returns means and variances of the K-means clusters: `most`, or as many as features differ."""
-  from sklearn.cluster import KMeans  # a second, which runs without statistics do without
+  """Returns means and variances of K-means clusters: `most`, or one for each distinct feature."""
+  from sklearn.cluster import KMeans  # scikit-learn takes a second to load and few runs need it
 
   num = min(most, len(np.unique(features, axis=0)))
   if num == 0:
     return features[:0], features[:0]
-  found = KMeans(num, n_init=1, random_state=seed).fit(features).labels_
-  # from the labels alone: the sums that K-means itself keeps depend on its threads
-  clusters = [features[found == i].astype(np.float64) for i in np.unique(found)]
+  cluster = KMeans(num, n_init=1, random_state=seed).fit(features).labels_
+  # from the labels alone: the sums inside K-means depend on its threads
+  clusters = [features[cluster == i].astype(np.float64) for i in np.unique(cluster)]
   return np.stack([c.mean(0) for c in clusters]), np.stack([c.var(0) for c in clusters])
 
 
 def chances(statistics: Params, wanted: Bool[Array, " R"]) -> Float[Array, "R k"]:
-  """Returns how likely each centroid is to be drawn: all of the wanted rows alike.
+  """Returns the probability of drawing each centroid: equal for all centroids of wanted rows.
 
   Clusters without variance, which are single images, are left out, as in the public code; but not
   where a row has no other: a class that is never drawn would lose all its images to the others.
@@ -110,7 +110,7 @@ def draw(
 ) -> tuple[Float[Array, "count D"], Int[Array, " count"]]:
   """Returns features from N(mean, diag(variance) + 1e-4·I) of drawn centroids, and their rows."""
   key_centroid, key_noise = jax.random.split(key)
-  place = jax.random.choice(key_centroid, chances.size, (count,), p=chances.ravel())
-  row, centroid = jnp.divmod(place, chances.shape[1])
+  drawn = jax.random.choice(key_centroid, chances.size, (count,), p=chances.ravel())
+  row, centroid = jnp.divmod(drawn, chances.shape[1])
   mean, variance = (statistics[name][row, centroid] for name in ("mean", "variance"))
   return mean + jnp.sqrt(variance + FLOOR) * jax.random.normal(key_noise, mean.shape), row

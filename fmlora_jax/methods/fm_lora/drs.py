@@ -1,30 +1,30 @@
-"""The dynamic rank selector's preliminary epoch: how difficult is this task, what rank does it get?
+"""Rank selection: the preliminary training that measures a task's difficulty and chooses its rank.
 
-Fresh cores and the head that the task starts with (in dil it is carried on) train on the task under
-nested rank masks, so that one set of cores serves every truncation; validation images of the same
-task choose among the candidates. Everything but the answer is thrown away. Source: FM-LoRA
+Fresh cores, and the head that the task starts with (in dil the trained one), train on the task
+under nested rank masks, so that one set of cores serves every truncation; validation images of the
+same task choose among the candidates. Only the choice leaves the selection. Source: FM-LoRA
 (arXiv:2504.08823) Sec. 3.3, Eq. (11-12), Sec. 4.1.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.methods.common import base
 from fmlora_jax.models import heads, rank_selector
-from fmlora_jax.types import NonFiniteError, Params, TaskArrays, TaskView
+from fmlora_jax.types import Facts, NonFiniteError, Params, TaskArrays, TaskView
 
 
 @flax.struct.dataclass
 class Probe:
-  """What trains for an epoch: cores and a head at r_max."""
+  """Cores and a head at r_max, in preliminary training."""
 
   params: Params
   opt_state: optax.OptState
@@ -32,13 +32,13 @@ class Probe:
 
 @flax.struct.dataclass
 class Context:
-  """What a step reads besides a batch, passed so that nothing is compiled in."""
+  """Read-only inputs of a step besides its batch; passed, so that none is compiled in."""
 
   fixed: Params
   task: TaskArrays
 
 
-class RankSelector:
+class RankSelection:
   """Chooses the rank of each task by `config.method.drs`; its programs compile once per run.
 
   Args:
@@ -47,35 +47,24 @@ class RankSelector:
   """
 
   def __init__(self, config: Config, logits: Callable[..., Float[Array, "B K"]]):
-    self.config, self.drs, self._logits = config, config.method.drs, logits
-    self.masks = rank_selector.rank_masks(self.drs.candidate_ranks, config.method.bases.max_rank)
-    optim = config.optim
-    grouped = optax.multi_transform(
-      {
-        "core": optax.adamw(optim.learning_rate, weight_decay=optim.weight_decay),
-        "head": optax.adamw(optim.head_learning_rate, weight_decay=optim.head_weight_decay),
-      },
-      {"core": "core", "head": "head"},
+    self.drs, self.max_rank = config.method.drs, config.method.bases.max_rank
+    self._logits = logits
+    self.selector = rank_selector.RankSelector(
+      self.drs.candidate_ranks, self.max_rank, self.drs.tau
     )
-    self.optimizer = optax.chain(base.clipping(config), grouped)
-    self._train_drawn = jax.jit(self._train_a_draw, static_argnames="augment")
-    self._learn_alpha = jax.jit(
-      functools.partial(
-        rank_selector.learn_alpha,
-        tau=self.drs.tau,
-        steps=self.drs.selector_steps,
-        learning_rate=self.drs.selector_learning_rate,
-      )
-    )
-    self._train_all = jax.jit(self._train_each, static_argnames="augment")
-    self._validate_all = jax.jit(self._validate_each, static_argnames="center")
+    self.masks = self.selector.masks
+    self.optimizer = make_optimizer(config)
+    self.train_drawn = jax.jit(self._train_drawn, static_argnames="augment")
+    self.train_all = jax.jit(self._train_all, static_argnames="augment")
+    self.validate_all = jax.jit(self._validate_all, static_argnames="center")
+    self._learn = jax.jit(self._learn_alpha)
 
-  def select(self, params: Params, fixed: Params, view: TaskView) -> dict:
+  def select(self, params: Params, fixed: Params, view: TaskView) -> Facts:
     """Returns {"rank", "complexity", "rank_scores"} for the task of `view`.
 
     Args:
       params: {"core": {target: {"m", "n"}}, "head"}: fresh, at r_max.
-      fixed: what `logits` needs besides; not trained here.
+      fixed: further inputs of `logits`, which are not trained here.
       view: the task.
 
     Raises:
@@ -88,50 +77,50 @@ class RankSelector:
         "validation images: raise config.tasks.val_fraction or set config.method.drs.strategy=fixed"
       )
     context = Context(fixed=fixed, task=view.arrays)
-    find = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
-    index, val_loss, scores = find(params, context, view)
+    choose = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
+    index, val_loss, scores = choose(params, context, view)
     if not np.isfinite([val_loss, *scores]).all():
       raise NonFiniteError(
         f"validation loss is {val_loss} in the rank selection of task {view.index + 1}: must be "
         "finite; lower config.optim.learning_rate or set config.optim.clip_norm"
       )
-    hardness = rank_selector.complexity(val_loss, view.num_classes)
     return {
       "rank": self.drs.candidate_ranks[index],
-      "complexity": float(hardness),
+      "complexity": float(rank_selector.complexity(val_loss, view.num_classes)),
       "rank_scores": [float(score) for score in scores],
     }
 
   def _by_gumbel(self, params, context, view):
-    probe = _placed(Probe(params, self.optimizer.init(params)), view)
-    alpha = jnp.zeros(len(self.masks))
+    """Returns the likeliest candidate, its loss, and all probabilities."""
+    probe = _like_a_step(Probe(params, self.optimizer.init(params)), view)
+    state, apply = self.selector.init({}, method="probabilities"), self.selector.apply
     for epoch in range(self.drs.epochs):
       for batch, key in _steps(view, epoch):
-        probe = self._train_drawn(probe, alpha, context, *batch, key, augment=view.augment)
-      losses, _ = self._validate(self._stacked(probe.params), context, view)
+        probe = self.train_drawn(probe, state, context, *batch, key, augment=view.augment)
+      losses, _ = self._validate(self.stacked(probe.params), context, view)
       costs = rank_selector.selection_costs(
         losses,
         candidates=self.drs.candidate_ranks,
-        max_rank=self.config.method.bases.max_rank,
+        max_rank=self.max_rank,
         price=self.drs.price,
         num_classes=view.num_classes,
       )
-      alpha = self._learn_alpha(alpha, costs, jax.random.fold_in(view.key("drs alpha"), epoch))
-    index = int(jnp.argmax(alpha))  # without noise: Eq. (12)
-    return index, losses[index], jax.nn.softmax(alpha)
+      state = self._learn(state, costs, jax.random.fold_in(view.key("drs alpha"), epoch))
+    index = int(apply(state, method="choice"))
+    return index, losses[index], apply(state, method="probabilities")
 
   def _by_validation(self, params, context, view):
-    stacked = self._stacked(params)
-    probes = _placed(Probe(stacked, jax.vmap(self.optimizer.init)(stacked)), view)
+    """Returns the smallest candidate that is accurate enough, its loss, and all accuracies."""
+    stacked = self.stacked(params)
+    probes = _like_a_step(Probe(stacked, jax.vmap(self.optimizer.init)(stacked)), view)
     for epoch in range(self.drs.epochs):
       for batch, key in _steps(view, epoch):
-        probes = self._train_all(probes, self.masks, context, *batch, key, augment=view.augment)
+        probes = self.train_all(probes, self.masks, context, *batch, key, augment=view.augment)
     losses, accuracies = self._validate(probes.params, context, view)
-    good = np.asarray(accuracies) >= float(accuracies.max()) - self.drs.tolerance
-    index = int(np.argmax(good))  # the smallest rank that is good enough
+    index = first_within(np.asarray(accuracies), self.drs.tolerance)
     return index, losses[index], accuracies
 
-  def _stacked(self, params):
+  def stacked(self, params: Params) -> Params:
     """Returns the parameters once for each candidate."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.masks), axis=0), params)
 
@@ -145,45 +134,78 @@ class RankSelector:
     updates, opt_state = self.optimizer.update(grads, probe.opt_state, probe.params)
     return Probe(optax.apply_updates(probe.params, updates), opt_state)
 
-  def _train_a_draw(self, probe, alpha, context, examples, rows, key, *, augment):
+  def _train_drawn(self, probe, state, context, examples, rows, key, *, augment):
     """One training step at a rank drawn with P = softmax(alpha): Eq. (11)."""
     draw_rank, draw_crop = jax.random.split(key)
-    mask = rank_selector.gumbel_one_hot(alpha, draw_rank, self.drs.tau) @ self.masks
+    mask = self.selector.apply(state, draw_rank)
     return self._update(probe, mask, context, augment(examples, rows, draw_crop))
 
-  def _train_each(self, probes, masks, context, examples, rows, key, *, augment):
+  def _train_all(self, probes, masks, context, examples, rows, key, *, augment):
     """One training step of every candidate, on the same batch."""
     batch = augment(examples, rows, key)
     return jax.vmap(lambda probe, mask: self._update(probe, mask, context, batch))(probes, masks)
 
-  def _validate_each(self, params, masks, context, examples, rows, *, center):
+  def _learn_alpha(self, state, costs, key):
+    descent = {"steps": self.drs.selector_steps, "learning_rate": self.drs.selector_learning_rate}
+    apply = functools.partial(self.selector.apply, method="learn", mutable="cur")
+    return apply(state, costs, key, **descent)[1]
+
+  def _validate_all(self, params, masks, context, examples, rows, *, center):
     batch = center(examples, rows)
 
     def sums(params, mask):
       logits = self._logits(params, context.fixed, mask, batch.images)
-      losses = heads.local_losses(logits, batch.labels, context.task)
-      slots = jnp.arange(logits.shape[-1]) < context.task.hi - context.task.lo
-      correct = jnp.argmax(jnp.where(slots, logits, -jnp.inf), -1) + context.task.lo == batch.labels
-      return jnp.stack([jnp.sum(losses * batch.valid), jnp.sum(correct & batch.valid)])
+      return loss_and_correct(logits, batch.labels, batch.valid, context.task)
 
     return jax.vmap(sums)(params, masks), jnp.sum(batch.valid)
 
   def _validate(self, params, context, view) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     """Returns the mean loss and the accuracy of each candidate over the whole validation set."""
     parts = [
-      self._validate_all(params, self.masks, context, *batch, center=view.center)
+      self.validate_all(params, self.masks, context, *batch, center=view.center)
       for batch in view.val_batches(0)
     ]
     totals = sum(sums for sums, _ in parts) / sum(count for _, count in parts)
     return totals[:, 0], totals[:, 1]
 
 
-def _placed(probe: Probe, view: TaskView) -> Probe:
-  """Returns `probe` placed as what a step returns is, or the second step would compile anew."""
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """Returns AdamW at constant rates for {"core", "head"}, clipped as `config.optim` says."""
+  optim = config.optim
+  grouped = optax.multi_transform(
+    {
+      "core": optax.adamw(optim.learning_rate, weight_decay=optim.weight_decay),
+      "head": optax.adamw(optim.head_learning_rate, weight_decay=optim.head_weight_decay),
+    },
+    {"core": "core", "head": "head"},
+  )
+  return optax.chain(base.clipping(config), grouped)
+
+
+def loss_and_correct(
+  logits: Float[Array, "B K"],
+  labels: Int[Array, " B"],
+  valid: Bool[Array, " B"],
+  task: TaskArrays,
+) -> Float[Array, "2"]:
+  """Returns the sum of losses in nats and the number of right answers over the valid images."""
+  losses = heads.local_losses(logits, labels, task)
+  slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
+  correct = jnp.argmax(jnp.where(slots, logits, -jnp.inf), -1) + task.lo == labels
+  return jnp.stack([jnp.sum(losses * valid), jnp.sum(correct & valid)])
+
+
+def first_within(accuracies: Float[np.ndarray, " k"], tolerance: float) -> int:
+  """Returns the first candidate whose accuracy is within `tolerance` of the best; Sec. 4.1."""
+  return int(np.argmax(accuracies >= float(accuracies.max()) - tolerance))
+
+
+def _like_a_step(probe: Probe, view: TaskView) -> Probe:
+  """Gives `probe` the sharding that a step returns; otherwise the second step recompiles."""
   return jax.device_put(probe, view.arrays.index.sharding)
 
 
-def _steps(view: TaskView, epoch: int):
+def _steps(view: TaskView, epoch: int) -> Iterator[tuple[tuple, PRNGKeyArray]]:
   """Yields (training batch, key) for each step of one epoch of the preliminary training."""
   key = jax.random.fold_in(view.key("drs"), epoch)
   for step, batch in enumerate(view.train_batches(epoch)):

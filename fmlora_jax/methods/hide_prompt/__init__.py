@@ -1,30 +1,35 @@
-"""HiDe-Prompt: a prefix per task, a classifier that finds the task, and heads aligned afterwards.
+"""HiDe-Prompt: prefixes for each task, a task classifier, and a head that is aligned afterwards.
 
-Source: Wang et al., NeurIPS 2023, arXiv:2310.07234; HD is its public code (0ed4333). Before a task
-a classifier of the untouched ViT's features learns to tell tasks apart (`task_identity.py`); the
-task then trains its own prefixes and head rows; at its end the whole head is trained on features
-drawn from what is kept of each class (`class_statistics.py`, `alignment.py`). At test time the
-first pass names the task, the second sees its prefixes.
+Source: Wang et al., NeurIPS 2023, arXiv:2310.07234, and its public code (HD). Before a task a
+classifier of the untouched ViT's features learns to tell tasks apart (`task_identity.py`); the task
+then trains prefixes and head rows; at its end the whole head is trained on features drawn from the
+statistics of each class (`class_statistics.py`, `alignment.py`). At test time the first pass names
+the task, the second sees its prefixes.
 
 Different from the public code on purpose: keys, values and samples stay apart, where its reshape
-(HD/peft/prompt/hide_prompt.py:115-119) hands a sample the prefixes of others in its batch; at test
+(HD/peft/prompt/hide_prompt.py:115-119) gives a sample the prefixes of others in its batch; at test
 time only classes seen are predicted; batches that alignment draws are not cut from a larger pool.
 """
 
 import dataclasses
+import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import optax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods.common import base, class_statistics, recipes
 from fmlora_jax.methods.common.alignment import HeadAlignment
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.methods.hide_prompt import task_identity
 from fmlora_jax.methods.hide_prompt.task_identity import IdentityConfig
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Backbone, Method, SequenceSpec, Variables
+from fmlora_jax.types import Adapters, Facts, Params, Reported, Rules, TaskView, Variables
 
 _SHARED_CLASSES = (
   "HiDe-Prompt is made for tasks that share no classes; here its task classifier has an output for "
@@ -37,12 +42,12 @@ class Config(config_lib.MethodConfig):
   """Settings of HiDe-Prompt; by default those of HD/training_scripts/train_imr_vit.sh.
 
   Attributes:
-    prompt_length: keys in front of each layer's own, and as many values.
+    prompt_length: keys in front of those of a layer's tokens, and as many values.
     layers: those that see a prefix, ascending from 0.
-    past_share: of the mean of earlier tasks' prefixes in a task's own.
-    repulsion: weight of what keeps features apart from each other and from earlier centroids.
+    past_share: share of the mean of earlier tasks' prefixes in those of a task.
+    repulsion: weight of the repulsion between features, and between features and old centroids.
     temperature: of the repulsion, > 0, in units of squared features.
-    num_centroids: kept of each class at most.
+    num_centroids: stored of each class at most.
     identity: the classifier of tasks.
     alignment: of the head, after each task from the second on.
   """
@@ -66,152 +71,177 @@ class Config(config_lib.MethodConfig):
     require(self.num_centroids >= 1, "num_centroids", self.num_centroids, ">= 1")
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns HiDe-Prompt as a Method.
+@dataclasses.dataclass(frozen=True, eq=False)
+class HiDePrompt(AdaptedViT[Config]):
+  """HiDe-Prompt: the task's prefixes in `cur`, those of all tasks in `mem`, the task classifier.
+
+  The classifier is in shared["identity"] and trained before each task; `mem` has the statistics of
+  both kinds of features, untouched and prefixed.
 
   Raises:
-    ConfigError: if the ViT lacks a layer, or the head can't be aligned, or would be once more.
+    ConfigError: if the ViT lacks a layer, or the head cannot be aligned or would be aligned twice.
   """
-  settings, sizes = config.method, backbone.sizes
-  base.check_layers(settings.layers, "method.layers", backbone)
-  if config.head.kind == "class_mean":
-    raise ConfigError(
-      "config.head.kind is 'class_mean': must be linear or cosine, which hide_prompt can train on "
-      "features drawn at a task's end"
-    )
-  if epochs := config.head.alignment.epochs:
-    raise ConfigError(
-      f"config.head.alignment.epochs is {epochs}: must be 0, hide_prompt has an alignment of its "
-      "own; set config.method.alignment instead"
-    )
-  dtype = jnp.dtype(config.compute_dtype)
-  rows = class_statistics.Rows(spec)
-  slot_shape = (len(settings.layers), 2, settings.prompt_length, sizes.width)
-  head = heads.make_head(config.head.kind, spec.num_classes, sizes.width)
-  learner = task_identity.Learner(config, backbone, rows)
-  aligned = HeadAlignment(
-    settings.alignment,
-    "method.alignment",
-    num_centroids=settings.num_centroids,
-    spec=spec,
-    width=sizes.width,
-    logits=head.logits,
-    features=lambda model, images: backbone.apply(
-      model["trunk"], images, prefixed(model["slot"][None])
-    ),
+
+  query = "test"
+  reports = (
+    Reported(name="identity_loss", kind=float),
+    Reported(name="identity_alignment_loss", kind=float),
+    *AdaptedViT.reports,
   )
 
-  def init(key, weights):
-    del weights
-    first = jax.random.uniform(jax.random.fold_in(key, 0), slot_shape, minval=-1, maxval=1)
-    return Variables(
-      frozen={},
-      shared={"identity": task_identity.fresh(jax.random.fold_in(key, 1), sizes.width, len(rows))},
-      cur={},
-      mem={
-        "prompt": jnp.zeros((spec.num_tasks, *slot_shape)).at[0].set(first),
-        "seen": jnp.zeros(spec.num_tasks, bool),
-        "identity_statistics": aligned.empty(),
-        "statistics": aligned.empty(),
-      },
+  def __post_init__(self):
+    base.check_layers(self.settings.layers, "method.layers", self.backbone)
+    head = self.run.head
+    if head.kind == "class_mean":
+      raise ConfigError(
+        "config.head.kind is 'class_mean': must be linear or cosine, which hide_prompt can train "
+        "on features drawn at a task's end"
+      )
+    if epochs := head.alignment.epochs:
+      raise ConfigError(
+        f"config.head.alignment.epochs is {epochs}: must be 0, hide_prompt has an alignment of its "
+        "own; set config.method.alignment instead"
+      )
+
+  @property
+  def caveats(self) -> tuple[str, ...]:
+    return _SHARED_CLASSES if self.spec.shares_classes else ()
+
+  @property
+  def feature_epochs(self) -> int:
+    return self.settings.identity.epochs + 2
+
+  @functools.cached_property
+  def rows(self) -> class_statistics.Rows:
+    """The outputs of the task classifier."""
+    return class_statistics.Rows(self.spec)
+
+  @functools.cached_property
+  def learner(self) -> task_identity.Learner:
+    return task_identity.Learner(self.run, self.backbone, self.rows)
+
+  @functools.cached_property
+  def prefixed_alignment(self) -> HeadAlignment:
+    """The alignment of the head on features under the prefixes of the drawn class's task."""
+    return HeadAlignment(
+      self.settings.alignment,
+      "method.alignment",
+      num_centroids=self.settings.num_centroids,
+      spec=self.spec,
+      width=self.backbone.sizes.width,
+      logits=self.head.logits,
+      features=self._prefixed_features,
     )
 
-  def prefixed(slots):
-    return Adapters(prefix=prompts.prefixes(slots, settings.layers, sizes.num_heads))
+  @property
+  def slot_shape(self) -> tuple[int, ...]:
+    """The shape of a task's prefixes: [layers, 2, P, D]."""
+    settings = self.settings
+    return len(settings.layers), 2, settings.prompt_length, self.backbone.sizes.width
 
-  def slot_in_training(variables):
-    return mixed(
-      variables.cur["prompt"], variables.mem["prompt"], variables.mem["seen"], settings.past_share
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    num_tasks, shape = self.spec.num_tasks, self.slot_shape
+    first = jax.random.uniform(jax.random.fold_in(key, 0), shape, minval=-1, maxval=1)
+    identity = task_identity.fresh(jax.random.fold_in(key, 1), shape[-1], len(self.rows))
+    mem = {
+      "prompt": jnp.zeros((num_tasks, *shape)).at[0].set(first),
+      "seen": jnp.zeros(num_tasks, bool),
+      "identity_statistics": self.prefixed_alignment.empty(),
+      "statistics": self.prefixed_alignment.empty(),
+    }
+    return super().init(key, weights).update(shared={"identity": identity}, mem=mem)
+
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    """The prefixes start from those of the task before; the task classifier learns the task."""
+    variables, _ = super().begin_task(variables, view)
+    mem, trunk = variables.mem, base.cast_kernels(view.weights, self.dtype)
+    identity, statistics, facts = self.learner.learn(
+      variables.shared["identity"], mem["identity_statistics"], trunk, view
     )
-
-  def adapters(variables, inputs):
-    del inputs
-    return prefixed(slot_in_training(variables)[None])
-
-  def penalty(variables, inputs, features):
-    kept = variables.mem["statistics"]
-    vectors = jnp.concatenate([kept["mean"].reshape(-1, sizes.width), features])
-    exists = jnp.concatenate([kept["exists"].ravel(), inputs.valid])
-    return settings.repulsion * repulsion(vectors, exists, settings.temperature)
-
-  def begin_task(variables, view):
-    identity, statistics, facts = learner.learn(
-      variables.shared["identity"],
-      variables.mem["identity_statistics"],
-      base.cast_kernels(view.weights, dtype),
-      view,
-    )
-    prompt = variables.mem["prompt"][max(view.index - 1, 0)]
-    variables = variables.replace(
-      shared=variables.shared | {"identity": identity},
-      cur=variables.cur | {"prompt": prompt},
-      mem=variables.mem | {"identity_statistics": statistics},
+    variables = variables.update(
+      shared={"identity": identity},
+      cur={"prompt": mem["prompt"][max(view.index - 1, 0)]},
+      mem={"identity_statistics": statistics},
     )
     return variables, facts
 
-  def end_task(variables, view):
-    task, mem = view.index, variables.mem
-    slot = slot_in_training(variables)
-    model = {"trunk": base.cast_kernels(view.weights, dtype), "slot": slot}
-    rows_so_far, statistics, facts = aligned.after(mem["head"], mem["statistics"], model, view)
-    mem = mem | {
-      "prompt": mem["prompt"].at[task].set(slot),
-      "seen": mem["seen"].at[task].set(True),
-      "statistics": statistics,
-      "head": rows_so_far,
-    }
-    return variables.replace(mem=mem), facts
+  def slot_in_training(self, variables: Variables) -> Float[Array, "S 2 P D"]:
+    """Returns the prefixes that a step sees: the task's, mixed with the mean of the past's."""
+    mem = variables.mem
+    return mixed(variables.cur["prompt"], mem["prompt"], mem["seen"], self.settings.past_share)
 
-  def folded(weights, variables):
+  def prefixed(self, slots: Float[Array, "B S 2 P D"]) -> Adapters:
+    """Returns the prefixes of all samples (B = 1) or of each as adapters."""
+    heads = self.backbone.sizes.num_heads
+    return Adapters(prefix=prompts.prefixes(slots, self.settings.layers, heads))
+
+  def _prefixed_features(self, model, images):
+    return self.backbone.apply(model["trunk"], images, self.prefixed(model["slot"][None]))
+
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
+    del inputs
+    return self.prefixed(self.slot_in_training(variables)[None])
+
+  def penalty(
+    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
+  ) -> Float[Array, ""]:
+    past = variables.mem["statistics"]
+    vectors = jnp.concatenate([past["mean"].reshape(-1, features.shape[-1]), features])
+    exists = jnp.concatenate([past["exists"].ravel(), inputs.valid])
+    return self.settings.repulsion * repulsion(vectors, exists, self.settings.temperature)
+
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    variables, _ = super().end_task(variables, view)  # first: the alignment trains these rows too
+    mem, slot = variables.mem, self.slot_in_training(variables)
+    model = {"trunk": base.cast_kernels(view.weights, self.dtype), "slot": slot}
+    head, statistics, facts = self.prefixed_alignment.after(
+      mem["head"], mem["statistics"], model, view
+    )
+    mem = {
+      "prompt": mem["prompt"].at[view.index].set(slot),
+      "seen": mem["seen"].at[view.index].set(True),
+      "statistics": statistics,
+      "head": head,
+    }
+    return variables.update(mem=mem), facts
+
+  def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
     memory = {name: variables.mem[name] for name in ("prompt", "seen")}
     return weights, memory | {"identity": variables.shared["identity"]}
 
-  def recall(memory, query):
-    task = task_identity.predict_tasks(memory["identity"], query, rows, memory["seen"])
-    return prefixed(memory["prompt"][task])
+  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+    task = task_identity.predict_tasks(memory["identity"], query, self.rows, memory["seen"])
+    return self.prefixed(memory["prompt"][task])
 
-  def stored(facts):
-    network = jax.eval_shape(lambda: task_identity.fresh(jax.random.key(0), sizes.width, len(rows)))
-    slot = len(settings.layers) * 2 * settings.prompt_length * sizes.width
-    return {
-      "shared": sum(leaf.size for leaf in jax.tree.leaves(network)),
-      "per_task": [slot] * len(facts),
-      "statistics": 2 * aligned.num_kept,  # of two kinds of features
+  def rules(self, task: int) -> Rules:
+    own = ("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")
+    return (*own, *super().rules(task))
+
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    """Counts the task classifier, the prefixes, and the statistics of two kinds of features."""
+    fresh = functools.partial(task_identity.fresh, jax.random.key(0))
+    network = jax.eval_shape(lambda: fresh(self.slot_shape[-1], len(self.rows)))
+    return super().stored(facts) | {
+      "shared": optax.tree.size(network),
+      "per_task": [math.prod(self.slot_shape)] * len(facts),
+      "statistics": 2 * self.prefixed_alignment.num_stored,
     }
-
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    penalty=penalty,
-    begin_task=begin_task,
-    end_task=end_task,
-    folded=folded,
-    recall=recall,
-    query="test",
-    rules=lambda task: (("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")),
-    stored=stored,
-    feature_epochs=settings.identity.epochs + 2,
-    caveats=_SHARED_CLASSES if spec.shares_classes else (),
-  )
 
 
 def mixed(
-  own: Float[Array, "S 2 P D"],
-  slots: Float[Array, "T S 2 P D"],
+  slot: Float[Array, "S 2 P D"],
+  past: Float[Array, "T S 2 P D"],
   seen: Bool[Array, " T"],
   share: float,
 ) -> Float[Array, "S 2 P D"]:
-  """Returns (1 - share)·own + share·(mean of the slots seen), or `own` where there are none.
+  """Returns (1 - share)·slot + share·(mean of the past slots seen), or `slot` if there are none.
 
   Source: HD/peft/prompt/hide_prompt.py:105-108.
   """
   count = jnp.sum(seen)
-  mean = jnp.einsum("t,t...->...", seen.astype(own.dtype), slots) / jnp.maximum(count, 1)
+  mean = jnp.einsum("t,t...->...", seen.astype(slot.dtype), past) / jnp.maximum(count, 1)
   share = jnp.where(count > 0, share, 0)
-  return (1 - share) * own + share * mean
+  return (1 - share) * slot + share * mean
 
 
 @jax.default_matmul_precision("highest")  # differences of large numbers, exponentiated
@@ -228,6 +258,8 @@ def repulsion(
   return heads.weighted_mean(losses, exists)
 
 
+METHOD = HiDePrompt
+
 # rates are per 256 images and scaled by the 24 of one of its 8 GPUs, HD/trainers/
 # hideprompt_trainer.py:101-115: 0.03·24/256, 5e-4·24/256, 0.01·24/256, 0.005·24/256
 _PROMPT, _IDENTITY, _IDENTITY_CUB, _ALIGNMENT = 2.8125e-3, 4.6875e-5, 9.375e-4, 4.6875e-4
@@ -239,7 +271,9 @@ def _official(
   split: str, *, epochs: int, identity: dict, method: dict, schedule: dict, head: float = 0.1
 ) -> dict:
   """Returns the groups of one benchmark; `head` is the factor on the head's rate."""
-  alignment = {"epochs": 30, "momentum": 0.9}  # without weight decay: baselines.md 2.7, 8b
+  # without weight decay: its two flags --weight-decay and --weight_decay set one value, and 0.0 of
+  # the former stays, so its SGD never gets the 5e-4 of the latter
+  alignment = {"epochs": 30, "momentum": 0.9}
   return {
     "epochs": epochs,
     "batch_size": 192,  # 8 GPUs x 24

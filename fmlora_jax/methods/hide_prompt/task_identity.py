@@ -1,8 +1,8 @@
-"""Which task is an image from? A classifier of the untouched ViT's features, trained before a task.
+"""The task classifier: names the task of an image from the untouched ViT's features.
 
-It has an output for each class of each task, so that it tells tasks apart where they share their
-classes too; the likeliest output names the task. Source: HiDe-Prompt (arXiv:2310.07234),
-task-identity inference.
+It is trained before each task and has an output for each class of each task, so that it tells tasks
+apart where they share their classes too; the likeliest output names the task. Source: HiDe-Prompt
+(arXiv:2310.07234), task-identity inference.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.config import AlignmentConfig, Config
 from fmlora_jax.methods.common import base, class_statistics
 from fmlora_jax.methods.common.alignment import Aligner
+from fmlora_jax.methods.common.class_statistics import Rows
 from fmlora_jax.models import heads
-from fmlora_jax.types import Backbone, NonFiniteError, Params, TaskView
+from fmlora_jax.types import Backbone, Batch, Facts, NonFiniteError, Params, TaskArrays, TaskView
 
 HIDDEN = 2  # times the width; HD/vits/hide_prompt_vision_transformer.py:321-369
 
@@ -31,7 +32,7 @@ class IdentityConfig:
     epochs: before each task; every one is a forward pass over its images, augmented.
     learning_rate: of Adam.
     alignment: of the whole network afterwards, on the statistics of all classes so far; from task 2
-      on. HD/engines/hide_tii_engine.py trains all but the ViT, too.
+      on. HD/engines/hide_tii_engine.py trains everything but the ViT, too.
   """
 
   epochs: int = 20
@@ -75,13 +76,26 @@ def logits(identity: Params, features: Float[Array, "B D"]) -> Float[Array, "B R
 def predict_tasks(
   identity: Params,
   features: Float[Array, "B D"],
-  rows: class_statistics.Rows,
+  rows: Rows,
   seen: Bool[Array, " T"],
 ) -> Int[Array, " B"]:
-  """Returns the task of the likeliest class of those seen; 0 before there is one."""
+  """Returns the task of the likeliest class of the tasks seen; 0 before there is one."""
   task = jnp.asarray(rows.task)
-  known = jnp.where(seen[task], logits(identity, features), -jnp.inf)
-  return task[jnp.argmax(known, axis=-1)]
+  masked = jnp.where(seen[task], logits(identity, features), -jnp.inf)
+  return task[jnp.argmax(masked, axis=-1)]
+
+
+def local_loss(
+  identity: Params, features: Float[Array, "B D"], batch: Batch, task: TaskArrays, rows: Rows
+) -> Float[Array, ""]:
+  """Returns the mean cross-entropy of a batch over the outputs of one task, in nats."""
+  masked = jnp.where(jnp.asarray(rows.task) == task.index, logits(identity, features), -1e9)
+  targets = batch.labels - task.lo + jnp.asarray(rows.first)[task.index]
+  # the target of a padding row is arbitrary; its weight is 0
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    masked, jnp.clip(targets, 0, len(rows) - 1)
+  )
+  return heads.weighted_mean(losses, batch.valid)
 
 
 class Learner:
@@ -93,11 +107,10 @@ class Learner:
     rows: the classes of all tasks.
   """
 
-  def __init__(self, config: Config, backbone: Backbone, rows: class_statistics.Rows):
-    self.config, self.settings, self._rows = config, config.method.identity, rows
+  def __init__(self, config: Config, backbone: Backbone, rows: Rows):
+    self.settings, self._rows, self._features = config.method.identity, rows, backbone.apply
     adam = optax.adam(self.settings.learning_rate)
     self._optimizer = optax.chain(base.clipping(config), adam)
-    self._features = backbone.apply
     self._step = jax.jit(self._train_step, static_argnames="augment")
     self._collect = class_statistics.make_collector(backbone.apply)
     field = "method.identity.alignment"
@@ -105,18 +118,35 @@ class Learner:
 
   def learn(
     self, identity: Params, statistics: Params, trunk: Params, view: TaskView
-  ) -> tuple[Params, Params, dict]:
+  ) -> tuple[Params, Params, Facts]:
     """Returns the task classifier and the statistics, with the task of `view`, and facts of it.
 
     Args:
+      identity: the task classifier.
       statistics: of the untouched ViT's features, of the tasks before.
       trunk: the untouched ViT.
+      view: the task.
 
     Raises:
-      NonFiniteError: if the training gives NaN or infinity.
+      NonFiniteError: if the loss becomes NaN or infinite.
     """
-    # where the task is: what lies elsewhere at the first step would compile it twice
+    identity, loss = self._train(identity, trunk, view)
+    features, labels = self._collect(trunk, view)
+    statistics = view.replicate(
+      class_statistics.add(statistics, self._rows, view.index, features, labels, view.seed)
+    )
+    facts = {"identity_loss": loss}
+    if view.index:
+      seen, num_old = self._rows.task <= view.index, int(self._rows.first[view.index])
+      identity, facts["identity_alignment_loss"] = self._aligner.align(
+        identity, statistics, seen, num_old, view.key("identity alignment")
+      )
+    return identity, statistics, facts
+
+  def _train(self, identity: Params, trunk: Params, view: TaskView) -> tuple[Params, float]:
+    """Returns the classifier after all epochs on the task's images, and the last loss."""
     state = self._optimizer.init(identity)
+    # with the sharding of the task: another one at the first step would compile it twice
     identity, state = jax.device_put((identity, state), view.arrays.index.sharding)
     for epoch in range(self.settings.epochs):
       key = jax.random.fold_in(view.key("identity"), epoch)
@@ -130,32 +160,11 @@ class Learner:
         f"loss is {loss} in the task classifier's training for task {view.index + 1}: must be "
         "finite; lower config.method.identity.learning_rate or set config.optim.clip_norm"
       )
-    found = self._collect(trunk, view)
-    statistics = view.replicate(
-      class_statistics.add(statistics, self._rows, view.index, *found, view.seed)
-    )
-    facts = {"identity_loss": float(loss)}
-    if view.index:
-      known, num_old = self._rows.task <= view.index, int(self._rows.first[view.index])
-      identity, facts["identity_alignment_loss"] = self._aligner.align(
-        identity, statistics, known, num_old, view.key("identity alignment")
-      )
-    return identity, statistics, facts
+    return identity, float(loss)
 
   def _train_step(self, identity, state, trunk, task, examples, rows, key, *, augment):
     batch = augment(examples, rows, key)
     features = self._features(trunk, batch.images)
-    own = jnp.asarray(self._rows.task) == task.index
-    targets = batch.labels - task.lo + jnp.asarray(self._rows.first)[task.index]
-
-    def loss_of(identity):
-      masked = jnp.where(own, logits(identity, features), -1e9)
-      # the target of padding may be any; it has no weight
-      losses = optax.softmax_cross_entropy_with_integer_labels(
-        masked, jnp.clip(targets, 0, len(self._rows) - 1)
-      )
-      return heads.weighted_mean(losses, batch.valid)
-
-    loss, grads = jax.value_and_grad(loss_of)(identity)
+    loss, grads = jax.value_and_grad(local_loss)(identity, features, batch, task, self._rows)
     updates, state = self._optimizer.update(grads, state, identity)
     return optax.apply_updates(identity, updates), state, loss

@@ -1,10 +1,10 @@
-"""InfLoRA: a frozen input factor, out of the way of old tasks, under a trained output factor.
+"""InfLoRA: a frozen input factor, orthogonal to earlier tasks, and a trained output factor.
 
 Source: Liang and Li, arXiv:2404.00228; public code liangyanshuo/InfLoRA (IL below). dW_t = A_t·B_tᵀ
 at keys and values of every layer, with one A_t for both, since they see the same input. Before a
-task, A_t is set to the leading directions of the task's inputs within what old tasks left free
-(`dualgpm.py`); after it, its inputs are remembered. Only B_t is trained: gradients then stay in
-the span of A_t. (The paper calls the frozen factor B and the trained one A; the names here are
+task, A_t is set to the leading directions of the task's inputs in the space that earlier tasks left
+free (`dualgpm.py`); after it, its inputs are remembered. Only B_t is trained: gradients then stay
+in the span of A_t. (The paper calls the frozen factor B and the trained one A; the names here are
 those of the code.)
 
 Where the public code differs: it fills A_t with arbitrary directions where fewer than `rank` are
@@ -14,17 +14,20 @@ computes k-means keys that nothing reads.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
+from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.methods.inflora import dualgpm
 from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Backbone, LowRank, Method, SequenceSpec, TaskView, Variables
+from fmlora_jax.types import Adapters, Facts, LowRank, Params, Reported, Rules, TaskView, Variables
 
 TARGETS = ("key", "value")  # IL/models/vit_inflora.py:191-207
 
@@ -38,8 +41,8 @@ class Config(config_lib.MethodConfig):
     threshold, final_threshold: share of the inputs' moment that is remembered after the first task
       and, going up by the same step at each task, after one that would follow the last. Of fourth
       powers: see `dualgpm.py`.
-    retain: whether a layer whose old tasks span more than half of its inputs remembers what they
-      left free instead (DualGPM). False is plain GPM: the same directions, more numbers kept.
+    retain: whether a layer whose earlier tasks span more than half of its inputs remembers the free
+      space instead (DualGPM). False is plain GPM: the same directions, more numbers stored.
   """
 
   name: str = "inflora"
@@ -55,118 +58,131 @@ class Config(config_lib.MethodConfig):
     config_lib.require(rises, "final_threshold", self.final_threshold, "in [threshold, 1]")
 
 
-def make(config: config_lib.Config, backbone: Backbone, spec: SequenceSpec) -> Method:
-  """Returns InfLoRA as a Method.
+@dataclasses.dataclass(frozen=True, eq=False)
+class InfLoRA(AdaptedViT[Config]):
+  """InfLoRA: A_t and B_t of the task in `cur`; those of all tasks and DualGPM's memory in `mem`.
 
   Raises:
     ConfigError: if the rank is above the width.
   """
-  settings, sizes = config.method, backbone.sizes
-  base.check_rank(settings.rank, "method.rank", backbone, TARGETS)
-  add_moments = make_add_moments(backbone)
 
-  def init(key, weights):
-    del key, weights
-    stack = jnp.zeros((spec.num_tasks, sizes.depth, sizes.width, settings.rank))
-    gpm = dualgpm.empty(sizes.depth, sizes.width)
+  feature_epochs = 2
+  reports = (base.RANK, Reported(name="spanned", kind=list), *AdaptedViT.reports)
+
+  def __post_init__(self):
+    base.check_rank(self.settings.rank, "method.rank", self.backbone, TARGETS)
+
+  @functools.cached_property
+  def add_moments(self) -> Callable[..., tuple[Float[Array, "L D D"], Int[Array, ""]]]:
+    """The jitted `_add_moments`; sums and count are donated."""
+    donated = ("sums", "count")
+    return jax.jit(self._add_moments, static_argnames="augment", donate_argnames=donated)
+
+  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
+    sizes = self.backbone.sizes
+    stack = jnp.zeros((self.spec.num_tasks, sizes.depth, sizes.width, self.settings.rank))
     lora = {"a": stack} | dict.fromkeys(TARGETS, stack)
-    return Variables(frozen={}, shared={}, cur={}, mem={"lora": lora, "gpm": gpm})
+    gpm = dualgpm.empty(sizes.depth, sizes.width)
+    return super().init(key, weights).update(mem={"lora": lora, "gpm": gpm})
 
-  def moments(variables, view: TaskView, when: str) -> Float[np.ndarray, "L D D"]:
-    """Returns E[x·xᵀ] of each layer's attention inputs under all that was learned; float64.
+  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    variables, facts = super().begin_task(variables, view)
+    moments, spaces = self.moments(variables, view, "before"), self.spaces(variables)
+    a = jnp.asarray(directions(spaces, moments, self.settings.rank), jnp.float32)
+    lora = {"a": a} | dict.fromkeys(TARGETS, jnp.zeros_like(a))
+    return variables.update(cur={"lora": lora}), facts | {"rank": self.settings.rank}
+
+  def spaces(self, variables: Variables) -> list[dualgpm.Subspace]:
+    """Returns the memory of each layer."""
+    return dualgpm.unpack(variables.mem["gpm"])
+
+  def moments(self, variables: Variables, view: TaskView, when: str) -> Float[np.ndarray, "L D D"]:
+    """Returns E[x·xᵀ] of each layer's attention inputs, with all learned tasks folded in; float64.
 
     Over all tokens of an epoch of augmented training images. Source: IL/models/vit_inflora.py:236.
+
+    Args:
+      when: "before" or "after" the task's training: each has crops of its own.
     """
-    trunk = base.cast_kernels(past(view.weights, variables), jnp.dtype(config.compute_dtype))
-    sums, count = jnp.zeros((sizes.depth, sizes.width, sizes.width)), jnp.int32(0)
-    # all where the view's arrays are: other places would be other programs
+    depth, width = self.backbone.sizes.depth, self.backbone.sizes.width
+    trunk = base.cast_kernels(self.past(view.weights, variables), self.dtype)
+    sums, count = jnp.zeros((depth, width, width)), jnp.int32(0)
+    # all with the sharding of the view's arrays: another one would be another program
     sums, count, trunk = jax.device_put((sums, count, trunk), view.arrays.index.sharding)
     for step, batch in enumerate(view.train_batches(0)):
       key = jax.random.fold_in(view.key(f"inflora {when}"), step)
-      sums, count = add_moments(sums, count, trunk, *batch, key, augment=view.augment)
+      sums, count = self.add_moments(sums, count, trunk, *batch, key, augment=view.augment)
     return np.asarray(sums, np.float64) / int(count)
 
-  def begin_task(variables, view):
-    spaces = dualgpm.unpack(variables.mem["gpm"])
-    pairs = zip(spaces, moments(variables, view, "before"), strict=True)
-    directions = np.stack([dualgpm.leading(*pair, settings.rank) for pair in pairs])
-    a = jnp.asarray(directions / np.sqrt(3), jnp.float32)  # IL/methods/inflora.py:126-127
-    lora = {"a": a} | dict.fromkeys(TARGETS, jnp.zeros_like(a))
-    return variables.replace(cur=variables.cur | {"lora": lora}), {"rank": settings.rank}
-
-  def adapters(variables, inputs):
-    del inputs
-    lora = variables.cur["lora"]
-    return Adapters(deltas={name: LowRank(a=lora["a"], b=lora[name]) for name in TARGETS})
-
-  def end_task(variables, view):
-    lora = base.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
-    variables = variables.replace(mem=variables.mem | {"lora": lora})
-    rise = settings.final_threshold - settings.threshold
-    threshold = settings.threshold + rise * view.index / spec.num_tasks
-    pairs = zip(
-      dualgpm.unpack(variables.mem["gpm"]), moments(variables, view, "after"), strict=True
-    )
-    spaces = [dualgpm.update(*pair, threshold, dual=settings.retain) for pair in pairs]
-    variables = variables.replace(mem=variables.mem | {"gpm": dualgpm.pack(spaces)})
-    return variables, {"spanned": [space.num_spanned for space in spaces]}
-
-  def past(weights, variables):
-    # tasks to come are zero; their ranks are stacked next to those of the past
-    stacks = {name: low_rank.join_ranks(stack) for name, stack in variables.mem["lora"].items()}
-    return low_rank.fold_deltas(
-      weights, {name: LowRank(a=stacks["a"], b=stacks[name]) for name in TARGETS}
-    )
-
-  def stored(facts):
-    """A_t once and B_t twice per layer; the bases of GPM as numbers computed from the data."""
-    each = (1 + len(TARGETS)) * sizes.depth * sizes.width * settings.rank
-    spanned = facts[-1]["spanned"]
-    columns = [min(k, sizes.width - k) for k in spanned] if settings.retain else spanned
-    return {
-      "shared": 0,
-      "per_task": [each] * len(facts),
-      "statistics": sizes.width * sum(columns),
-    }
-
-  return base.with_head(
-    config,
-    backbone,
-    spec,
-    init=init,
-    adapters=adapters,
-    begin_task=begin_task,
-    end_task=end_task,
-    past=past,
-    rules=lambda task: (("cur/lora/a", "frozen"), ("cur/lora/(key|value)", "adapter")),
-    stored=stored,
-    feature_epochs=2,
-  )
-
-
-def make_add_moments(backbone: Backbone):
-  """Returns the jitted function that adds a batch to the sums of x·xᵀ and to the count of tokens.
-
-  It is one of (sums [L, D, D], count, weights, examples, rows, key); the sums are float32 and
-  donated, the images are those of `augment`.
-  """
-
-  @functools.partial(jax.jit, static_argnames="augment", donate_argnames=("sums", "count"))
-  def add_moments(sums, count, weights, examples, rows, key, *, augment):
+  def _add_moments(self, sums, count, weights, examples, rows, key, *, augment):
+    """Returns the sums of x·xᵀ, [L, D, D] float32, and the count of tokens with a batch added."""
     batch = augment(examples, rows, key)
-
-    def product(x: Float[Array, "B N D"]):
-      x = x * batch.valid[:, None, None].astype(x.dtype)
-      return jnp.einsum(
-        "bnd,bne->de", x, x, precision="highest", preferred_element_type=jnp.float32
-      )
-
-    layers = backbone.attention_inputs(weights, batch.images)
+    layers = self.backbone.attention_inputs(weights, batch.images)
     # one layer at a time: XLA then never holds the inputs of all
-    sums = sums + jnp.stack([product(x) for x in layers])
+    sums = sums + jnp.stack([second_moment(x, batch.valid) for x in layers])
     return sums, count + batch.valid.sum() * layers.shape[2]
 
-  return add_moments
+  def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
+    del inputs
+    return Adapters(deltas=deltas_of(variables.cur["lora"]))
+
+  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
+    lora = base.put_slot(variables.mem["lora"], view.index, variables.cur["lora"])
+    variables = variables.update(mem={"lora": lora})
+    spaces = [
+      dualgpm.update(space, moment, self.threshold(view.index), dual=self.settings.retain)
+      for space, moment in zip(
+        self.spaces(variables), self.moments(variables, view, "after"), strict=True
+      )
+    ]
+    variables = variables.update(mem={"gpm": dualgpm.pack(spaces)})
+    variables, facts = super().end_task(variables, view)
+    return variables, {"spanned": [space.num_spanned for space in spaces]} | facts
+
+  def threshold(self, task: int) -> float:
+    """Returns the share of the moment that is remembered after a task."""
+    first, final = self.settings.threshold, self.settings.final_threshold
+    return first + (final - first) * task / self.spec.num_tasks
+
+  def past(self, weights: Params, variables: Variables) -> Params:
+    # tasks to come are zero; their ranks are stacked next to those of the past
+    joined = {name: low_rank.join_ranks(stack) for name, stack in variables.mem["lora"].items()}
+    return low_rank.fold_deltas(weights, deltas_of(joined))
+
+  def rules(self, task: int) -> Rules:
+    own = ("cur/lora/a", "frozen"), ("cur/lora/(key|value)", "adapter")
+    return (*own, *super().rules(task))
+
+  def stored(self, facts: list[Facts]) -> dict[str, Any]:
+    """Counts A_t once and B_t twice per layer; the columns of DualGPM's bases as statistics."""
+    counts, sizes = super().stored(facts), self.backbone.sizes
+    each = (1 + len(TARGETS)) * sizes.depth * sizes.width * self.settings.rank
+    spanned = facts[-1]["spanned"]
+    columns = [min(k, sizes.width - k) for k in spanned] if self.settings.retain else spanned
+    statistics = counts.get("statistics", 0) + sizes.width * sum(columns)
+    return counts | {"per_task": [each] * len(facts), "statistics": statistics}
+
+
+def deltas_of(lora: Mapping[str, Float[Array, "L D R"]]) -> dict[str, LowRank]:
+  """Returns the deltas of key and value, with one A for both."""
+  return {name: LowRank(a=lora["a"], b=lora[name]) for name in TARGETS}
+
+
+def directions(
+  spaces: Sequence[dualgpm.Subspace], moments: Float[np.ndarray, "L D D"], rank: int
+) -> Float[np.ndarray, "L D r"]:
+  """Returns A_t of each layer: leading free directions over √3; IL/methods/inflora.py:126."""
+  pairs = zip(spaces, moments, strict=True)
+  return np.stack([dualgpm.leading(*pair, rank) for pair in pairs]) / np.sqrt(3)
+
+
+def second_moment(x: Float[Array, "B N D"], valid: Bool[Array, " B"]) -> Float[Array, "D D"]:
+  """Returns the sum of x·xᵀ over the tokens of valid images, summed in float32."""
+  x = x * valid[:, None, None].astype(x.dtype)
+  return jnp.einsum("bnd,bne->de", x, x, precision="highest", preferred_element_type=jnp.float32)
+
+
+METHOD = InfLoRA
 
 
 def _official(benchmark: str, threshold: float) -> dict:

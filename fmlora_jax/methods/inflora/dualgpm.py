@@ -1,17 +1,17 @@
-"""DualGPM: what a layer's inputs spanned in old tasks, or what they left free, if that is less.
+"""DualGPM: the space that a layer's inputs spanned in earlier tasks, or the free space if smaller.
 
-Inputs come as their uncentred second moment E[x·xᵀ]. What a task adds is read from the part of its
-moment that the memory does not know: its leading left singular vectors, until the rest of the
-moment is small. Beware: "small" is said of squared singular values of the *moment*, which are
-eigenvalues and so squared singular values of the inputs already. A threshold counts fourth powers
-here; it keeps fewer directions than the same number in GPM, which decomposes the inputs
-themselves. We keep this because the published thresholds were chosen with it.
+Inputs come as their uncentred second moment E[x·xᵀ]. A task adds the leading left singular vectors
+of the part of its moment that the memory does not span, until the rest of the moment is small.
+"Small" is a share of the squared singular values of the *moment*, which are eigenvalues and so
+squared singular values of the inputs already: a threshold counts fourth powers here, and takes
+fewer directions than the same number in GPM, which decomposes the inputs themselves. The published
+thresholds were chosen with it.
 
 NumPy on the host, in float64: a projection must hold where eigenvalues span seven decades.
 
 Source: GPM (arXiv:2103.09762), Sec. 4; DualGPM as InfLoRA (arXiv:2404.00228) uses it, Sec. 3.3;
-public code liangyanshuo/InfLoRA (IL), methods/inflora.py:321-412. IL marks a layer `retain` whose
-first task spans half of the space or more, but keeps the spanned half; here it is the free one.
+public code IL/methods/inflora.py:321-412. IL marks a layer `retain` whose first task spans half of
+the space or more, but stores the spanned half; here it is the free one.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from fmlora_jax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subspace:
-  """What one layer remembers.
+  """The memory of one layer.
 
   Attributes:
     basis: orthonormal columns, float64.
-    retains: whether they span what old tasks left free ("retain" in the official code), not what
-      their inputs spanned ("remove").
+    retains: whether they span the space that earlier tasks left free ("retain" in the official
+      code), not the one that their inputs spanned ("remove").
   """
 
   basis: Float[np.ndarray, "D k"]
@@ -38,12 +38,12 @@ class Subspace:
 
   @property
   def num_spanned(self) -> int:
-    """Dimension of the space of the old tasks' inputs."""
+    """Dimension of the space of the earlier tasks' inputs."""
     width, columns = self.basis.shape
     return width - columns if self.retains else columns
 
   def free_part(self, matrix: Float[np.ndarray, "D n"]) -> Float[np.ndarray, "D n"]:
-    """Returns the matrix with its columns projected on what old tasks left free."""
+    """Returns the matrix with its columns projected on the free space."""
     inside = self.basis @ (self.basis.T @ matrix)
     return inside if self.retains else matrix - inside
 
@@ -54,7 +54,7 @@ def leading(
   """Returns the leading left singular vectors of the free part of a task's moment.
 
   Where it has fewer than `rank` the other columns are 0: the official code fills them with
-  arbitrary directions, which may be those of old tasks. Source: InfLoRA Sec. 3.2 and 3.3.
+  arbitrary directions, which may be those of earlier tasks. Source: InfLoRA Sec. 3.2 and 3.3.
   """
   vectors, values, _ = np.linalg.svd(space.free_part(moment))
   rounding = len(moment) * np.finfo(moment.dtype).eps * np.linalg.norm(moment)
@@ -73,7 +73,7 @@ def update(
     space: before the task; of a first task one without columns.
     moment: of the inputs of the task's images, after it was learned; float64.
     threshold: share of the squared singular values, in (0, 1).
-    dual: whether to go over to what is left free when more than half is spanned; False is GPM.
+    dual: whether to store the free space once more than half is spanned; False is GPM.
   """
   vectors, values, _ = np.linalg.svd(space.free_part(moment))
   still_free = np.cumsum(values[::-1] ** 2)[::-1] / np.sum(moment**2)
@@ -92,7 +92,7 @@ def update(
 
 
 def _complement(columns: Float[np.ndarray, "D k"]) -> Float[np.ndarray, "D m"]:
-  """Returns an orthonormal basis of what the columns, which are independent, do not span."""
+  """Returns an orthonormal basis of the complement of independent columns."""
   return np.linalg.qr(columns, mode="complete")[0][:, columns.shape[1] :]
 
 

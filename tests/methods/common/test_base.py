@@ -127,10 +127,3 @@ def test_training_in_bfloat16_keeps_factors_head_and_optimiser_in_float32(make_l
   unfolded = made.training_logits(stage.trained, stage, made.images())[:, :2]
   # measured 0.01: eight bits of mantissa, folded in one and beside the weights in the other
   np.testing.assert_allclose(logits[:, :2], unfolded, rtol=0, atol=0.05)
-
-
-def test_torchs_uniform_fills_a_third_of_the_variance_of_a_unit_column():
-  drawn = np.asarray(base.torch_uniform(jax.random.key(0), 4, 64, 50))
-  assert drawn.shape == (4, 64, 50)
-  assert 0.124 < drawn.max() <= 1 / 8 and -1 / 8 <= drawn.min() < -0.124
-  np.testing.assert_allclose((drawn**2).sum(1).mean(), 1 / 3, rtol=0.02)
