@@ -37,7 +37,7 @@ NUM_ALONE = 4  # test images that are also classified in a batch of their own, a
 
 def run(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: pathlib.Path | str,
   console: Console | None = None,
   workshop: SetupCache | None = None,
   began: float | None = None,
@@ -56,6 +56,7 @@ def run(
     Stopped: if the program was asked to stop; what was trained is saved.
     FrozenError: if training changes what it must leave alone.
   """
+  workdir = pathlib.Path(workdir)
   hosts.run_on_first(lambda: checkpoint.check_folder(workdir))
   with Clock(time.monotonic() if began is None else began) as clock, lock.lock_on_first(workdir):
     return _run(config, workdir, console, workshop or SetupCache(), clock)
