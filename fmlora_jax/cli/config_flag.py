@@ -76,16 +76,11 @@ def load_values(text: str | None) -> ml_collections.ConfigDict:
   except ConfigError as error:
     raise ConfigError(f"--config={text}: {error}") from error
   except Exception as error:  # the file is a program
-    lines = [
-      f.lineno
-      for f in traceback.extract_tb(error.__traceback__)
-      if f.filename == str(path.absolute())
-    ]
-    line = f", line {lines[-1]}" if lines else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
     message = " ".join(str(error).split())
-    raise ConfigError(
-      f"--config={text}: {type(error).__name__} in {path}{line}: {message}"
-    ) from error
+    raise ConfigError(f"--config={text}: {type(error).__name__} in {where}: {message}") from error
 
 
 def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
