@@ -19,8 +19,8 @@ import dataclasses
 from absl import flags
 
 from fmlora_jax import BEGAN
+from fmlora_jax.cli import config_flag, errors, program
 from fmlora_jax.cli import flags as flags_lib
-from fmlora_jax.cli import program
 from fmlora_jax.cli.flags import Arguments
 
 
@@ -40,16 +40,15 @@ def main(arguments: Arguments) -> None:
   if options.list:
     program.print_listing()
     return
-  from rich.console import Console  # imported after the flags are read: an error is shown at once
+  config_flag.config_path(options.config)  # a typo is refused before jax is imported
+  from rich.console import Console
 
-  from fmlora_jax.cli import config_flag, errors
   from fmlora_jax.config import OWN_FIELDS
   from fmlora_jax.distributed import hosts
   from fmlora_jax.experiment import estimate, plan, seeds
   from fmlora_jax.experiment.run import run
   from fmlora_jax.report import tables
 
-  config_flag.config_path(options.config)
   program.join_hosts()
   config = config_flag.read_config(options.config, arguments.changes)
   workdir = program.resolve_workdir(

@@ -225,7 +225,7 @@ def describe_changes(variant: str, changes: Iterable[tuple[str, Any]]) -> str:
       value = pathlib.Path(str(value)).name
     elif field in FREE_FIELDS or field in ("seed", "method.name"):
       continue
-    parts.append(f"{field}={value}")
+    parts.append(re.sub(r"[()'\"\s]", "", f"{field}={value}"))
   text = _as_name("-".join(parts))
   return text if len(text) <= SUFFIX_LENGTH else _hash("-".join(parts))
 

@@ -42,10 +42,12 @@ def guard(call: Callable[[], None], *, debug: bool = False, workdir: str | None 
 
 def explain(error: Exception, workdir: str | None = None) -> str | None:
   """Returns an error that a user may be able to fix as one line; None for a bug."""
+  message = " ".join(str(error).split())
+  if isinstance(error, ConfigError):
+    return message
   from fmlora_jax.types import FrozenError, NonFiniteError  # imports jax
 
-  message = " ".join(str(error).split())
-  if isinstance(error, (ConfigError, FrozenError, NonFiniteError)):
+  if isinstance(error, (FrozenError, NonFiniteError)):
     return message
   if isinstance(error, (ValueError, OSError)):
     return f"{message} ({_traceback_file(error, workdir)})"

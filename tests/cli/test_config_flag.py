@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -70,10 +71,11 @@ def test_the_config_of_a_run_of_any_version_is_a_config_file(tmp_path):
   assert read(str(file), [("method.rank", "4")]).method.rank == 4
   file.write_text(json.dumps({"config": {"drs": {"rank": 5}, "tasks": {"stream": "x"}}}))
   assert read(str(file)).method.drs.rank == 5 and read(str(file)).tasks.task_file == "x"
-  for text, message in (
-    ("{}", "is not the config.json of a run"),
-    ('{"config": {"a": 1}}', "a is n"),
-  ):
+  wrong = {
+    "{}": "is not the config.json of a run",
+    '{"config": {"a": 1}}': "config.a is not a field",
+  }
+  for text, message in wrong.items():
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
       read(str(file))
@@ -102,7 +104,7 @@ def test_python_loads_what_a_shell_does():
     (
       "digits",
       {"drs.candidate_ranks": "(4,8)"},
-      "digits-fm_lora-1993-method.drs.candidate_ranks=-4-8",
+      "digits-fm_lora-1993-method.drs.candidate_ranks=4-8",
     ),
   ],
 )
@@ -123,9 +125,8 @@ def test_a_long_name_is_hashed_and_a_config_json_always(tmp_path):
     config = dataclasses.replace(read("digits"), epochs=epochs)
     file.write_text(json.dumps({"config": dataclasses.asdict(config)}))
     names.append(config_flag.workdir_name(str(file), read(str(file))))
-  assert len({*names}) == 5 and all(
-    len(n) == len("digits-fm_lora-1993-12345678") for n in names[3:]
-  )
+  assert len({*names}) == 5
+  assert all(re.fullmatch("digits-fm_lora-1993-[0-9a-f]{8}", name) for name in names[3:])
 
 
 def test_fields_of_another_method_name_the_method():

@@ -24,11 +24,11 @@ def values():
 
 
 def test_settings_of_the_config_are_set_apart():
-  arguments = flags.parse(
-    values(),
-    ["x", "--config", "digits", "--config.epochs", "3", "--config.a.b", "--noconfig.c", "word"]
-    + ["--config.d=e=f", "-config.g=1", "--nodry_run", "--", "--config.h=1"],
+  line = (
+    "x --config digits --config.epochs 3 --config.a.b --noconfig.c word --config.d=e=f "
+    "-config.g=1 --nodry_run -- --config.h=1"
   )
+  arguments = flags.parse(values(), line.split())
   assert arguments.options.config == "digits" and not arguments.options.dry_run
   assert arguments.words == ("word", "--config.h=1")
   expected = [("epochs", "3"), ("a.b", "true"), ("c", "false"), ("d", "e=f"), ("g", "1")]
