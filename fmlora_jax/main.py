@@ -4,7 +4,8 @@ Usage: fmlora_jax main --config=FILE[:VARIANT] [--config.FIELD=VALUE ...] [--wor
          [--dry_run | --estimate | --list]
 
 The same command again resumes, or prints the result of a finished run. With
---config.seeds=1993,1994 it runs with each seed in turn, each in a folder of its own.
+--config.seeds=1993,1994 it runs with each seed in turn, each in a folder named after the
+seed.
 
 Examples:
   fmlora_jax main --config=digits

@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_bool("peers", False, text, flag_values=values)
   text = "The Python that has them. Default: this one."
   flags.DEFINE_string("peers_python", None, text, flag_values=values)
-  text = f"What --peers times: some of {', '.join(peer.VARIANTS)}."
+  text = f"Models that --peers times: some of {', '.join(peer.VARIANTS)}."
   flags.DEFINE_list("variants", list(peer.DEFAULT), text, flag_values=values)
   flags.register_validator(
     "variants",

@@ -1,4 +1,4 @@
-"""Parts of `bench.gpu`: what is measured in the time that there is, and its report."""
+"""Parts of `bench.gpu`: measurements that fit into the given time, and their report."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ COMPILE_SECONDS = 90.0  # allowed to the whole run, for its programs and its eva
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What is done; the flags of the same names."""
+  """Settings of the measurements; the flags of the same names."""
 
   out: pathlib.Path
   peers_python: str
@@ -46,7 +46,7 @@ class Plan:
 
 
 class Report:
-  """What was measured so far: on the console, and on disk after each part."""
+  """Measurements so far: on the console, and on disk after each part."""
 
   def __init__(self, plan: Plan):
     self._plan, self._began = plan, time.monotonic()
@@ -64,29 +64,29 @@ class Report:
     return (1 - self.passed()) * self._plan.seconds
 
   def part(self, name: str, measure: Callable[[], dict[str, Any]], show: Callable) -> dict:
-    """Returns and writes down what `measure` found; a part that fails says why, others go on."""
+    """Returns and writes the numbers of `measure`; a part that fails does not end the others."""
     began = time.monotonic()
     try:
-      found = measure()
-      shown = [found["left_out"]] if "left_out" in found else show(found)
-    except Exception as error:  # what was measured before must not be lost
+      numbers = measure()
+      shown = [numbers["left_out"]] if "left_out" in numbers else show(numbers)
+    except Exception as error:  # earlier measurements must not be lost
       traceback.print_exc()
-      found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-      shown = [found["failed"]]
-    found |= {"seconds": time.monotonic() - began}
-    self.parts[name] = found
+      numbers = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+      shown = [numbers["failed"]]
+    numbers |= {"seconds": time.monotonic() - began}
+    self.parts[name] = numbers
     (self._plan.out / "gpu.json").write_text(json.dumps(self.parts, indent=1) + "\n")
     with open(self._text, "a") as file:
       for target in (sys.stdout, file):
         console = Console(file=target, width=140)
-        console.print(f"{name}, {found['seconds']:.0f} s", style="bold")
+        console.print(f"{name}, {numbers['seconds']:.0f} s", style="bold")
         for each in shown:
           console.print(each)
-    return found
+    return numbers
 
 
-def show_speed(found: Mapping[str, Any]) -> list:
-  return [speed.table(found)]
+def show_speed(numbers: Mapping[str, Any]) -> list:
+  return [speed.table(numbers)]
 
 
 def trace_step(setting: BenchSettings) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def trace_step(setting: BenchSettings) -> dict[str, Any]:
   return kernels.trace(lambda: step(10))
 
 
-def show_kernels(found: Mapping[str, Any]) -> list[str]:
-  return [f"{row['share']:6.1%}  {row['calls']:6d} x  {row['name']}" for row in found["top"]]
+def show_kernels(numbers: Mapping[str, Any]) -> list[str]:
+  return [f"{row['share']:6.1%}  {row['calls']:6d} x  {row['name']}" for row in numbers["top"]]
 
 
 def whole_run(plan: Plan, rate: float, seconds: float) -> dict[str, Any]:
@@ -134,12 +134,12 @@ def whole_run(plan: Plan, rate: float, seconds: float) -> dict[str, Any]:
   }
 
 
-def show_run(found: Mapping[str, Any]) -> list[str]:
-  spent = ", ".join(f"{kind} {value:.1f}" for kind, value in found["wall_seconds"].items())
-  how = f"extrapolated from {found['epochs']}" if found["is_extrapolated"] else "measured"
+def show_run(numbers: Mapping[str, Any]) -> list[str]:
+  spent = ", ".join(f"{kind} {value:.1f}" for kind, value in numbers["wall_seconds"].items())
+  how = f"extrapolated from {numbers['epochs']}" if numbers["is_extrapolated"] else "measured"
   return [
-    f"seconds of {found['epochs']} epochs: {spent}",
-    f"{found['wanted_epochs']} epochs, {how}: {found['total_seconds']:.1f} s",
+    f"seconds of {numbers['epochs']} epochs: {spent}",
+    f"{numbers['wanted_epochs']} epochs, {how}: {numbers['total_seconds']:.1f} s",
   ]
 
 

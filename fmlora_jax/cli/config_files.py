@@ -75,7 +75,7 @@ def _official(config: Config) -> dict[str, Any]:
 
 
 def merged(groups: dict, changes: dict) -> dict:
-  """Returns nested dicts with the values of `changes` in place of those of `groups`."""
+  """Returns nested dicts in which the values of `changes` replace those of `groups`."""
   both = dict(groups)
   for name, value in changes.items():
     is_group = isinstance(value, dict) and isinstance(both.get(name), dict)

@@ -61,7 +61,7 @@ def load_values(text: str | None) -> ml_collections.ConfigDict:
   """Returns the values that the file of --config=FILE[:VARIANT] makes.
 
   Raises:
-    ConfigError: if the file can't be read or fails.
+    ConfigError: if there is no such file or it fails.
   """
   path, (_, colon, variant) = config_path(text), text.partition(":")
   if path.suffix == ".json":
@@ -98,7 +98,7 @@ def read_config(text: str | None, changes: Changes = ()) -> Config:
   """Returns the config that --config=FILE[:VARIANT] and --config.FIELD=VALUE make.
 
   Raises:
-    ConfigError: if the file can't be read, a field is unknown or a value invalid.
+    ConfigError: if the file is missing or fails, a field is unknown or a value invalid.
   """
   return change_config(load_values(text), changes)
 
@@ -109,7 +109,7 @@ def load_config(file: str, **fields: Any) -> Config:
   Args:
     file: FILE[:VARIANT] as --config takes it, such as "digits" or "digits:tasks=2".
     fields: settings, groups as dicts: epochs=2, optim={"learning_rate": 1e-3}. The method is a name
-      or, with settings of its own, a dict: method={"name": "lora", "rank": 8}.
+      or, with its settings, a dict: method={"name": "lora", "rank": 8}.
 
   Raises:
     ConfigError: as `read_config`.
@@ -231,7 +231,7 @@ def describe_changes(variant: str, changes: Iterable[tuple[str, Any]]) -> str:
 
 
 def _as_name(text: str) -> str:
-  """Returns a text with "-" in place of what does not belong in a folder's name."""
+  """Returns a text in which "-" replaces what does not belong in a folder's name."""
   return re.sub(r"[^\w=.+-]+", "-", text).strip("-")
 
 

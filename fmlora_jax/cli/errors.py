@@ -75,7 +75,7 @@ def out_of_memory_explained(batch_size: int) -> Iterator[None]:
   """Turns the error of a host or device without memory into one that names what to lower.
 
   Raises:
-    ConfigError: in its place.
+    ConfigError: instead of it.
   """
   try:
     yield
@@ -86,9 +86,9 @@ def out_of_memory_explained(batch_size: int) -> Iterator[None]:
 
     detail = str(error).partition("\n")[0]
     on_device = memory.device_memory()
-    place, size = ("device", on_device) if on_device else ("machine", memory.host_memory())
+    holder, size = ("device", on_device) if on_device else ("machine", memory.host_memory())
     raise ConfigError(
-      f"config.batch_size is {batch_size}: out of memory, the {place} has {size / 2**30:.1f} GiB; "
+      f"config.batch_size is {batch_size}: out of memory, the {holder} has {size / 2**30:.1f} GiB; "
       "lower it, config.eval_batch_size or config.input.source_size, or set "
       f"config.input.mode=stream ({detail})"
     ) from error

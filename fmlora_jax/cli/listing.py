@@ -37,10 +37,9 @@ def _lines() -> Iterator[str]:
   yield from _settings(doc for doc in field_docs(Config()) if doc.path != "method.name")
   for name in methods.names():
     settings = field_docs(methods.config_class(name)(), "method")
-    own = [doc for doc in settings if doc.path != "method.name"]
-    if own:
+    if named := [doc for doc in settings if doc.path != "method.name"]:
       yield f"\nSettings of {name}:"
-      yield from _settings(own)
+      yield from _settings(named)
 
 
 def _benchmark(name: str) -> str:

@@ -1,4 +1,4 @@
-"""--methods=NAME:FIELD=VALUE,...: methods to run, each with settings of its own."""
+"""--methods=NAME:FIELD=VALUE,...: methods to run, each with its settings."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from fmlora_jax.config import ConfigError, moved_field
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """A method with settings of its own.
+  """A method with its settings.
 
   Attributes:
     settings: (field, value) as text; a field without a dot is the method's.

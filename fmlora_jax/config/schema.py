@@ -82,7 +82,7 @@ class TasksConfig:
   evaluate_on: Literal["test", "val"] = "test"
   broken_files: Literal["refuse", "skip"] = "refuse"
   copies: Literal["report", "refuse"] = "report"
-  max_pixels: int = 178_956_970  # Pillow's own limit for an error
+  max_pixels: int = 178_956_970  # from here on Pillow raises an error
 
   def __post_init__(self):
     require_within(self, 1, MOST_WIDE, "num_tasks")
@@ -337,7 +337,7 @@ class Config:
 
   Attributes:
     seed: of parameters, batches and class order.
-    seeds: one run with each in place of `seed`, in one process; see experiment/seeds.py.
+    seeds: one run with each, instead of `seed`, in one process; see experiment/seeds.py.
     epochs: passes over the training images of each task.
     batch_size: images in a training step, over all devices.
     eval_batch_size: images in a test step, over all devices.

@@ -1,6 +1,6 @@
 """A comparison: each method with each seed, one run after the other, and their results.
 
-Each run has the folder DIR/METHOD/SEED. What an earlier session did is read or resumed.
+Each run has the folder DIR/METHOD/SEED. Finished runs are read, others resumed.
 """
 
 import collections
@@ -33,7 +33,7 @@ class PlannedRun:
   """One run of the comparison.
 
   Attributes:
-    label: the method with its own settings, as a folder is called.
+    label: the method with its settings, as a name of a folder.
     config: None if it is invalid.
     problem: why it is.
   """
@@ -46,7 +46,7 @@ class PlannedRun:
 
   @property
   def state(self) -> str:
-    """What an earlier session left: "finished", "begun", or ""."""
+    """Progress of earlier sessions: "finished", "begun", or ""."""
     return state(self.workdir)
 
 
@@ -62,16 +62,20 @@ def plan(
   planned = []
   for seed in seeds:
     for choice in choices:
-      own = [*choice.changes, ("seed", str(seed))]
-      fields = {field for field, _ in own}
+      of_run = [*choice.changes, ("seed", str(seed))]
+      fields = {field for field, _ in of_run}
       common = [change for change in changes if moved_field(change[0]) not in fields]
       label = re.sub(r"[^\w=.+-]+", "-", str(choice)).strip("-")
-      place = {"label": label, "seed": seed, "workdir": folder / label / str(seed)}
       text = f"{file}{',' if ':' in file else ':'}method={choice.name}"
+      config, problem = None, ""
       try:
-        planned.append(PlannedRun(config=config_flag.read_config(text, [*common, *own]), **place))
+        config = config_flag.read_config(text, [*common, *of_run])
       except ConfigError as error:
-        planned.append(PlannedRun(config=None, problem=str(error), **place))
+        problem = str(error)
+      workdir = folder / label / str(seed)
+      planned.append(
+        PlannedRun(label=label, seed=seed, workdir=workdir, config=config, problem=problem)
+      )
   return planned
 
 

@@ -1,4 +1,4 @@
-"""What a run would do in its workdir, for --dry_run: nothing is loaded, trained or written."""
+"""Description of a run for --dry_run: nothing is loaded, trained or written."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from fmlora_jax.workdir.log import RESULT
 
 
 def state(workdir: pathlib.Path) -> str:
-  """Returns what an earlier session left in a workdir: "finished", "begun", or ""."""
+  """Returns the progress of earlier sessions in a workdir: "finished", "begun", or ""."""
   if (workdir / RESULT).exists():
     return "finished"
   return "begun" if (workdir / checkpoint.IDENTITY).exists() else ""
