@@ -94,8 +94,8 @@ def resolve_workdir(given: str | None, name: Callable[[], str]) -> pathlib.Path:
     raise ConfigError(
       f"--workdir is {given!r}: must be a local or mounted folder, buckets are not supported yet"
     )
-  chosen = given or str(pathlib.Path("runs", hosts.run_on_first(name)))
-  return pathlib.Path(chosen).expanduser().absolute()
+  default = pathlib.Path("runs", hosts.run_on_first(name))
+  return pathlib.Path(given or default).expanduser().absolute()
 
 
 def join_hosts() -> None:
