@@ -36,8 +36,8 @@ def main() -> None:
   """Runs the command that the first argument names."""
   command, *arguments = sys.argv[1:] or ["--help"]
   if command in COMMANDS:
-    sys.argv[0] = f"fmlora_jax {command}"
-    importlib.import_module(COMMANDS[command]).start([sys.argv[0], *arguments])
+    module = importlib.import_module(COMMANDS[command])
+    program.start(module.main, module.define_flags, [f"fmlora_jax {command}", *arguments])
   elif command in ("--version", "-version"):
     sys.stdout.write(f"fmlora_jax {fmlora_jax.__version__}\n")
   elif command in ("--list", "-list"):

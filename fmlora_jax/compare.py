@@ -58,10 +58,5 @@ def main(arguments: Arguments) -> None:
     errors.fail(f"{missing} of {len(planned)} runs are left out", code=1)
 
 
-def start(argv: list[str] | None = None) -> None:
-  """Runs the program; None takes the command line of the process."""
-  program.start(main, define_flags, argv)
-
-
 if __name__ == "__main__":
-  start()
+  program.start(main, define_flags)

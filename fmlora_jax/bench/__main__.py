@@ -90,10 +90,5 @@ def main(arguments: Arguments) -> None:
     pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def start(argv: list[str] | None = None) -> None:
-  """Runs the program; None takes the command line of the process."""
-  program.start(main, define_flags, argv)
-
-
 if __name__ == "__main__":
-  start()
+  program.start(main, define_flags)

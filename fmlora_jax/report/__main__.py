@@ -89,10 +89,5 @@ def _report_on_paper(results: Iterable[dict], notes: Iterable[str], html: str | 
   tables.line(Console(), paper.markdown(comparison, notes))
 
 
-def start(argv: list[str] | None = None) -> None:
-  """Runs the program; None takes the command line of the process."""
-  program.start(main, define_flags, argv)
-
-
 if __name__ == "__main__":
-  start()
+  program.start(main, define_flags)
