@@ -3,8 +3,8 @@
 python -m fmlora_jax.prepare cub200 --data_dir=DIR
 python -m fmlora_jax.main --config=configs/cub200.py --config.tasks.data_dir=DIR
 
-The published cut (split=official) has 30 training images a class in place of 47: its numbers do not
-belong beside the table's.
+The published split (split=official) has 30 training images a class instead of 47, so its numbers
+are not comparable with the table's.
 """
 
 from fmlora_jax.cli import config_files

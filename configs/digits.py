@@ -3,9 +3,9 @@
 from fmlora_jax.cli import config_files
 from fmlora_jax.models import vit
 
-# the best of two or three on validation images (--config.tasks.evaluate_on=val) of seeds 1993 and
-# 1994; lora's is that of mode=sequential, adapter's of kind=houlsby, and both are the better of
-# two for the other kind; linear_probe has none
+# the best of two or three on validation images (--config.tasks.evaluate_on=val), seeds 1993 and
+# 1994; lora's was chosen for mode=sequential and adapter's for kind=houlsby, and each is the better
+# of two for the other mode or kind; linear_probe trains the head only
 LEARNING_RATES = {
   "adapter": 1e-4,
   "c_lora": 1e-4,
@@ -20,11 +20,11 @@ LEARNING_RATES = {
   "sd_lora": 1e-3,
 }
 
-# of methods whose defaults are for wider networks and more tokens: at most 96 components can be
-# orthonormal, and beside 17 tokens 25 of prompts are too many (validation)
+# the defaults of these methods are for wider networks and more tokens: at most 96 components can be
+# orthonormal, and 25 prompt tokens are too many for 17 tokens of the image (validation)
 SETTINGS = {"coda_prompt": {"pool_size": 50}, "l2p": {"length": 1}}
 
-# the alignment is the one that suits the linear probe best (validation); hide_prompt has its own
+# the alignment is the best for the linear probe (validation); hide_prompt includes one
 PLAIN = {"start": "class_mean"}
 HEADS = {
   "plain": PLAIN,
@@ -38,10 +38,10 @@ def get_config(variant: str | None = None):
   chosen = config_files.parse_variant(variant, "method", "tasks", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   fm_lora = {
-    # features may move more in task 1 where the head follows them
+    # features may move more in task 1 if the head is aligned with them
     "bases": {"targets": vit.PROJECTIONS, "lr_scale": 1.0 if "alignment" in head else 0.1},
-    # beside 17 tokens ten of prompts are many, and one prompt for all tasks must hardly move once
-    # it has learned
+    # ten prompt tokens are many for 17 tokens of the image, and the one prompt of all tasks must
+    # hardly move after task 1
     "prompt": {"num_tokens": 1, "lr_scale": 0.05},
   }
   settings = SETTINGS | {"fm_lora": fm_lora}

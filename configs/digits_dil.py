@@ -18,14 +18,15 @@ LEARNING_RATES = {
   "sd_lora": 3e-4,
 }
 
-# lora's are better than query and value alone, as for fm_lora; the others as in digits.py
+# for lora all projections are better than query and value alone, as for fm_lora; the others are
+# those of digits.py
 SETTINGS = {
   "coda_prompt": {"pool_size": 80},
   "l2p": {"length": 1},
   "lora": {"targets": vit.PROJECTIONS},
 }
 
-HEADS = {  # hide_prompt has an alignment of its own
+HEADS = {  # hide_prompt includes an alignment
   "plain": {},
   "aligned": {"alignment": {"epochs": 100, "learning_rate": 2e-2}},
   "hide_prompt": {},
@@ -38,7 +39,7 @@ def get_config(variant: str | None = None):
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   rate, factor = LEARNING_RATES.get(method, 1e-3), 1.0
   if method == "fm_lora" and "alignment" in head:
-    # where the head follows the features, the first domain may move them more, the others less
+    # with an aligned head the first domain may move the features more, the others less
     rate, factor = 3e-4, 6.0
   fm_lora = {
     "bases": {"targets": vit.PROJECTIONS, "lr_scale": factor},

@@ -3,8 +3,8 @@
 python -m fmlora_jax.prepare domainnet --data_dir=DIR
 python -m fmlora_jax.main --config=configs/domainnet.py --config.tasks.data_dir=DIR
 
-The paper calls this domain-incremental; configs/domainnet_dil.py is. Some published lists of the
-images seem to lack quickdraw: --config.tasks.domains names the domains to take.
+The paper calls this domain-incremental; configs/domainnet_dil.py is that. Some published lists of
+images seem to lack quickdraw: --config.tasks.domains selects domains.
 """
 
 from fmlora_jax.cli import config_files

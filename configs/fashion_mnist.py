@@ -4,13 +4,13 @@ python launch/fashion_mnist.py FOLDER_OF_IDX_GZ FOLDER
 python -m fmlora_jax.main --config=configs/fashion_mnist.py \\
     --config.tasks.data_dir=FOLDER --config.weights.path=FILE
 
-FILE is any DINOv2 ViT-S/14; --config.weights.tag=dinov2_small instead takes the published one.
+FILE is any DINOv2 ViT-S/14; with --config.weights.tag=dinov2_small the published one is used.
 """
 
 from fmlora_jax.cli import config_files
 
-# the best of two to four on validation images (--config.tasks.evaluate_on=val), seed 1993; of
-# finetune one was tried, and lora's is that of mode=incremental
+# the best of two to four on validation images (--config.tasks.evaluate_on=val), seed 1993; for
+# finetune one was tried, and lora's was chosen for mode=incremental
 LEARNING_RATES = {
   "adapter": 1e-5,
   "c_lora": 1e-5,
@@ -28,10 +28,10 @@ LEARNING_RATES = {
 HEADS = {
   "plain": {"kind": "class_mean", "start": "class_mean"},
   "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
-  "hide_prompt": {"start": "class_mean"},  # it trains rows on drawn features, which means can't be
+  "hide_prompt": {"start": "class_mean"},  # needs a trained head
 }
 
-# not searched here; a prompt costs accuracy on the digits
+# not searched; on the digits a prompt costs accuracy
 SETTINGS = {"fm_lora": {"prompt": {"num_tokens": 0}}}
 
 

@@ -1,4 +1,4 @@
-"""Your own images: a folder of class folders, with or without train/val/test above or domains.
+"""Your images: a folder with one folder per class, inside split or domain folders or not.
 
 python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 \\
     --config.tasks.data_dir=FOLDER --config.weights.path=FILE
@@ -6,7 +6,7 @@ python -m fmlora_jax.main --config=configs/image_folder.py:tasks=5 \\
 
 from fmlora_jax.cli import config_files
 
-HEADS = {  # hide_prompt has an alignment of its own
+HEADS = {  # hide_prompt includes an alignment
   "plain": {"start": "class_mean"},
   "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
   "hide_prompt": {"start": "class_mean"},
@@ -17,7 +17,7 @@ def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til, head=KIND."""
   chosen = config_files.parse_variant(variant, "method", "scenario", "tasks", "head")
   scenario = chosen.get("scenario", "cil")
-  default = "plain" if scenario == "til" else "aligned"  # nothing must tell tasks that are given
+  default = "plain" if scenario == "til" else "aligned"  # given tasks need not be told apart
   return config_files.defaults(
     method={"name": chosen.get("method", "fm_lora")},
     tasks={

@@ -3,9 +3,9 @@
 python -m fmlora_jax.prepare imagenet_r --data_dir=DIR
 python -m fmlora_jax.main --config=configs/imagenet_r.py:tasks=20 --config.tasks.data_dir=DIR
 
-The table's other rows were trained on 80 % of the images and had none for validation: choose on
-split=slice, then compare on split=slice80, which tests on the same images. It has nothing to select
-ranks on: --config.method.drs.strategy=fixed.
+The table's other rows were trained on 80 % of the images, without validation: choose settings on
+split=slice, then compare on split=slice80, which has the same test images. It has no validation
+images to select ranks on: --config.method.drs.strategy=fixed.
 """
 
 from fmlora_jax.cli import config_files

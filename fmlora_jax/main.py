@@ -1,64 +1,83 @@
-"""Learns a sequence of tasks and reports what was kept and what was forgotten.
+"""Learns a sequence of tasks with one method and reports what was learned and forgotten.
 
-python -m fmlora_jax.main --config=configs/digits.py [--config.FIELD=VALUE ...] [--workdir=DIR]
-  [--dry_run]
+Usage: fmlora_jax main --config=FILE[:VARIANT] [--config.FIELD=VALUE ...] [--workdir=DIR]
+         [--dry_run | --estimate | --list]
 
-With --config.seeds=1993,1994 the experiment runs with each seed in turn, in a folder of its own.
+The same command again resumes, or prints the result of a finished run. With
+--config.seeds=1993,1994 it runs with each seed in turn, each in a folder named after the
+seed.
+
+Examples:
+  fmlora_jax main --config=digits
+  fmlora_jax main --config=digits:method=lora,tasks=2 --config.epochs=5 --config.method.rank=8
+  fmlora_jax main --config=configs/digits.py --workdir=runs/mine
+  fmlora_jax main --config=runs/mine/config.json --config.seed=1994
+  fmlora_jax main --config=digits --estimate
 """
 
 import dataclasses
-import re
 
-from absl import app, flags
+from absl import flags
 
-from fmlora_jax import BEGAN, methods
-from fmlora_jax import config as config_lib
-from fmlora_jax.cli import program
-
-flags.adopt_module_key_flags(program)
+from fmlora_jax import BEGAN
+from fmlora_jax.cli import config_flag, errors, program
+from fmlora_jax.cli import flags as flags_lib
+from fmlora_jax.cli.flags import Arguments
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(
-      f"unexpected argument {argv[1]!r}: settings are given as --config.FIELD=VALUE"
-    )
-  if program.CONFIG.value is None:
-    raise app.UsageError(
-      "--config is missing: name a file in configs/, as in --config=configs/digits.py"
-    )
-  program.check_workdir()
-  from rich.console import Console  # after the flags: --help and a typo answer at once
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the program's flags."""
+  flags_lib.define_run(values)
+  text = "Compile the run and time some steps: memory, FLOPs, parameters, time. Nothing is trained."
+  flags.DEFINE_bool("estimate", False, text, flag_values=values)
+  text = "Print methods, benchmarks, config files, weights, and every setting."
+  flags.DEFINE_bool("list", False, text, flag_values=values)
 
+
+def main(arguments: Arguments) -> None:
+  """Runs, resumes, describes or estimates an experiment as the command line says."""
+  options = arguments.options
+  arguments.refuse_words()
+  if options.list:
+    program.print_listing()
+    return
+  config_flag.config_path(options.config)  # a typo is refused before jax is imported
+  from rich.console import Console
+
+  from fmlora_jax.config import OWN_FIELDS
   from fmlora_jax.distributed import hosts
+  from fmlora_jax.experiment import plan
   from fmlora_jax.experiment.run import run
   from fmlora_jax.report import tables
 
   program.join_hosts()
-  program.keep_programs()
-  config = methods.build_config(program.CONFIG.value.to_dict())
-  # before anything is loaded: on other meshes, say, exchanges would never end
-  hosts.assert_same_on_all({"config": dataclasses.asdict(config)}, besides=config_lib.OWN_FIELDS)
-  if flags.FLAGS.dry_run:
-    from fmlora_jax.experiment import estimate
-
-    found = estimate.estimate(config)
-    if hosts.is_first():
-      estimate.show(found, Console())
+  config = config_flag.read_config(options.config, arguments.changes)
+  workdir = program.resolve_workdir(
+    options.workdir, lambda: config_flag.workdir_name(options.config, config)
+  )
+  if options.dry_run:
+    program.write_lines(plan.describe(config, workdir))
     return
-  name = f"{config.tasks.benchmark}-{config.method.name}"
-  name = re.sub(r"[:/]", "-", name if config.seeds else f"{name}-{config.seed}")
-  workdir = program.workdir(name)
-  if config.seeds:
-    from fmlora_jax.experiment import seeds
+  program.enable_compilation_cache()
+  # before anything is loaded: processes with different meshes would wait for each other for ever
+  hosts.assert_same_on_all({"config": dataclasses.asdict(config)}, besides=OWN_FIELDS)
+  with errors.out_of_memory_explained(config.batch_size):
+    if options.estimate:
+      from fmlora_jax.experiment import estimate
 
-    results = seeds.run_each(config, workdir, began=BEGAN)
-  else:
-    results = [run(config, workdir, began=BEGAN)]
+      costs = estimate.estimate(config)
+      if hosts.is_first():
+        estimate.show(costs, Console())
+      return
+    if config.seeds:
+      from fmlora_jax.experiment import seeds
+
+      results = seeds.run_each(config, workdir, began=BEGAN)
+    else:
+      results = [run(config, workdir, began=BEGAN)]
   if hosts.is_first():
     tables.show(results, Console())
 
 
 if __name__ == "__main__":
-  flags.DEFINE_bool("dry_run", False, "Say what the run would cost, and run nothing.")
-  program.start(main, program.parse_flags)
+  program.start(main, define_flags)

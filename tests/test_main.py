@@ -1,6 +1,5 @@
 """The command line: what a wrong setting answers, and whole runs, killed ones too."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -8,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import numpy as np
 import processes
 import pytest
+from absl import flags
 from PIL import Image
 
-from fmlora_jax import config, main, methods
-from fmlora_jax.cli import program
+from fmlora_jax import config, main
+from fmlora_jax.cli import config_flag, errors, program
+from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.text import duration
 from fmlora_jax.distributed import hosts, memory, stop
 from fmlora_jax.experiment import clock
@@ -75,13 +75,21 @@ REFUSED = {
   ),
   "a field of another method": (
     ["--config=configs/digits.py", "--config.method.mode=sequential"],
-    "--config.method.mode: 'mode' is not a field; fields of another method need",
+    "--config.method.mode: 'mode' is not a field of this method; lora has it: --config=FILE:",
   ),
   "a typo in a flag": (["--confg=configs/digits.py"], "flag 'confg'. Did you mean: config"),
-  "no config": ([], "--config is missing: name a file in configs/"),
+  "no config": ([], "--config is missing: name a config file, as in --config=digits"),
   "no such config": (["--config=configs/nope.py"], "--config is 'configs/nope.py': no such file"),
   "a word too many": (["--config=configs/digits.py", "epochs=3"], "unexpected argument 'epochs=3'"),
-  "no number": (["--config=configs/digits.py", "--config.epochs=abc"], "--config.epochs=abc"),
+  "a typo in a config's name": (["--config=digit"], "no such file; must be a file .py"),
+  "no number": (
+    ["--config=configs/digits.py", "--config.epochs=abc"],
+    "--config.epochs is 'abc': must be of type int",
+  ),
+  "a group": (
+    ["--config=digits", "--config.optim=3"],
+    "--config.optim: 'optim' is a group of field",
+  ),
   "a value out of range": (
     ["--config=configs/digits.py", "--config.epochs=0"],
     "config.epochs is 0: must be >= 1",
@@ -100,7 +108,7 @@ REFUSED = {
   ),
   "a variant that is no number": (
     ["--config=configs/digits.py:tasks=x"],
-    "flag --config=configs/digits.py:tasks=x: invalid literal for int()",
+    "--config=configs/digits.py:tasks=x: ValueError in configs/digits.py, line ",
   ),
   "a bucket for a workdir": (
     ["--config=configs/digits.py", "--workdir=gs://bucket/run"],
@@ -117,37 +125,30 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def answers():
-  """All refused command lines, two at a time: a process takes a second or two to start."""
-  waiting = {case: arguments for case, (arguments, _) in REFUSED.items()}
-  running, done = {}, {}
-  while waiting or running:
-    while waiting and len(running) < 2:
-      case, arguments = waiting.popitem()
-      running[case] = subprocess.Popen(
-        [sys.executable, "-m", "fmlora_jax.main", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    for case in [case for case, process in running.items() if process.poll() is not None]:
-      process = running.pop(case)
-      done[case] = (process.returncode, *process.communicate())
-    time.sleep(0.02)
-  return done
+def parse(*arguments) -> flags_lib.Arguments:
+  """Returns what main makes of a command line."""
+  values = flags.FlagValues()
+  main.define_flags(values)
+  flags_lib.define_shared(values)
+  return flags_lib.parse(values, ["main", *arguments])
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_run_is_refused_in_one_line(answers, case):
-  code, shown, errors = answers[case]
-  assert code == 2
-  assert len(errors.splitlines()) == 1
-  assert errors.startswith("error: ")
-  assert REFUSED[case][1] in errors
-  assert not shown
-  assert not (ROOT / "gs:").exists()
+def test_an_invalid_command_is_refused_in_one_line(monkeypatch, tmp_path, case):
+  arguments, message = REFUSED[case]
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  with pytest.raises(config.ConfigError) as error:
+    main.main(parse(*arguments))
+  assert message in errors.explain(error.value) and "\n" not in errors.explain(error.value)
+  assert not (tmp_path / "gs:").exists()
+
+
+def test_a_refused_command_ends_with_code_2():
+  for arguments in (["--config=digits", "--config.epochs=0"], ["--confg=digits"]):
+    done = call([sys.executable, "-m", "fmlora_jax", "main", *arguments])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -155,17 +156,10 @@ def test_what_can_not_be_run_is_refused_in_one_line(answers, case):
   [
     (config.ConfigError("config.epochs is 0:\n must be >= 1"), "config.epochs is 0: must be >= 1"),
     (NonFiniteError("loss is nan"), "loss is nan"),
-    (
-      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nlong table"),
-      f"config.batch_size is 512: out of memory, the machine has {GIB:.1f} GiB; lower it, "
-      "config.eval_batch_size or config.input.source_size, or set config.input.mode=stream "
-      "(RESOURCE_EXHAUSTED: no 9 GiB)",
-    ),
-    (MemoryError(), "config.batch_size is 512: out of memory, the machine has "),
     (FrozenError("shared/a has changed"), "shared/a has changed"),
   ],
 )
-def test_what_a_user_can_mend_is_one_line(guarded, capsys, error, shown):
+def test_an_error_that_a_user_can_fix_is_one_line(guarded, capsys, error, shown):
   with pytest.raises(SystemExit) as stopped:
     guarded(error)
   assert stopped.value.code == 2
@@ -178,13 +172,13 @@ def test_what_a_user_can_mend_is_one_line(guarded, capsys, error, shown):
 @pytest.mark.parametrize(
   ("error", "code", "start"),
   [
-    (KeyError("x"), 1, "KeyError: 'x' (a bug of fmlora_jax: its trace is in "),
-    (RuntimeError("INTERNAL:\nx"), 1, "RuntimeError: INTERNAL: x (a bug of fmlora_jax: its trace "),
-    (ValueError("shapes differ"), 2, "shapes differ (its trace is in "),  # whose mistake it may be
-    (FileNotFoundError("no such file"), 2, "no such file (its trace is in "),
+    (KeyError("x"), 1, "internal error: KeyError: 'x' (traceback in "),
+    (RuntimeError("INTERNAL:\nx"), 1, "internal error: RuntimeError: INTERNAL: x (traceback in "),
+    (ValueError("shapes differ"), 2, "shapes differ (traceback in "),  # may be the user's or ours
+    (FileNotFoundError("no such file"), 2, "no such file (traceback in "),
   ],
 )
-def test_what_may_be_a_bug_is_one_line_that_names_the_file_with_its_trace(
+def test_what_may_be_a_bug_is_one_line_that_names_the_file_with_its_traceback(
   guarded, capsys, tmp_path, error, code, start
 ):
   (tmp_path / "config.json").touch()  # a run's workdir
@@ -203,7 +197,7 @@ def test_a_bug_leaves_no_file_in_a_folder_that_is_no_run_s(guarded, capsys, tmp_
   with pytest.raises(SystemExit):
     guarded(KeyError("x"), workdir=str(tmp_path))
   assert not list(tmp_path.iterdir())
-  path = pathlib.Path(capsys.readouterr().err.split("its trace is in ")[1].split(",")[0])
+  path = pathlib.Path(capsys.readouterr().err.split("traceback in ")[1].split(";")[0])
   assert "Traceback" in path.read_text()
   path.unlink()
 
@@ -216,26 +210,34 @@ def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
   assert capsys.readouterr().err == f"stopped by {name}; the same command resumes\n"
 
 
+@pytest.mark.parametrize(
+  "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nlong table"), MemoryError()]
+)
+def test_without_memory_the_settings_that_take_it_are_named(error):
+  with pytest.raises(config.ConfigError) as named, errors.out_of_memory_explained(512):
+    raise error
+  assert str(named.value) == (
+    f"config.batch_size is 512: out of memory, the machine has {GIB:.1f} GiB; lower it, "
+    "config.eval_batch_size or config.input.source_size, or set config.input.mode=stream "
+    f"({str(error).partition(chr(10))[0]})"
+  )
+
+
 def test_a_workdir_is_where_the_program_was_started(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   for given, expected in ((None, "runs/name"), ("mine", "mine"), ("../x", "../x")):
-    monkeypatch.setattr(program, "WORKDIR", types.SimpleNamespace(value=given))
-    assert program.workdir("name") == tmp_path / expected
+    assert program.resolve_workdir(given, lambda: "name") == tmp_path / expected
 
 
 @pytest.fixture
-def guarded(monkeypatch):
-  """Returns a function that guards a program which raises its argument."""
+def guarded():
+  """Returns a function that guards a call which raises its argument."""
 
-  def call(error, debug=False, workdir=None):
-    def fail(argv):
+  def call(error, **options):
+    def fail():
       raise error
 
-    values = types.SimpleNamespace(batch_size=512)
-    monkeypatch.setattr(program, "CONFIG", types.SimpleNamespace(value=values))
-    monkeypatch.setattr(program, "DEBUG", types.SimpleNamespace(value=debug))
-    monkeypatch.setattr(program, "WORKDIR", types.SimpleNamespace(value=workdir))
-    program.guarded(fail, [])
+    errors.guard(fail, **options)
 
   return call
 
@@ -249,48 +251,52 @@ def uninterrupted(tmp_path_factory):
 
 def config_of(changes: dict) -> config.Config:
   """Returns what the command line makes of configs/digits.py and `changes`."""
-  return methods.build_config(tree_of(changes).to_dict())
-
-
-def tree_of(changes: dict, file: str = "digits.py", variant: str = ""):
-  spec = importlib.util.spec_from_file_location("config_file", ROOT / "configs" / file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  tree = module.get_config(variant)
-  tree.update(changes)
-  return tree
+  return config_flag.load_config("digits", **changes)
 
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path):
   """Returns main in this process, in an empty folder, as a function of settings and flags."""
 
-  def call(changes, workdir=None, dry_run=False, **file):
-    values = {"CONFIG": tree_of(changes, **file), "WORKDIR": workdir and str(workdir)}
-    for name, value in values.items():
-      monkeypatch.setattr(program, name, types.SimpleNamespace(value=value))
-    monkeypatch.setattr(
-      main, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(dry_run=dry_run))
-    )
+  def call(changes, *flags, file="digits"):
     monkeypatch.chdir(tmp_path)
-    main.main(["main"])
+    main.main(parse(f"--config={file}", *settings(changes), *flags))
 
   return call
 
 
-def test_several_seeds_are_one_table_and_a_dry_run_leaves_nothing(run_main, tmp_path, capsys):
-  small = SMALL | {
-    "weights": SMALL["weights"] | {"depth": 1},
-    "method": {"name": "linear_probe"},
-    "seeds": (3, 4),
-  }
-  run_main(small, dry_run=True)
+def test_several_seeds_are_one_table_and_an_estimate_leaves_nothing(run_main, tmp_path, capsys):
+  small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}, "seeds": (3, 4)}
+  probe, workdir = "digits:method=linear_probe", tmp_path / "run"
+  run_main(small, "--estimate", file=probe)
   assert "for 2 seeds; each (train" in capsys.readouterr().out
+  run_main(small, "--dry_run", f"--workdir={workdir}", file=probe)
+  assert f"seed       4, workdir {workdir}/4: would start\n" in capsys.readouterr().out
   assert not list(tmp_path.iterdir())
-  run_main(small)
+  run_main(small, f"--workdir={workdir}", file=probe)
   assert "\nlinear_probe       2 " in capsys.readouterr().out
-  folder = tmp_path / "runs" / "digits-linear_probe"
-  assert sorted(path.name for path in folder.iterdir()) == [".lock", "3", "4", "seeds.json"]
+  assert sorted(path.name for path in workdir.iterdir()) == [".lock", "3", "4", "seeds.json"]
+
+
+def test_a_run_starts_from_the_config_of_another_and_a_dry_run_says_what_it_would_do(
+  uninterrupted, run_main, tmp_path, capsys
+):
+  whole, _ = uninterrupted
+  file, here = whole / "config.json", f"--workdir={whole}"
+  for changes, options, said in (
+    ({}, [here], f"seed       1993, workdir {whole}: would print its result\n"),
+    (
+      {"epochs": 3},
+      [here],
+      "would be refused, the folder belongs to another run (config.epochs: 1 ",
+    ),
+    ({"seed": 2}, ["--workdir=new"], f"seed       2, workdir {tmp_path}/new: would start\n"),
+  ):
+    run_main(changes, *options, "--dry_run", file=file)
+    shown = capsys.readouterr().out
+    assert said in shown and "method     fm_lora, " in shown
+  assert not list(tmp_path.iterdir())
+  assert config_flag.read_config(str(file)) == config_of(SMALL)
 
 
 @pytest.mark.tier(2)  # test_run.py stops runs in one process
@@ -320,7 +326,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_pa
     assert result[field] == expected[field]
   assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
 
-  run_main(SMALL, workdir=workdir)
+  run_main(SMALL, f"--workdir={workdir}")
   shown = capsys.readouterr().out
   assert "finished before" in shown and f"{result['acc']:.2f}" in shown
   assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
@@ -329,7 +335,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_pa
   with pytest.raises(
     config.ConfigError, match=f"config.optim.learning_rate: {rate} there, 0.5 now"
   ):
-    run_main(SMALL | {"optim": {"learning_rate": 0.5}}, workdir=workdir)
+    run_main(SMALL | {"optim": {"learning_rate": 0.5}}, f"--workdir={workdir}")
 
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
@@ -345,7 +351,8 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   # 2 tasks of 5 classes, width 96; the rows start at the means of their classes
   costs = "485 trained in the last task, 970 stored beside the backbone; added by each task: 0 0"
   assert f"parameters {costs}\nstored     no image, no statistics of the data" in done.stdout
-  workdir = tmp_path / "runs" / "digits-linear_probe-1993"  # where no --workdir is given
+  (workdir,) = (tmp_path / "runs").iterdir()  # without --workdir
+  assert workdir.name.startswith("digits-linear_probe-1993-")  # and a hash of the settings
   result = json.loads((workdir / "result.json").read_text())
   assert set(result_file.FIELDS) == set(result)
   assert f"{result['acc']:.2f}" in done.stdout
@@ -386,7 +393,7 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
   moved = (tmp_path / "data").rename(tmp_path / "moved")
   small["tasks"]["data_dir"] = str(moved)
   monkeypatch.setenv("HOME", str(tmp_path))
-  run_main(small, workdir="~/run", file="image_folder.py", variant="method=linear_probe")
+  run_main(small, "--workdir=~/run", file="image_folder:method=linear_probe")
   assert "finished before" in capsys.readouterr().out
 
 

@@ -10,9 +10,9 @@ import sys
 import fakes
 import pytest
 
-from fmlora_jax import prepare
 from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks.benchmarks import domainnet
+from fmlora_jax.tasks.tfds import build, prepared
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -72,8 +72,8 @@ def test_wrong_input_is_one_line(tmp_path, arguments, message):
 def test_every_domain_has_its_published_files():
   infos = {}
   for name in domainnet.BUILDERS:
-    builder = prepare.prepared.get_builder(name, pathlib.Path("nowhere"), "domainnet")
-    mine = prepare.url_infos(builder)
+    builder = prepared.get_builder(name, pathlib.Path("nowhere"), "domainnet")
+    mine = build.url_infos(builder)
     domain = name.split("/")[1]
     names = {info.filename for info in mine.values()}
     assert names == {f"{domain}.zip", f"{domain}_train.txt", f"{domain}_test.txt"}
@@ -85,16 +85,16 @@ def test_every_domain_has_its_published_files():
 def test_a_local_archive_is_checked_against_its_published_hash(tmp_path):
   path = tmp_path / "real.zip"
   path.write_bytes(b"some bytes")
-  right = prepare.UrlInfo(10, hashlib.sha256(b"some bytes").hexdigest(), "real.zip")
-  assert prepare.DownloadFile(url="u", info=right, local=path).found(unverified=False) == right
-  wrong = prepare.DownloadFile(url="u", info=prepare.UrlInfo(10, "0" * 64, "real.zip"), local=path)
+  right = build.UrlInfo(10, hashlib.sha256(b"some bytes").hexdigest(), "real.zip")
+  assert build.DownloadFile(url="u", info=right, local=path).checked_info(unverified=False) == right
+  wrong = build.DownloadFile(url="u", info=build.UrlInfo(10, "0" * 64, "real.zip"), local=path)
   with pytest.raises(ConfigError, match="real.zip has 10 bytes and sha256 .*--unverified"):
-    wrong.found(unverified=False)
-  assert wrong.found(unverified=True) == right
-  assert prepare.DownloadFile(url="u", info=right, local=None).found(unverified=False) is right
+    wrong.checked_info(unverified=False)
+  assert wrong.checked_info(unverified=True) == right
+  assert build.DownloadFile(url="u", info=right, local=None).checked_info(unverified=False) is right
 
 
 def test_a_folder_without_room_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, "ROOM", 10**9)
+  monkeypatch.setattr(build, "SPACE_FACTOR", 10**9)
   with pytest.raises(ConfigError, match="are free there, about .* are needed"):
-    prepare.prepare("imagenet_r", data_dir=str(tmp_path), archives=None)
+    build.prepare("imagenet_r", data_dir=str(tmp_path), archives=None)

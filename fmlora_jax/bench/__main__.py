@@ -1,17 +1,20 @@
-"""What a training step costs early and late in a sequence, and must cost: FLOPs, time, memory.
+"""Measures a training step early and late in a sequence beside its floor: FLOPs, time, memory.
 
-python -m fmlora_jax.bench [--architecture=vit_b16] [--batch=8] [--dtype=float32] [--rank=16]
-  [--prompts=10] [--tasks=20] [--repeats=5] [--json=FILE]
-  [--peers [--variants=peft,peft_compiled,...] [--peers_python=FILE]]
-python -m fmlora_jax.bench --methods=all|NAME,NAME:FIELD=VALUE,... [--batch=8] [--json=FILE]
+Usage: fmlora_jax bench [--architecture=vit_b16] [--batch=8] [--dtype=float32] [--rank=16]
+         [--prompts=10] [--tasks=20] [--repeats=5] [--json=FILE]
+         [--peers [--variants=peft,peft_compiled,...] [--peers_python=FILE]]
+       fmlora_jax bench --methods=all|NAME,NAME:FIELD=VALUE,... [--batch=8] [--json=FILE]
 
-The ViT and the images are random; method, step and optimiser are those of a run. The first command
-measures FM-LoRA at task 2 and at the last one, beside what the step needs at least: the matrix
-products that can't be left out, at the rate of a large one in the same run, and the activations
-that the backward pass must find. With --peers PyTorch does the same work (torch_peers.py): Hugging
-Face's and timm's ViT with PEFT's LoRA, and SD-LoRA's stack of one pair of products for each of 20
-tasks; all take turns. With --methods, named as for fmlora_jax.compare, XLA counts the FLOPs of each
-method's compiled step; no step is done.
+The ViT and the images are random; method, step and optimizer are those of a run. The first form
+measures FM-LoRA at task 2 and at the last one, beside its floor: the matrix products that it needs,
+at the rate of a large one in the same run, and the activations of its backward pass. With --peers
+PyTorch does the same work (torch_peers.py): Hugging Face's and timm's ViT with PEFT's LoRA, and
+SD-LoRA's stack of one pair of products for each of 20 tasks; all take turns. With --methods, named
+as for compare, XLA counts the FLOPs of each method's compiled step; no step is run.
+
+Examples:
+  fmlora_jax bench --architecture=micro --batch=32
+  fmlora_jax bench --methods=fm_lora,lora:mode=sequential
 """
 
 import dataclasses
@@ -19,59 +22,73 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
 
-from fmlora_jax.bench import peer, programs, speed
-from fmlora_jax.bench.lab import BenchSettings
-from fmlora_jax.cli import overrides, program
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  values, console = flags.FLAGS, Console(width=None if sys.stdout.isatty() else 140)
-  setting = BenchSettings(
-    **{f.name: getattr(values, f.name) for f in dataclasses.fields(BenchSettings)}
-  )
-  if values.methods:
-    result = programs.count_methods(setting, overrides.parse_methods(values.methods), console.print)
-    shown = programs.methods_table(result)
-  else:
-    variants = values.variants if values.peers else ()
-    result = speed.measure(setting, values.repeats, variants, values.peers_python)
-    result |= {"programs_of_10_tasks": programs.count_programs()}
-    shown = speed.table(result)
-  console.print(shown)
-  if values.json:
-    pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
+from fmlora_jax.bench import peer
+from fmlora_jax.cli import program
+from fmlora_jax.cli.flags import Arguments
 
 
-if __name__ == "__main__":
-  program.drop_flags(*program.OF_RUNS)
-  flags.adopt_module_key_flags(program)
-  flags.DEFINE_string("architecture", BenchSettings.architecture, "A name in models/vit.py.")
-  flags.DEFINE_integer("batch", BenchSettings.batch, "Images in a step.", lower_bound=1)
-  flags.DEFINE_enum("dtype", BenchSettings.dtype, ("float32", "bfloat16"), "What is computed in.")
-  flags.DEFINE_integer(
-    "rank", BenchSettings.rank, "Rank of the tasks from the second on.", lower_bound=1
-  )
-  flags.DEFINE_integer("prompts", BenchSettings.prompts, "Prompt tokens.", lower_bound=0)
-  flags.DEFINE_integer(
-    "tasks", BenchSettings.tasks, "Task 2 and this one are measured.", lower_bound=2
-  )
-  flags.DEFINE_integer("repeats", 5, "Timed rounds; medians are shown.", lower_bound=1)
-  flags.DEFINE_string("methods", None, "Count the FLOPs of these, as in fmlora_jax.compare.")
-  flags.DEFINE_bool("peers", False, "Time PyTorch beside it; needs torch, transformers and peft.")
-  flags.DEFINE_string("peers_python", sys.executable, "The Python that has them.")
-  flags.DEFINE_list("variants", list(peer.DEFAULT), "What --peers times.")
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the program's flags; those of `BenchSettings` have its defaults."""
+  flags.DEFINE_string("architecture", "vit_b16", "A name in models/vit.py.", flag_values=values)
+  flags.DEFINE_integer("batch", 8, "Images in a step.", lower_bound=1, flag_values=values)
+  types = ("float32", "bfloat16")
+  flags.DEFINE_enum("dtype", "float32", types, "Type of the products.", flag_values=values)
+  text = "Rank of the tasks from the second on."
+  flags.DEFINE_integer("rank", 16, text, lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("prompts", 10, "Prompt tokens.", lower_bound=0, flag_values=values)
+  text = "Task 2 and this one are measured."
+  flags.DEFINE_integer("tasks", 20, text, lower_bound=2, flag_values=values)
+  text = "Timed rounds; medians are shown."
+  flags.DEFINE_integer("repeats", 5, text, lower_bound=1, flag_values=values)
+  text = "Count the FLOPs of these methods, named as for compare."
+  flags.DEFINE_string("methods", None, text, flag_values=values)
+  text = "Time PyTorch too; needs torch, transformers and peft."
+  flags.DEFINE_bool("peers", False, text, flag_values=values)
+  text = "The Python that has them. Default: this one."
+  flags.DEFINE_string("peers_python", None, text, flag_values=values)
+  text = f"Models that --peers times: some of {', '.join(peer.VARIANTS)}."
+  flags.DEFINE_list("variants", list(peer.DEFAULT), text, flag_values=values)
   flags.register_validator(
     "variants",
     lambda names: set(names) <= set(peer.VARIANTS),
     message=f"must be some of {', '.join(peer.VARIANTS)}",
+    flag_values=values,
   )
-  flags.DEFINE_string("json", None, "File for all numbers.")
-  # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
+  flags.DEFINE_string("json", None, "File for all numbers.", flag_values=values)
+
+
+def main(arguments: Arguments) -> None:
+  """Measures and prints what the command line asks for."""
+  options = arguments.options
+  arguments.refuse_words()
+  # to share the GPU with PyTorch: take memory as needed; read when JAX first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  program.start(main, program.parse_flags)
+  from rich.console import Console
+
+  from fmlora_jax.bench import programs, speed
+  from fmlora_jax.bench.lab import BenchSettings
+  from fmlora_jax.cli import methods_flag
+
+  console = Console(width=None if sys.stdout.isatty() else 140)
+  fields = [field.name for field in dataclasses.fields(BenchSettings)]
+  setting = BenchSettings(**{name: getattr(options, name) for name in fields})
+  if options.methods:
+    choices = methods_flag.parse_methods(options.methods)
+    result = programs.count_methods(setting, choices, console.print)
+    table = programs.methods_table(result)
+  else:
+    variants = options.variants if options.peers else ()
+    python = options.peers_python or sys.executable
+    result = speed.measure(setting, options.repeats, variants, python)
+    result |= {"programs_of_10_tasks": programs.count_programs()}
+    table = speed.table(result)
+  console.print(table)
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  program.start(main, define_flags)

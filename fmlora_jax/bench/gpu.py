@@ -1,210 +1,70 @@
-"""All that is asked of a GPU in one call of at most nine minutes.
+"""Measures all that is asked of a GPU in one call of at most nine minutes.
 
-python -m fmlora_jax.bench.gpu --out=DIR [--peers_python=FILE] [--seconds=520]
-  [--batches=64,128,256,512] [--architecture=vit_b16] [--dtype=bfloat16] [--epochs=30]
+Usage: fmlora_jax bench.gpu --out=DIR [--peers_python=FILE] [--seconds=520]
+         [--batches=64,128,256,512] [--architecture=vit_b16] [--dtype=bfloat16] [--epochs=30]
 
 In turn: FM-LoRA's step at batch 256, then beside PyTorch's, its kernels by their time, the step at
 the other batches, and a whole run of ten tasks over 24,000 images of random pixels, 256 a side (an
-eighth for validation), kept on the device, rank 16. What finds no time is left out; a whole run has
-as many of its epochs as fit, and its time is extrapolated to all; both are said. DIR/gpu.json and
-DIR/gpu.txt are written after each part.
+eighth for validation), resident, rank 16. Parts without time left are left out; a whole run has as
+many of its epochs as fit, and its time is extrapolated to all; the report says both. DIR/gpu.json
+and DIR/gpu.txt are written after each part.
+
+Example:
+  fmlora_jax bench.gpu --out=gpu --seconds=300
 """
 
-import dataclasses
-import functools
-import json
 import os
 import pathlib
 import sys
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import jax
 from absl import flags
-from rich.console import Console
 
-from fmlora_jax import methods
-from fmlora_jax.bench import kernels, speed
-from fmlora_jax.bench.lab import BenchSettings, Workload
 from fmlora_jax.cli import program
-from fmlora_jax.experiment import run
-from fmlora_jax.tasks.benchmarks import random_images
-
-MAIN_BATCH = 256  # beside PyTorch, of the profile and of the whole run, if it is among the batches
-VARIANTS = ("peft_compiled", "peft", "sd_lora")
-SWEEP_SHARE = 0.6  # of the time is over before the whole run starts
-COMPILE_SECONDS = 90.0  # allowed to the whole run, for its programs and its evaluations
+from fmlora_jax.cli.flags import Arguments
+from fmlora_jax.config import ConfigError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-  """What is done; the flags of the same names."""
-
-  out: pathlib.Path
-  peers_python: str
-  seconds: float
-  batches: tuple[int, ...]
-  architecture: str
-  dtype: str
-  epochs: int
-
-  @property
-  def main_batch(self) -> int:
-    return MAIN_BATCH if MAIN_BATCH in self.batches else self.batches[-1]
-
-  def setting(self, batch: int) -> BenchSettings:
-    # two tasks: their second is measured, and no later one
-    return BenchSettings(architecture=self.architecture, dtype=self.dtype, batch=batch, tasks=2)
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the program's flags."""
+  text = "Folder for gpu.json, gpu.txt and the whole run."
+  flags.DEFINE_string("out", None, text, flag_values=values)
+  text = "The Python that has torch. Default: this one."
+  flags.DEFINE_string("peers_python", None, text, flag_values=values)
+  text = "Time for all parts."
+  flags.DEFINE_float("seconds", 520.0, text, lower_bound=1.0, flag_values=values)
+  text = "Images in a step."
+  flags.DEFINE_list("batches", ["64", "128", "256", "512"], text, flag_values=values)
+  flags.DEFINE_string("architecture", "vit_b16", "A name in models/vit.py.", flag_values=values)
+  types = ("float32", "bfloat16")
+  flags.DEFINE_enum("dtype", "bfloat16", types, "Type of the products.", flag_values=values)
+  flags.DEFINE_integer("epochs", 30, "Of the whole run.", lower_bound=1, flag_values=values)
 
 
-class Report:
-  """What was measured so far: on the console, and on disk after each part."""
+def main(arguments: Arguments) -> None:
+  """Measures as the command line says."""
+  options = arguments.options
+  arguments.refuse_words()
+  if not options.out:
+    raise ConfigError("--out is missing: name a folder for the results")
+  # to share the GPU with PyTorch: take memory as needed; read when JAX first uses the device
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  import jax
 
-  def __init__(self, plan: Plan):
-    self._plan, self._began = plan, time.monotonic()
-    self.parts: dict[str, dict] = {}
-    plan.out.mkdir(parents=True, exist_ok=True)
-    self._text = plan.out / "gpu.txt"
-    self._text.write_text("")
+  from fmlora_jax.bench import gpu_report
 
-  def passed(self) -> float:
-    """Returns the share of the time that is over."""
-    return (time.monotonic() - self._began) / self._plan.seconds
-
-  def left(self) -> float:
-    """Returns the seconds that are left."""
-    return (1 - self.passed()) * self._plan.seconds
-
-  def part(self, name: str, measure: Callable[[], dict[str, Any]], show: Callable) -> dict:
-    """Returns and writes down what `measure` found; a part that fails says why, others go on."""
-    began = time.monotonic()
-    try:
-      found = measure()
-      shown = [found["left_out"]] if "left_out" in found else show(found)
-    except Exception as error:  # what was measured before must not be lost
-      traceback.print_exc()
-      found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-      shown = [found["failed"]]
-    found |= {"seconds": time.monotonic() - began}
-    self.parts[name] = found
-    (self._plan.out / "gpu.json").write_text(json.dumps(self.parts, indent=1) + "\n")
-    with open(self._text, "a") as file:
-      for target in (sys.stdout, file):
-        console = Console(file=target, width=140)
-        console.print(f"{name}, {found['seconds']:.0f} s", style="bold")
-        for each in shown:
-          console.print(each)
-    return found
-
-
-def show_speed(found: Mapping[str, Any]) -> list:
-  return [speed.table(found)]
-
-
-def trace_step(setting: BenchSettings) -> dict[str, Any]:
-  """Returns the kernels of ten steps."""
-  lab = Workload(setting)
-  step = lab.training_step(lab.weights(), 1)
-  step(2)
-  return kernels.trace(lambda: step(10))
-
-
-def show_kernels(found: Mapping[str, Any]) -> list[str]:
-  return [f"{row['share']:6.1%}  {row['calls']:6d} x  {row['name']}" for row in found["top"]]
-
-
-def whole_run(plan: Plan, rate: float, seconds: float) -> dict[str, Any]:
-  """Returns the wall time of a whole run, of as many epochs as fit into `seconds`.
-
-  Args:
-    plan: its epochs are wanted.
-    rate: images of a training step per second.
-    seconds: that are left.
-  """
-  images = 0.7 * random_images.NUM_CLASSES * random_images.PER_CLASS
-  epochs = min(plan.epochs, int((0.8 * seconds - COMPILE_SECONDS) * rate / images))
-  if epochs < 1:
-    return {"left_out": f"{seconds:.0f} s are left, not enough for an epoch"}
-  values = {
-    "epochs": epochs,
-    "batch_size": plan.main_batch,
-    "compute_dtype": plan.dtype,
-    "weights": {"tag": "random", "architecture": plan.architecture},
-    "tasks": {"benchmark": "random_images", "num_tasks": 10},
-    "input": {"mode": "resident", "source_size": 256},
-    "drs": {"strategy": "fixed", "rank": 16},
-  }
-  config = methods.build_config(values)
-  result = run.run(config, plan.out / "whole_run")
-  spent = result["wall_seconds"]
-  return {
-    "epochs": epochs,
-    "wall_seconds": spent,
-    "wanted_epochs": plan.epochs,
-    "total_seconds": spent["total"] + spent["train"] * (plan.epochs / epochs - 1),
-    "is_extrapolated": epochs != plan.epochs,
-  }
-
-
-def show_run(found: Mapping[str, Any]) -> list[str]:
-  spent = ", ".join(f"{kind} {value:.1f}" for kind, value in found["wall_seconds"].items())
-  how = f"extrapolated from {found['epochs']}" if found["is_extrapolated"] else "measured"
-  return [
-    f"seconds of {found['epochs']} epochs: {spent}",
-    f"{found['wanted_epochs']} epochs, {how}: {found['total_seconds']:.1f} s",
-  ]
-
-
-def measure(plan: Plan) -> dict[str, dict]:
-  """Does all parts; returns what gpu.json holds."""
-  report, batch = Report(plan), plan.main_batch
-  setting = plan.setting(batch)
-
-  def at_batch(batch, **peers):
-    if report.passed() > SWEEP_SHARE:
-      return {"left_out": "no time was left"}
-    return speed.measure(plan.setting(batch), repeats=5, **peers)
-
-  def beside_pytorch():
-    return at_batch(batch, variants=VARIANTS, peers_python=plan.peers_python)
-
-  alone = report.part(f"batch {batch}", lambda: at_batch(batch), show_speed)
-  report.part(f"batch {batch} beside PyTorch", beside_pytorch, show_speed)
-  report.part("kernels", lambda: trace_step(setting), show_kernels)
-  for other in plan.batches:
-    if other != batch:
-      report.part(f"batch {other}", functools.partial(at_batch, other), show_speed)
-  rate = alone["task_2"]["images_per_second"]
-  report.part("whole run", lambda: whole_run(plan, rate, report.left()), show_run)
-  return report.parts
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  values = flags.FLAGS
-  plan = Plan(
-    out=pathlib.Path(values.out),
-    batches=tuple(map(int, values.batches)),
-    **{name: values[name].value for name in ("peers_python", "seconds", "architecture")},
-    **{name: values[name].value for name in ("dtype", "epochs")},
+  plan = gpu_report.Plan(
+    out=pathlib.Path(options.out),
+    batches=tuple(map(int, options.batches)),
+    peers_python=options.peers_python or sys.executable,
+    seconds=options.seconds,
+    architecture=options.architecture,
+    dtype=options.dtype,
+    epochs=options.epochs,
   )
-  program.keep_programs()
-  Console().print(f"{jax.devices()[0].device_kind} ({jax.default_backend()})", highlight=False)
-  measure(plan)
+  program.enable_compilation_cache()
+  program.write_lines([f"{jax.devices()[0].device_kind} ({jax.default_backend()})"])
+  gpu_report.measure(plan)
 
 
 if __name__ == "__main__":
-  program.drop_flags(*program.OF_RUNS)
-  flags.adopt_module_key_flags(program)
-  flags.DEFINE_string("out", None, "Folder for gpu.json, gpu.txt and the whole run.", required=True)
-  flags.DEFINE_string("peers_python", sys.executable, "The Python that has torch.")
-  flags.DEFINE_float("seconds", 520.0, "Time for all of it.", lower_bound=1.0)
-  flags.DEFINE_list("batches", ["64", "128", "256", "512"], "Images in a step.")
-  flags.DEFINE_string("architecture", BenchSettings.architecture, "A name in models/vit.py.")
-  flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16"), "What is computed in.")
-  flags.DEFINE_integer("epochs", 30, "Of the whole run.", lower_bound=1)
-  # beside PyTorch on one GPU: take memory as it is needed; read when JAX first uses the device
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  program.start(main, program.parse_flags)
+  program.start(main, define_flags)

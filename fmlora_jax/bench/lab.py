@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from fmlora_jax import methods
-from fmlora_jax.cli import config_files, overrides
-from fmlora_jax.cli.overrides import Choice
+from fmlora_jax.cli import config_files, config_flag
+from fmlora_jax.cli.methods_flag import Choice
 from fmlora_jax.config import Config
 from fmlora_jax.input import augment
 from fmlora_jax.methods.common import base
@@ -67,7 +67,7 @@ class BenchSettings:
       "drs": {"strategy": "fixed", "rank": self.rank},
       "prompt": {"num_tokens": self.prompts},
     }
-    return overrides.read_config(choice.flags(), config_files.defaults(**values))
+    return config_flag.change_config(config_files.defaults(**values), choice.changes)
 
 
 class Program:

@@ -10,7 +10,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.bench import tables
 from fmlora_jax.bench.lab import BenchSettings, Program, Workload
-from fmlora_jax.cli.overrides import Choice
+from fmlora_jax.cli.methods_flag import Choice
 from fmlora_jax.config import Config
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.models import vit

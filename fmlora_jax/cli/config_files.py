@@ -1,4 +1,4 @@
-"""What config files (`configs/*.py`) call to state what differs from the defaults of `Config`."""
+"""Functions that config files (`configs/*.py`) call to state what differs from the defaults."""
 
 import dataclasses
 import types
@@ -15,13 +15,13 @@ RECIPES = ("unified", "official")
 
 
 def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.ConfigDict:
-  """Returns every field of `Config` at its default, changed by nested dicts; for config files.
+  """Returns every field of `Config` at its default, changed by nested dicts.
 
   Fields that may be None become typed placeholders, so that the command line can set them.
 
   Args:
-    recipe: unified trains every method alike, as `groups` say; official takes the settings that the
-      method's own code has for the benchmark, where they differ from `groups`.
+    recipe: unified trains every method with `groups`; official replaces them by the settings that
+      the official code of the method has for the benchmark.
 
   Raises:
     ConfigError: if there is no such recipe, or none for this method, benchmark and scenario.
@@ -30,17 +30,17 @@ def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.Config
   config = methods.build_config(groups)
   if recipe == "official":
     config = methods.build_config(merged(groups, _official(config)))
-  return _to_config_dict(config)
+  return to_config_dict(config)
 
 
 def paper(
   variant: str | None, *, source_size: int = 256, **tasks: Any
 ) -> ml_collections.ConfigDict:
-  """Returns the config of one of the paper's benchmarks; for config files.
+  """Returns the config of one of the paper's benchmarks.
 
   Args:
-    variant: the file's argument: method=NAME, tasks=N, split=NAME, recipe=unified|official. A split
-      that it names wins over the recipe's.
+    variant: the file's argument: method=NAME, tasks=N, split=NAME, recipe=unified|official. Its
+      split replaces that of the recipe.
     source_size: of `InputConfig`, pixels.
     tasks: of `TasksConfig`, where the variant says nothing else.
   """
@@ -59,7 +59,7 @@ def paper(
 
 
 def _official(config: Config) -> dict[str, Any]:
-  """Returns the groups that the official code of the method has for the benchmark."""
+  """Returns the settings that the official code of the method has for the benchmark."""
   name, tasks = config.method.name, config.tasks
   if tasks.scenario != "cil":  # under this name; domainnet_dil has the same images as domainnet
     raise ConfigError(
@@ -70,12 +70,12 @@ def _official(config: Config) -> dict[str, Any]:
   if tasks.benchmark not in known:
     have = f"has none for {tasks.benchmark!r}, but for {', '.join(known)}" if known else "has none"
     raise ConfigError(f"recipe is 'official': must be unified, {name} {have}")
-  found = known[tasks.benchmark]
-  return found(tasks.num_tasks) if callable(found) else found
+  groups = known[tasks.benchmark]
+  return groups(tasks.num_tasks) if callable(groups) else groups
 
 
 def merged(groups: dict, changes: dict) -> dict:
-  """Returns nested dicts with the values of `changes` in place of those of `groups`."""
+  """Returns nested dicts in which the values of `changes` replace those of `groups`."""
   both = dict(groups)
   for name, value in changes.items():
     is_group = isinstance(value, dict) and isinstance(both.get(name), dict)
@@ -83,13 +83,14 @@ def merged(groups: dict, changes: dict) -> dict:
   return both
 
 
-def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
+def to_config_dict(record: Any) -> ml_collections.ConfigDict:
+  """Returns a config or a group of it; fields that are None are placeholders of their type."""
   hints = typing.get_type_hints(type(record))
   tree = ml_collections.ConfigDict()
   for field in dataclasses.fields(record):
     value = getattr(record, field.name)
     if dataclasses.is_dataclass(value):
-      tree[field.name] = _to_config_dict(value)
+      tree[field.name] = to_config_dict(value)
     elif value is None:
       (kind,) = (a for a in typing.get_args(hints[field.name]) if a is not types.NoneType)
       tree[field.name] = config_dict.placeholder(str if typing.get_origin(kind) else kind)
@@ -101,13 +102,13 @@ def _to_config_dict(record: Any) -> ml_collections.ConfigDict:
 def head_settings(
   chosen: dict[str, str], heads: dict[str, dict], default: str | None = None
 ) -> dict[str, Any]:
-  """Returns the settings of the head that a variant names; for config files that have several.
+  """Returns the settings of the head that a variant names.
 
   Args:
     chosen: the variant: method=NAME, head=plain|aligned.
-    heads: settings of plain, of aligned, and of methods by name that have neither.
-    default: where the variant names none; None takes aligned for fm_lora and plain for the methods
-      that it is compared with.
+    heads: settings by head, plain and aligned; and by method, for methods that have neither.
+    default: the head if the variant names none. None takes aligned for fm_lora and plain for other
+      methods.
 
   Raises:
     ConfigError: if there is no such head.

@@ -1,130 +1,105 @@
-"""What our programs share: flags, and errors that are one line.
+"""Start of a program: its flags, its log, its processes, its cache and its workdir."""
 
-A wrong setting ends with exit code 2 and its message, SIGTERM with 143, Ctrl-C with 130, a bug of
-ours with 1 and the name of a file with its trace. --debug shows the trace of any error.
-"""
-
+import inspect
 import logging
 import os
 import pathlib
 import re
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
-from fmlora_jax.cli import overrides
+from fmlora_jax.cli import errors
+from fmlora_jax.cli import flags as flags_lib
+from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 from fmlora_jax.distributed import hosts, stop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: a file in configs/.")
-WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder for what is run; the same again resumes it. Default: in runs/."
-)
-DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error.")
-OF_RUNS = ("config", "workdir")  # flags that programs which run nothing do without
+HELP = {"-h", "-help", "--help", "-helpfull", "--helpfull", "-helpshort", "--helpshort"}
 
 
-def start(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
-  """Runs `main` as a program that shows what the package logs as plain lines."""
+def start(
+  main: Callable[[Arguments], None],
+  define_flags: Callable[[flags.FlagValues], None],
+  argv: Sequence[str] | None = None,
+) -> None:
+  """Parses the command line and calls `main` with it.
+
+  The log of the package is shown as plain lines, errors as one line. --help prints the docstring of
+  the module of `main` and its flags.
+
+  Args:
+    define_flags: defines the program's flags in what it is given.
+    argv: None takes that of the process.
+  """
   absl_logging.set_verbosity(absl_logging.WARNING)
   log = logging.getLogger("fmlora_jax")
   log.setLevel(logging.INFO)
   log.addHandler(logging.StreamHandler(sys.stdout))
   log.propagate = False
+  values = flags.FlagValues()
+  define_flags(values)
+  flags_lib.define_shared(values)
+
+  def parse(argv):
+    flags.FLAGS(argv[:1])  # of libraries, which may look at their flags
+    if HELP & {*argv[1:]}:
+      print_help(inspect.getmodule(main).__doc__, values)
+      sys.exit(0)
+    try:
+      return flags_lib.parse(values, argv)
+    except ConfigError as error:
+      errors.fail(str(error))
+
+  def guarded(arguments):
+    options = arguments.options
+    workdir = getattr(options, "workdir", None)
+    errors.guard(lambda: main(arguments), debug=options.debug, workdir=workdir)
+
   with stop.caught():
-    app.run(lambda argv: guarded(main, argv), flags_parser=parse)
+    app.run(guarded, argv=argv, flags_parser=parse)
 
 
-def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
-  """Runs `main`; what a user can mend is one last line and exit code 2, a stop one with its own."""
-  try:
-    main(argv)
-    hosts.barrier()
-  except stop.Stopped as stopped:
-    hosts.barrier()  # several processes stop together
-    sys.stderr.write(f"{stopped}; the same command resumes\n")
-    hosts.exit_process(stopped.code)
-  except Exception as error:
-    if not isinstance(error, (ConfigError, app.UsageError)):
-      hosts.wait_for_peer_failure()
-    if DEBUG.value:
-      hosts.exit_with_trace()
-      raise
-    line = reason(error, _batch_size())
-    fail(line or bug(error), code=2 if line else 1)
+def print_help(doc: str, values: flags.FlagValues) -> None:
+  """Prints usage and examples, which are a module's docstring, and the flags."""
+  sys.stdout.write(f"{inspect.cleandoc(doc)}\n\nFlags:\n{flags_lib.describe(values)}\n")
 
 
-def bug(error: Exception) -> str:
-  """Returns the line for an error that only we can mend."""
-  message = " ".join(str(error).split())
-  return f"{type(error).__name__}: {message[:300]} (a bug of fmlora_jax: {traced(error)})"
+def print_listing() -> None:
+  """Prints what --list asks for."""
+  from fmlora_jax.cli import listing  # imports jax, as it reads every method's settings
+
+  sys.stdout.write(listing.listing())
 
 
-def traced(error: Exception) -> str:
-  """Writes an error's trace to a file, and returns where it is.
+def write_lines(lines: Iterable[str]) -> None:
+  """Prints lines, of several processes those of the first."""
+  if hosts.is_first():
+    sys.stdout.writelines(f"{line}\n" for line in lines)
 
-  The file is a new one: in --workdir where a run is there already, else among the temporary ones.
+
+def resolve_workdir(given: str | None, name: Callable[[], str]) -> pathlib.Path:
+  """Returns the workdir that is given, else the folder in runs/ that `name` returns.
+
+  The path is absolute: the program may change its folder. Of several processes the first decides.
+
+  Raises:
+    ConfigError: if it is given as a bucket or has characters that no folder should have.
   """
-  folder = WORKDIR.value if "workdir" in flags.FLAGS else None
-  of_run = folder and pathlib.Path(folder, "config.json").exists()
-  with tempfile.NamedTemporaryFile(
-    "w", prefix="error-", suffix=".txt", dir=folder if of_run else None, delete=False
-  ) as file:
-    file.write("".join(traceback.format_exception(error)))
-  return f"its trace is in {file.name}, --debug shows it here"
-
-
-def _batch_size() -> int | None:
-  return getattr(CONFIG.value, "batch_size", None) if "config" in flags.FLAGS else None
-
-
-def drop_flags(*names: str) -> None:
-  """Makes flags of this module unknown to a program; call it before the flags are parsed."""
-  for name in names:
-    delattr(flags.FLAGS, name)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; a wrong setting is one line, not a trace."""
-  check_files(argv[1:])
-  argv = [*map(overrides.moved_flag, argv)]
-  try:
-    return flags.FLAGS(argv)
-  except overrides.PARSERS_ERRORS as error:
-    fail(overrides.explain(error, argv))
-
-
-def check_files(arguments: Sequence[str]) -> None:
-  """Ends the program where --config names no file."""
-  for argument in arguments:
-    file = re.match(r"--?config=([^:]+)", argument)
-    if file and not pathlib.Path(file[1]).is_file():
-      fail(f"--config is {file[1]!r}: no such file; see configs/, such as configs/digits.py")
-
-
-def check_workdir() -> None:
-  """Refuses a bucket, and what no folder can be called, as --workdir."""
-  if not (WORKDIR.value or "").isprintable():
-    raise app.UsageError(f"--workdir is {WORKDIR.value!r}: must be of printable characters")
-  if "://" in (WORKDIR.value or ""):
-    raise app.UsageError(
-      f"--workdir is {WORKDIR.value!r}: must be a local or mounted folder, buckets are not "
-      "supported yet"
+  if not (given or "").isprintable():
+    raise ConfigError(f"--workdir is {given!r}: must be of printable characters")
+  if "://" in (given or ""):
+    raise ConfigError(
+      f"--workdir is {given!r}: must be a local or mounted folder, buckets are not supported yet"
     )
-
-
-def workdir(name: str) -> pathlib.Path:
-  """Returns --workdir, or the folder `name` in runs/; where the program was started, for good."""
-  return pathlib.Path(WORKDIR.value or pathlib.Path("runs", name)).expanduser().absolute()
+  default = pathlib.Path("runs", hosts.run_on_first(name))
+  return pathlib.Path(given or default).expanduser().absolute()
 
 
 def join_hosts() -> None:
-  """Joins the other processes of this program, if there are some; all but the first are quiet."""
+  """Joins the other processes of this program, if there are any; all but the first are quiet."""
   if fake := re.search(
     r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
   ):
@@ -136,41 +111,12 @@ def join_hosts() -> None:
     logging.getLogger("fmlora_jax").setLevel(logging.ERROR)
 
 
-def keep_programs() -> None:
-  """Keeps what XLA compiles in the user's cache."""
-  import jax  # after the flags: --help and a typo answer at once
+def enable_compilation_cache() -> None:
+  """Has XLA store what it compiles in the user's cache folder."""
+  import jax  # takes a second, which --help does without
 
   cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache, "fmlora_jax", "xla")))
-  # small ones too: between tasks a run has hundreds
+  # small programs too: between tasks a run has hundreds
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def reason(error: Exception, batch_size: int | None) -> str | None:
-  """Returns in one line what a user may be able to mend; None where only we can."""
-  from fmlora_jax.types import FrozenError, NonFiniteError  # which imports jax
-
-  message = " ".join(str(error).split())
-  if isinstance(error, (app.UsageError, ConfigError, FrozenError, NonFiniteError)):
-    return message
-  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-    from fmlora_jax.distributed import memory  # which imports jax
-
-    detail = str(error).partition("\n")[0]
-    own = memory.device_memory()
-    place, size = ("machine", memory.host_memory()) if own is None else ("device", own)
-    return (
-      f"config.batch_size is {batch_size}: out of memory, the {place} has {size / 2**30:.1f} GiB; "
-      "lower it, config.eval_batch_size or config.input.source_size, or set "
-      f"config.input.mode=stream ({detail})"
-    )
-  if isinstance(error, (ValueError, OSError)):
-    return f"{message} ({traced(error)})"
-  return None
-
-
-def fail(message: str, code: int = 2):
-  """Ends the program with one line on the standard error."""
-  sys.stderr.write(f"error: {message}\n")
-  hosts.exit_process(code)

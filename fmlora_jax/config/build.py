@@ -22,7 +22,7 @@ def build(
   """Returns `cls` filled from nested dicts; absent fields keep their defaults.
 
   Args:
-    base: whose fields are the defaults; None takes those of `cls`.
+    base: a record with the default of each field; None takes the defaults of `cls`.
     method_config: name of a method -> its settings class, which a MethodConfig field is built as.
 
   Raises:
@@ -54,7 +54,7 @@ def build(
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-  """Returns `value` as `kind`; refuses what would lose or guess (True is no int, 1.5 no int)."""
+  """Returns `value` as `kind`; refuses conversions that lose or guess: True or 1.5 to int."""
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if origin in (types.UnionType, typing.Union):
     if value is None:

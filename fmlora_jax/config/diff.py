@@ -1,4 +1,4 @@
-"""Nested dicts of values that are no dicts: configs, as results and checkpoints keep them."""
+"""Comparison of nested dicts, such as the configs in results and checkpoints."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, An
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """Yields (path, value) of every leaf of nested dicts, paths as those of `differences`."""
+  """Yields (path, value) of every leaf of nested dicts, with paths such as "optim.name"."""
   if isinstance(tree, dict):
     for name, value in tree.items():
       yield from leaves(value, f"{path}.{name}" if path else name)

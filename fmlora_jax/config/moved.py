@@ -1,4 +1,4 @@
-"""Fields of the config that have moved: old files and old flags name them as they were."""
+"""Fields of the config that have moved; old files and old flags have their old names."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ MOVED = {
 
 
 def moved_field(field: str) -> str:
-  """Returns where a field such as "bases.max_rank" is now; unchanged unless it has moved."""
+  """Returns the new name of a field such as "bases.max_rank"; unchanged if it has not moved."""
   for old, new in MOVED.items():
     if field == old or field.startswith(f"{old}."):
       return new + field.removeprefix(old)
@@ -20,7 +20,7 @@ def moved_field(field: str) -> str:
 
 
 def upgrade_config(values: Mapping[str, Any], method_fields: Collection[str]) -> dict[str, Any]:
-  """Returns a config as nested dicts with every field where it is now.
+  """Returns a config as nested dicts with the new name of every field.
 
   Args:
     values: of any version.
@@ -30,12 +30,12 @@ def upgrade_config(values: Mapping[str, Any], method_fields: Collection[str]) ->
   for old, new in MOVED.items():
     *old_groups, old_name = old.split(".")
     new_group, new_name = new.split(".")
-    place = upgraded
+    parent = upgraded
     for group in old_groups:
-      place = place.get(group, {})
-    if old_name not in place:
+      parent = parent.get(group, {})
+    if old_name not in parent:
       continue
-    value = place.pop(old_name)
+    value = parent.pop(old_name)
     if new_group != "method" or new_name in method_fields:
       target = upgraded.setdefault(new_group, {})
       both_groups = isinstance(value, Mapping) and isinstance(target.get(new_name), Mapping)

@@ -1,7 +1,8 @@
-"""The settings of a run: declared, typed and checked here, and nowhere else.
+"""The settings of a run: frozen dataclasses that declare, type and check each field.
 
-A config file makes an `ml_collections.ConfigDict` (config_files.py); `build` turns it into the
-frozen dataclasses below, and after that nobody sees a ConfigDict.
+A config file makes an `ml_collections.ConfigDict` (cli/config_files.py), which `build` turns into
+these; the rest of the package sees no ConfigDict. `fmlora_jax main --list` prints the first
+sentence of each field's doc.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from fmlora_jax.config.checks import (
   require_within,
 )
 
-# settings that each process of a run may have for itself; what lies at a path is hashed
+# settings that may differ between the processes of a run; files at a path are compared by hash
 OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.task_file", "weights.path")
-# settings that change neither the numbers of a run, but for rounding, nor its shapes; all others
-# are its identity. What can be extended is the list of seeds alone, as each is a run: more tasks
-# or epochs would cut the classes and anneal the rates in another way from the first step on
+# settings that change neither the numbers of a run, except for rounding, nor its shapes; all others
+# are its identity. Of those only `seeds` can be extended, as each seed is a run: with more tasks or
+# epochs the class ranges and learning rates differ from the first step on
 FREE_FIELDS = (
   "checkpoint.every_steps",
   "checkpoint.on_damage",
@@ -38,7 +39,7 @@ FREE_FIELDS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-  """Which data, cut into which tasks.
+  """The data and how they are divided into tasks.
 
   Attributes:
     benchmark: a file in fmlora_jax/tasks/benchmarks, or tfds:NAME for any classification set that
@@ -47,22 +48,22 @@ class TasksConfig:
       the task's identity given at test time).
     num_tasks: T; in a dil benchmark at most the number of its domains.
     order_seed: seed of the class order (cil, til) or domain order (dil); None takes the run's seed.
-    order: shuffled by order_seed, or the data's own.
-    data_dir: where the images lie; benchmarks that ship their data need none. For TFDS's, None is
-      the folder array_record where TFDS keeps its data.
-    split: a named cut into train, val and test, of benchmarks that have some; None takes the first.
+    order: shuffled by order_seed, or natural, the order of the data.
+    data_dir: folder of the images; benchmarks that ship their data need none. For those of TFDS,
+      None is the folder array_record in TFDS's data folder.
+    split: name of a split into train, val and test; None takes the benchmark's first.
     domains: of benchmarks with domains: only these; () takes all.
-    task_file: the task_file.json of a run, to see the same images in the same tasks; then order,
-      order_seed, split and the fractions below decide nothing.
-    val_fraction: share of the training images held out for validation, per class; where the data
-      bring a validation split, that one is taken.
-    test_fraction: share held out for test, per class, where the data bring no test split.
-    split_seed: of the two cuts above; never tied to the run's seed.
-    evaluate_on: what fills the accuracy matrix; "val" is for choosing hyper-parameters: the test
-      images are then never read. The rank selector looks at the validation images too.
+    task_file: the task file of a run, for the same images in the same tasks. Then order,
+      order_seed, split and the fractions below have no effect.
+    val_fraction: share of the training images held out for validation, per class. A validation
+      split of the data is used instead.
+    test_fraction: share held out for test, per class, where the data have no test split.
+    split_seed: seed of the two splits above; independent of the run's seed.
+    evaluate_on: split that fills the accuracy matrix. With "val", which is for choosing
+      hyper-parameters, the test images are never read. The rank selector reads the validation
+      images too.
     broken_files: refuse the whole folder, or skip the file with a warning.
-    copies: report or refuse validation and test images whose file is that of a training image too,
-      and test images whose file is that of a validation image: published sets do hold some.
+    copies: report or refuse files that are in two splits. Published sets have some.
     max_pixels: larger images are refused before they are decoded (decompression bombs).
   """
 
@@ -81,7 +82,7 @@ class TasksConfig:
   evaluate_on: Literal["test", "val"] = "test"
   broken_files: Literal["refuse", "skip"] = "refuse"
   copies: Literal["report", "refuse"] = "report"
-  max_pixels: int = 178_956_970  # Pillow's own limit for an error
+  max_pixels: int = 178_956_970  # from here on Pillow raises an error
 
   def __post_init__(self):
     require_within(self, 1, MOST_WIDE, "num_tasks")
@@ -101,20 +102,20 @@ class TasksConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputConfig:
-  """How images reach the model.
+  """The way of images to the model.
 
   Attributes:
-    mode: resident keeps the task's images on the device as uint8, decoded once; stream decodes
-      each batch when its turn comes, ahead of the device; auto is resident where it fits the
-      memory. No number of the run depends on it.
-    workers: of stream: processes that decode, each a block of batches; 0 decodes in threads of this
-      process, which serves where one process can keep the device busy. Processes hand images over
-      in /dev/shm, which containers often make too small.
+    mode: resident holds the task's images on the device as uint8, decoded once; stream decodes each
+      batch shortly before it is used; auto is resident where memory suffices. The numbers of a run
+      do not depend on it.
+    workers: processes that decode in mode stream, each a block of batches. 0 decodes in threads of
+      this process, which suffices where one process can keep the device busy. Processes pass images
+      through /dev/shm, which is too small in many containers.
     image_size: side in pixels that the ViT sees; None takes the architecture's.
-    source_size: shorter side in pixels that images are kept at; None takes image_size, which
-      augmentations that crop should not (they would enlarge).
+    source_size: shorter side in pixels that images are stored at. None takes image_size, at which
+      augmentations that crop would enlarge.
     augmentation: a name in fmlora_jax/input/augment.py.
-    normalisation: of pixels; None takes what the weights were trained with.
+    normalisation: of pixels; None takes that of the weights' training.
     steps_per_dispatch: training steps in one device program.
   """
 
@@ -134,15 +135,15 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-  """Which pre-trained ViT.
+  """The pre-trained ViT.
 
   Attributes:
-    tag: a name in fmlora_jax/models/weights/registry.py; "" for a file of your own at `path`.
-    path: a file, local or gs://, in any format of the tag; None takes the tag's own, downloaded
+    tag: a name in fmlora_jax/models/weights/registry.py; "" for your file at `path`.
+    path: a file, local or gs://, in any format of the tag. None takes the tag's file, downloaded
       from the Hugging Face Hub if huggingface_hub is installed.
-    depth: use the first blocks only; None takes all.
-    architecture: of tag "random" or of a file of your own: a name in fmlora_jax/models/vit.py.
-    gelu: None takes the tag's; Google's own code runs "tanh" where timm runs "erf".
+    depth: number of blocks that are used, from the first; None takes all.
+    architecture: a name in fmlora_jax/models/vit.py, for tag "random" or "".
+    gelu: None takes the tag's; Google's code computes "tanh" where timm computes "erf".
   """
 
   tag: str = "augreg2_in21k_ft_in1k"
@@ -158,24 +159,26 @@ class WeightsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  """The optimiser, fresh at each task; by default AdamW with cosine annealing, FM-LoRA Sec. 4.1.
+  """The optimizer, new at each task; by default AdamW with cosine annealing, FM-LoRA Sec. 4.1.
 
-  The learning rates and weight decays were lost in the paper's public text; the defaults are ours.
-  The other optimisers and schedules are those of the official codes of other methods.
+  The paper's public text lacks the learning rates and weight decays; the defaults are ours. The
+  other optimizers and schedules are those of the official codes of other methods.
 
   Attributes:
     name: adamw, adam or sgd. Weight decay is decoupled in adamw and times the learning rate; in the
       other two it is added to the gradient, as torch does.
     momentum: of sgd.
-    learning_rate: peak, for everything but the head.
-    weight_decay: for everything but the head and what a method exempts.
+    learning_rate: peak, for all parameters except the head.
+    weight_decay: for all parameters except the head and those that a method exempts.
     head_learning_rate, head_weight_decay: the same for the linear head. AdamW moves each weight by
       about the rate at each step, and a logit by up to the rate times the sum of |features|: 1e-2
       is 4 nats at a ViT-S, and destroys what the head knows of other domains and tasks.
     schedule: cosine (to 0, by steps, without warm-up), constant, steps (times `decay` at each epoch
       in `milestones`), coda_cosine or timm_cosine; see fmlora_jax/train/schedules.py.
-    final_learning_rate: where timm_cosine ends.
-    clip_norm: global L2 norm over the trained leaves; None does not clip.
+    milestones: epochs at which schedule steps multiplies the rate by `decay`, ascending.
+    decay: factor of schedule steps.
+    final_learning_rate: rate at the end of timm_cosine.
+    clip_norm: limit of the global L2 norm of the gradients; None does not clip.
   """
 
   name: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -214,10 +217,10 @@ Projection = Literal["query", "key", "value", "out", "fc1", "fc2"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-  """Stochastic gradient descent on drawn features, its rate annealed epoch by epoch to 0.
+  """Training of a classifier on drawn features by SGD, its rate annealed epoch by epoch to 0.
 
   Attributes:
-    epochs: each of one minibatch per class of the tasks before; 0 leaves the classifier alone.
+    epochs: each of one minibatch per class of the tasks so far; 0 is no alignment.
     batch_size: features in a minibatch.
     learning_rate, momentum: of SGD.
   """
@@ -236,18 +239,18 @@ class AlignmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-  """The classifier; linear is the paper's, the other two are ours.
+  """The classifier; linear is the paper's, the other two are not.
 
   Attributes:
     kind: linear, cosine (normalised features and rows, learned scale per task), or class_mean
       (nearest mean of the adapted features; trained as linear, means stored at each task end).
-    start: of new rows. zero, or class_mean: the nearest-mean classifier of the task's training
-      images, so that what tells its classes from other tasks' is there before local cross-entropy
-      trains what tells them from each other. Costs one feature pass per task.
+    start: initial value of new rows. zero, or class_mean: the nearest-mean classifier of the task's
+      training images, which separates its classes from those of other tasks before cross-entropy
+      within the task separates them from each other. Costs one feature pass per task.
     alignment: of the rows of all classes so far, after each task from the second on, on features
-      drawn from what is kept of each class: what tells tasks apart, which local cross-entropy never
-      trains. Of 0 epochs: off, as in the paper. Costs one feature pass per task.
-    num_centroids: kept of each class at most, with variances, if there is an alignment.
+      drawn from statistics of each class. It separates tasks, which cross-entropy within a task
+      never trains. Off with 0 epochs, as in the paper. Costs one feature pass per task.
+    num_centroids: stored of each class at most, with variances, if there is an alignment.
   """
 
   kind: Literal["linear", "cosine", "class_mean"] = "linear"
@@ -265,12 +268,12 @@ class HeadConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When state is saved besides each task's end.
+  """Checkpoints.
 
   Attributes:
-    every_steps: within a task; 0 saves at task ends only.
-    on_damage: where the newest checkpoint can't be used, fall back to the newest good one, which
-      leads to the same bits, or refuse to run.
+    every_steps: steps between checkpoints within a task; 0 saves at task ends only.
+    on_damage: if the newest checkpoint is damaged, fall back to the newest good one, which leads to
+      the same bits, or refuse to run.
   """
 
   every_steps: int = 0
@@ -282,11 +285,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """How a run is spread over devices; batches always are over all of them.
+  """Sharding over devices; each batch is always sharded over all of them.
 
   Attributes:
-    fsdp: devices that share one copy of the frozen backbone, a part of each large array on each;
-      must divide the number of devices. 1 keeps a copy on each.
+    fsdp: devices that share one copy of the frozen backbone, each with a part of each large array.
+      Must divide the number of devices. 1 is a copy on each.
   """
 
   fsdp: int = 1
@@ -297,12 +300,16 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-  """Base of each method's settings; a method file extends it. `name` is the file's name."""
+  """Base of each method's settings, which its file extends.
+
+  Attributes:
+    name: the method, a file in fmlora_jax/methods.
+  """
 
   name: str = "fm_lora"
 
   def largest(self) -> tuple["MethodConfig", list[str]]:
-    """Returns these settings with what a run chooses task by task at its largest, and says so."""
+    """Returns the settings with values that a run selects at their largest, and notes on that."""
     return self, []
 
 
@@ -326,10 +333,16 @@ class LowRankConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """One run. `epochs` are per task; `batch_size` is over all devices.
+  """Settings of a run.
 
   Attributes:
-    seeds: in place of `seed`: one run with each, in one process; see experiment/seeds.py.
+    seed: of parameters, batches and class order.
+    seeds: one run with each, instead of `seed`, in one process; see experiment/seeds.py.
+    epochs: passes over the training images of each task.
+    batch_size: images in a training step, over all devices.
+    eval_batch_size: images in a test step, over all devices.
+    compute_dtype: type of the ViT's matrix products; parameters are float32.
+    method, tasks, input, weights, optim, head, checkpoint, mesh: groups of settings.
   """
 
   seed: int = 1993

@@ -28,7 +28,7 @@ from fmlora_jax.workdir import log as writer
 
 def run(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: pathlib.Path | str,
   console: Console | None = None,
   cache: SetupCache | None = None,
   began: float | None = None,
@@ -47,6 +47,7 @@ def run(
     Stopped: if the program was asked to stop; what was trained is saved.
     FrozenError: if training changes a frozen array.
   """
+  workdir = pathlib.Path(workdir)
   hosts.run_on_first(functools.partial(identity_lib.check_folder, workdir))
   with Clock(time.monotonic() if began is None else began) as clock, lock.lock_on_first(workdir):
     setup = (cache or SetupCache()).setup(config, clock.kind)

@@ -1,45 +1,66 @@
 """Pre-trains the micro ViT on rendered letters and writes the file that the library ships.
 
-python -m fmlora_jax.pretrain --config=configs/pretrain_letters.py --output=FILE.safetensors
+Usage: fmlora_jax pretrain --output=FILE.safetensors [--config=FILE] [--config.FIELD=VALUE ...]
+         [--dry_run]
+
+Examples:
+  fmlora_jax pretrain --output=micro_letters.safetensors
+  fmlora_jax pretrain --output=quick.safetensors --config.steps=100 --config.pool=2000
 """
 
 import logging
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.cli import program
-from fmlora_jax.models import vit
-from fmlora_jax.pretrain import training
+from fmlora_jax.cli import config_flag, program
+from fmlora_jax.cli import flags as flags_lib
+from fmlora_jax.cli.flags import Arguments
 
 _log = logging.getLogger("fmlora_jax.pretrain")  # __name__ is __main__ here
 
 
-def main(argv: list[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the program's flags."""
+  flags.DEFINE_string("config", "pretrain_letters", "The recipe.", flag_values=values)
+  flags.DEFINE_string("output", None, "File to write, .safetensors.", flag_values=values)
+  flags_lib.define_dry_run(values)
+
+
+def main(arguments: Arguments) -> None:
   """Trains by --config and writes --output.
 
   Raises:
     ConfigError: if a field or the output folder is invalid.
   """
-  del argv
-  output = pathlib.Path(flags.FLAGS.output)
+  options = arguments.options
+  arguments.refuse_words()
+  if not options.output:
+    raise config_lib.ConfigError(
+      "--output is missing: name a file to write, such as my.safetensors"
+    )
+  output, values = pathlib.Path(options.output), config_flag.load_values(options.config)
+  from fmlora_jax.models import vit  # imports jax
+  from fmlora_jax.pretrain import training
+
   try:
-    recipe = config_lib.build(training.Recipe, flags.FLAGS.config.to_dict())
+    config_flag.set_fields(values, arguments.changes)
+    recipe = config_lib.build(training.Recipe, values.to_dict())
     backbone = vit.make_vit(vit.architecture(recipe.architecture))
   except (TypeError, ValueError) as error:  # TypeError: the config lacks a field
     raise config_lib.ConfigError(str(error)) from error
   if not output.parent.is_dir():
     raise config_lib.ConfigError(f"--output is {output}: create its folder first")
+  if options.dry_run:
+    program.write_lines(
+      [f"would train {recipe.architecture} for {recipe.steps} steps, write {output}"]
+    )
+    return
   params, accuracy = training.train(recipe, backbone)
   training.save(params, output, recipe, accuracy)
   _log.info("wrote %s, letters in held-out faces %.4f", output, accuracy)
 
 
 if __name__ == "__main__":
-  program.drop_flags(*program.OF_RUNS)
-  flags.adopt_module_key_flags(program)
-  config_flags.DEFINE_config_file("config", "configs/pretrain_letters.py", "The recipe.")
-  flags.DEFINE_string("output", None, "File to write, .safetensors.", required=True)
-  program.start(main, program.parse_flags)
+  program.start(main, define_flags)

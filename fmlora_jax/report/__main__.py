@@ -1,48 +1,68 @@
 """Compares finished runs side by side, as mean ± std over seeds.
 
-python -m fmlora_jax.report RUN... [--markdown] [--plot=FILE.png]
-python -m fmlora_jax.report --paper RUN... [--html=FILE.html] [--plot=FILE.png]
+Usage: fmlora_jax report RUN... [--markdown] [--plot=FILE.png]
+       fmlora_jax report --paper RUN... [--html=FILE.html] [--plot=FILE.png]
 
 RUN is a run's folder, its result.json, or a folder with runs at any depth. Runs that differ in the
 seed only are one row; each benchmark and number of tasks has a table of its own. With --paper the
 runs stand beside the numbers of the FM-LoRA paper, as Markdown and as one HTML page.
+
+Examples:
+  fmlora_jax report runs
+  fmlora_jax report runs/digits-lora-1993 runs/digits-fm_lora-1993 --markdown --plot=runs.png
 """
 
+import types
 from collections.abc import Iterable, Sequence
 
 from absl import flags
-from rich.console import Console
 
 from fmlora_jax.cli import program
+from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
-from fmlora_jax.report import paper, paper_markdown, tables
-from fmlora_jax.report.runs import RunResult, group, load
 
 
-def main(argv: Sequence[str]) -> None:
-  """Reports on the runs in argv[1:].
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the program's flags."""
+  text = "Print Markdown instead of a table."
+  flags.DEFINE_bool("markdown", False, text, flag_values=values)
+  text = "PNG file to draw the accuracy over tasks into."
+  flags.DEFINE_string("plot", None, text, flag_values=values)
+  text = "Print the paper's tables beside these runs, as Markdown."
+  flags.DEFINE_bool("paper", False, text, flag_values=values)
+  text = "With --paper: HTML file for tables and pictures."
+  flags.DEFINE_string("html", None, text, flag_values=values)
+
+
+def main(arguments: Arguments) -> None:
+  """Reports on the runs that the command line names.
 
   Raises:
     ConfigError: if a run is unreadable or a flag invalid.
   """
   try:
-    report(argv[1:], flags.FLAGS)
+    report(arguments.words, arguments.options)
   except (ValueError, OSError) as error:
     raise ConfigError(str(error)) from error
 
 
-def report(paths: Sequence[str], options: flags.FlagValues) -> None:
+def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
   """Prints and writes what the flags ask for.
 
   Raises:
     ValueError: if a run is unreadable or a flag invalid.
   """
   if not paths:
-    raise ValueError("no RUN given: name a run's folder, as in python -m fmlora_jax.report runs")
+    raise ValueError("no RUN given: name a run's folder, as in fmlora_jax report runs")
   if options.plot and not options.plot.endswith(".png"):
     raise ValueError(f"--plot is {options.plot!r}: must end in .png")
   if options.html and not options.paper:
     raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
+  from rich.console import Console
+
+  from fmlora_jax.report import tables
+  from fmlora_jax.report.runs import group, load
+
   results, notes = load(paths)
   if options.paper:
     _report_on_paper(results, notes, options.html)
@@ -56,7 +76,11 @@ def report(paths: Sequence[str], options: flags.FlagValues) -> None:
     plots.plot_accuracy_over_tasks(group(results), options.plot)
 
 
-def _report_on_paper(results: Iterable[RunResult], notes: Iterable[str], html: str | None) -> None:
+def _report_on_paper(results: Iterable[dict], notes: Iterable[str], html: str | None) -> None:
+  from rich.console import Console
+
+  from fmlora_jax.report import paper, paper_markdown, tables
+
   comparison = paper.compare(results)
   if html:
     from fmlora_jax.report import paper_html  # imports matplotlib, as above
@@ -66,10 +90,4 @@ def _report_on_paper(results: Iterable[RunResult], notes: Iterable[str], html: s
 
 
 if __name__ == "__main__":
-  program.drop_flags(*program.OF_RUNS)
-  flags.adopt_module_key_flags(program)
-  flags.DEFINE_bool("markdown", False, "Print Markdown instead of a table.")
-  flags.DEFINE_string("plot", None, "PNG file to draw the accuracy over tasks into.")
-  flags.DEFINE_bool("paper", False, "Print the paper's tables beside these runs, as Markdown.")
-  flags.DEFINE_string("html", None, "With --paper: HTML file for tables and pictures.")
-  program.start(main, program.parse_flags)
+  program.start(main, define_flags)

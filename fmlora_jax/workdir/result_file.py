@@ -64,7 +64,7 @@ def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> Path:
     TypeError: on a value that JSON can't hold, with its path.
   """
   declared = {fact.field for fact in methods.reports(result["method"]) if fact.field}
-  if odd := sorted((FIELDS.keys() | declared) ^ result.keys()):
+  if odd := sorted(FIELDS.keys() ^ (result.keys() - declared)):
     raise ValueError(f"result: fields {', '.join(odd)} are missing or not in the schema")
   path = Path(workdir) / RESULT
   fields = [f"  {json.dumps(k)}: {json.dumps(jsonable(v, k))}" for k, v in result.items()]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from fmlora_jax.bench import gpu, speed
-from fmlora_jax.bench.gpu import Plan
+from fmlora_jax.bench import gpu_report as gpu
+from fmlora_jax.bench import speed
+from fmlora_jax.bench.gpu_report import Plan
 from fmlora_jax.models import vit
 from fmlora_jax.tasks.benchmarks import random_images
 from fmlora_jax.types import Sizes

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from fmlora_jax.bench.lab import BenchSettings, Workload
-from fmlora_jax.cli.overrides import Choice, parse_methods
+from fmlora_jax.cli.methods_flag import Choice, parse_methods
 
 MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fmlora_jax.bench import programs
 from fmlora_jax.bench.lab import BenchSettings
-from fmlora_jax.cli.overrides import parse_methods
+from fmlora_jax.cli.methods_flag import parse_methods
 
 MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 

@@ -1,9 +1,8 @@
-"""Config files: what they may say, and that every one of ours builds."""
+"""Config files: the functions that they call, and a build of each that ships."""
 
 import dataclasses
 import importlib.util
 import pathlib
-import sys
 import types
 import typing
 
@@ -11,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from fmlora_jax import config, methods
-from fmlora_jax.cli import config_files
+from fmlora_jax.cli import config_files, config_flag
 from fmlora_jax.methods import linear_probe, lora
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
@@ -74,15 +71,10 @@ def test_the_defaults_are_those_of_the_dataclasses():
   assert isinstance(built.method, methods.config_class("fm_lora"))
 
 
-def parse(*arguments) -> config.Config:
-  """Returns what the command line makes of the defaults."""
-  values = flags.FlagValues()
-  argv = ["main", *arguments]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, "argv", argv)  # where config_flags looks for the fields to declare
-    config_flags.DEFINE_config_dict("config", config_files.defaults(), flag_values=values)
-    values(argv)
-  return methods.build_config(values["config"].value.to_dict())
+def parse(**changes) -> config.Config:
+  """Returns the config that --config.FIELD=VALUE make of the defaults; "__" stands for a dot."""
+  pairs = [(field.replace("__", "."), value) for field, value in changes.items()]
+  return config_flag.change_config(config_files.defaults(), pairs)
 
 
 def test_fields_that_are_none_can_be_set_from_the_command_line_with_their_type():
@@ -104,7 +96,7 @@ def test_fields_that_are_none_can_be_set_from_the_command_line_with_their_type()
     (kind,) = (k for k in typing.get_args(hint) if k is not types.NoneType)
     choices = typing.get_args(kind)  # of a Literal
     given, expected = (choices[-1], choices[-1]) if choices else examples[kind]
-    built = parse(f"--config.{group}.{field}={given}")
+    built = parse(**{f"{group}.{field}": given})
     value = getattr(getattr(built, group), field)
     assert value == expected and type(value) is type(expected), (group, field)
 
@@ -118,9 +110,7 @@ def test_a_field_that_is_none_keeps_its_type_in_a_config_file():
 
 
 def test_tuples_can_be_set_from_the_command_line():
-  built = parse(
-    "--config.method.drs.candidate_ranks=(2,4)", "--config.method.bases.targets=('key','out')"
-  )
+  built = parse(method__drs__candidate_ranks="(2,4)", method__bases__targets="('key','out')")
   assert built.method.drs.candidate_ranks == (2, 4)
   assert built.method.bases.targets == ("key", "out")
 

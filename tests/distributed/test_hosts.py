@@ -18,7 +18,7 @@ from fmlora_jax.distributed import hosts
 PROGRAM = """
 import os, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from fmlora_jax.cli import program
+from fmlora_jax.cli import errors, program
 from fmlora_jax.distributed import hosts
 from fmlora_jax.config import ConfigError
 
@@ -50,8 +50,7 @@ def main(argv):
   if argv[1] == "wrong":
     time.sleep(60)  # away from any exchange
 
-program.CONFIG = program.DEBUG = type("Flag", (), {"value": None})
-program.guarded(main, sys.argv)
+errors.guard(lambda: main(sys.argv))
 """
 
 

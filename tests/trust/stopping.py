@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from fmlora_jax import config, methods
-from fmlora_jax.cli import config_files, program
+from fmlora_jax.cli import config_files, errors, program
 from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment import clock, run
 from fmlora_jax.experiment.task_loop import TaskLearner
@@ -102,9 +102,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flag = type("Flag", (), {"value": None})
-  program.CONFIG = program.DEBUG = flag
   from fmlora_jax.distributed import stop
 
   with stop.caught():
-    program.guarded(main, sys.argv)
+    errors.guard(lambda: main(sys.argv))

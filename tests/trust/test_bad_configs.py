@@ -94,7 +94,7 @@ def test_bad_configs_are_refused_at_once_with_key_and_range(monkeypatch):
   for values, key, allowed in BAD:
     began = time.process_time()  # others may use the machine
     with pytest.raises(config.ConfigError) as error:
-      setup.SetupCache().parts(methods.build_config(values))
+      setup.SetupCache().setup(methods.build_config(values))
     message = str(error.value)
     assert message.startswith(key) and allowed in message, message
     assert "\n" not in message

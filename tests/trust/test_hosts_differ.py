@@ -12,7 +12,7 @@ import pytest
 import stopping
 from PIL import Image
 
-from fmlora_jax.cli import program
+from fmlora_jax.cli.errors import guard
 from fmlora_jax.distributed import hosts, stop, watchdog
 from fmlora_jax.experiment.run import run
 
@@ -75,7 +75,7 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
   workdir, other = tmp_path / "run", tmp_path / "other"
   for moment in ("save", "training"):
     with stop.caught(), stopping.sent_at(moment), pytest.raises(SystemExit):
-      program.guarded(lambda argv: run(stopping.settings(**CHEAP), workdir), [])
+      guard(lambda: run(stopping.settings(**CHEAP), workdir))
   capsys.readouterr()
   shutil.copytree(workdir, other)
   *_, newest = saved(other)

@@ -12,7 +12,7 @@ import processes
 import pytest
 import stopping
 
-from fmlora_jax.cli import program
+from fmlora_jax.cli.errors import guard
 from fmlora_jax.distributed import stop
 from fmlora_jax.experiment.run import run
 
@@ -20,7 +20,7 @@ from fmlora_jax.experiment.run import run
 def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
   """Returns (exit code, last line) of a session that gets a signal at a moment."""
   with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left:
-    program.guarded(lambda argv: run(settings, workdir), [])
+    guard(lambda: run(settings, workdir))
   return left.value.code, capsys.readouterr().err
 
 

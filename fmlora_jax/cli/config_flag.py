@@ -1,0 +1,239 @@
+"""--config=FILE[:VARIANT] and --config.FIELD=VALUE: from a command line to the config of a run."""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from fmlora_jax import methods
+from fmlora_jax.cli import config_files
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field
+from fmlora_jax.config.diff import differences
+
+Changes = Iterable[tuple[str, str]]  # (FIELD, VALUE) of --config.FIELD=VALUE
+
+SUFFIX_LENGTH = 60  # of a folder's name; longer ones are hashed
+# free fields that still tell runs apart: each is a path, of which the last name is shown
+PATHS = ("tasks.data_dir", "tasks.task_file", "weights.path")
+
+
+def shipped() -> dict[str, pathlib.Path]:
+  """Returns the config files that come with the package, by name: in a clone those in configs/."""
+  package = pathlib.Path(__file__).parents[1]
+  folders = (package / "configs", package.parent / "configs")  # of a wheel, of a clone
+  folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+  return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def config_path(text: str | None) -> pathlib.Path:
+  """Returns the file that --config=FILE[:VARIANT] names.
+
+  Raises:
+    ConfigError: if it is not given or there is no such file.
+  """
+  if not text:
+    raise ConfigError("--config is missing: name a config file, as in --config=digits")
+  name = text.partition(":")[0]
+  path, files = pathlib.Path(name).expanduser(), shipped()
+  if path.suffix in (".py", ".json") and path.is_file():
+    return path
+  if name in files:
+    return files[name]
+  near = difflib.get_close_matches(path.stem, files, n=1)
+  hint = f"; did you mean {near[0]!r}?" if near else ""
+  raise ConfigError(
+    f"--config is {name!r}: no such file; must be a file .py, config.json of a run, or one of "
+    f"{', '.join(files)}{hint}"
+  )
+
+
+def load_values(text: str | None) -> ml_collections.ConfigDict:
+  """Returns the values that the file of --config=FILE[:VARIANT] makes.
+
+  Raises:
+    ConfigError: if there is no such file or it fails.
+  """
+  path, (_, colon, variant) = config_path(text), text.partition(":")
+  if path.suffix == ".json":
+    if colon:
+      raise ConfigError(f"--config is {text!r}: a config.json takes no :VARIANT; leave it out")
+    return _read_json(path)
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    return module.get_config(*([variant] if colon else []))
+  except ConfigError as error:
+    raise ConfigError(f"--config={text}: {error}") from error
+  except Exception as error:  # the file is a program
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    message = " ".join(str(error).split())
+    raise ConfigError(f"--config={text}: {type(error).__name__} in {where}: {message}") from error
+
+
+def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """Returns the config in config.json of a run, of any version."""
+  try:
+    values = json.loads(path.read_text())["config"]
+    return config_files.to_config_dict(methods.build_config(values))
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
+  except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    raise ConfigError(f"{path} is not the config.json of a run ({error})") from None
+
+
+def read_config(text: str | None, changes: Changes = ()) -> Config:
+  """Returns the config that --config=FILE[:VARIANT] and --config.FIELD=VALUE make.
+
+  Raises:
+    ConfigError: if the file is missing or fails, a field is unknown or a value invalid.
+  """
+  return change_config(load_values(text), changes)
+
+
+def load_config(file: str, **fields: Any) -> Config:
+  """Returns the config of a file with other settings; for Python what --config is for a shell.
+
+  Args:
+    file: FILE[:VARIANT] as --config takes it, such as "digits" or "digits:tasks=2".
+    fields: settings, groups as dicts: epochs=2, optim={"learning_rate": 1e-3}. The method is a name
+      or, with its settings, a dict: method={"name": "lora", "rank": 8}.
+
+  Raises:
+    ConfigError: as `read_config`.
+  """
+  method = fields.pop("method", {})
+  method = {"name": method} if isinstance(method, str) else method
+  if "name" in method:
+    file = f"{file}{',' if ':' in file else ':'}method={method['name']}"
+  values = load_values(file).to_dict()
+  fields["method"] = {"name": values["method"]["name"], **method}
+  return methods.build_config(config_files.merged(values, methods.upgrade_config(fields)))
+
+
+def change_config(values: ml_collections.ConfigDict, changes: Changes = ()) -> Config:
+  """Returns the config of a run with changes as --config.FIELD=VALUE gives them.
+
+  Settings that were once every run's and are now FM-LoRA's alone change nothing in other methods.
+
+  Raises:
+    ConfigError: if a field is unknown or a value invalid.
+  """
+  values = config_files.to_config_dict(methods.build_config(values.to_dict()))
+  now = ((old, moved_field(old), text) for old, text in changes)
+  set_fields(values, [(new, text) for old, new, text in now if _applies(values, old, new)])
+  return methods.build_config(values.to_dict())
+
+
+def _applies(values: ml_collections.ConfigDict, old: str, new: str) -> bool:
+  """Returns whether a field is more than a moved one that the method does not have."""
+  return old == new or not new.startswith("method.") or new.split(".")[1] in values.method
+
+
+def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:
+  """Sets fields to values that are given as text; a tuple's field that is given again is extended.
+
+  Raises:
+    ConfigError: if a field is unknown, a group, or its value of another type.
+  """
+  texts: dict[str, list[str]] = {}
+  for field, text in changes:
+    texts.setdefault(field, []).append(text)
+  for field, given in texts.items():
+    kind = _field_type(values, field)
+    argv = ["", *(f"--config.{field}={text}" for text in given)]
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
+    try:
+      parsed(argv)
+    except (flags.Error, ValueError, TypeError, SyntaxError):
+      allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
+      raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
+
+
+def _field_type(values: ml_collections.ConfigDict, field: str) -> type:
+  """Returns the type of a field such as "optim.name"; refuses what is not a field."""
+  *groups, name = field.split(".")
+  group = values
+  for i, part in enumerate((*groups, name)):
+    if not isinstance(group, ml_collections.ConfigDict) or part not in group:
+      known = list(group) if isinstance(group, ml_collections.ConfigDict) else []
+      hint = _field_hint(field, part, known, in_method=i == 1 and groups[0] == "method")
+      raise ConfigError(f"--config.{field}: {part!r} is not a field{hint}")
+    parent, group = group, group[part]
+  if isinstance(group, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"--config.{field}: {name!r} is a group of fields; set one, such as "
+      f"--config.{field}.{next(iter(group))}"
+    )
+  return parent.get_type(name)
+
+
+def _field_hint(field: str, part: str, known: list[str], *, in_method: bool) -> str:
+  if near := difflib.get_close_matches(part, known, n=1):
+    return f"; did you mean {near[0]!r}?"
+  if in_method:
+    owners = [
+      name
+      for name in methods.names()
+      if part in {field.name for field in dataclasses.fields(methods.config_class(name))}
+    ]
+    if owners:
+      return f" of this method; {', '.join(owners)} has it: --config=FILE:method={owners[0]}"
+  return f"; fields are {', '.join(known)}" if known else ""
+
+
+def workdir_name(text: str, config: Config) -> str:
+  """Returns the name of the default workdir of a run: file, method, seed, and what differs.
+
+  The differences are the variant and the settings that are not the file's, as far as they change
+  the run; a long text is hashed. A run that is started from a config.json has no file to differ
+  from: all its settings are hashed.
+  """
+  path, variant = config_path(text), text.partition(":")[2]
+  now, before, stem = dataclasses.asdict(config), {}, config.tasks.benchmark
+  if path.suffix != ".json":
+    before = dataclasses.asdict(change_config(load_values(text)))
+    stem = path.stem
+  changed = [(field, value) for field, _, value in differences(before, now)]
+  seed = "" if config.seeds else str(config.seed)
+  parts = (stem, config.method.name, seed, describe_changes(variant, changed))
+  return _as_name("-".join(filter(None, parts)))
+
+
+def describe_changes(variant: str, changes: Iterable[tuple[str, Any]]) -> str:
+  """Returns what a folder's name says of changed settings, such as "tasks=2-epochs=3".
+
+  Method and seed are left out, as a name has them anyway, and so are fields that do not change a
+  run.
+  """
+  parts = [part for part in sorted(variant.split(",")) if part and not part.startswith("method=")]
+  for field, value in sorted(changes):
+    if field in PATHS:
+      value = pathlib.Path(str(value)).name
+    elif field in FREE_FIELDS or field in ("seed", "method.name"):
+      continue
+    parts.append(re.sub(r"[()'\"\s]", "", f"{field}={value}"))
+  text = _as_name("-".join(parts))
+  return text if len(text) <= SUFFIX_LENGTH else _hash("-".join(parts))
+
+
+def _as_name(text: str) -> str:
+  """Returns a text in which "-" replaces what does not belong in a folder's name."""
+  return re.sub(r"[^\w=.+-]+", "-", text).strip("-")
+
+
+def _hash(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,100 @@
+"""Errors as one line on the standard error, and the exit code that goes with each.
+
+An invalid setting or file ends the program with code 2, SIGTERM with 143, Ctrl-C with 130, a bug of
+fmlora_jax with 1 and the name of a file with its traceback. --debug prints the traceback instead.
+"""
+
+import contextlib
+import pathlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from fmlora_jax.config import ConfigError
+from fmlora_jax.distributed import hosts, stop
+
+
+def guard(call: Callable[[], None], *, debug: bool = False, workdir: str | None = None) -> None:
+  """Calls `call`; an error or a stop ends the program with one line and its exit code.
+
+  Args:
+    debug: lets errors through.
+    workdir: where the traceback of a bug is written, if a run is there.
+  """
+  try:
+    call()
+    hosts.barrier()
+  except stop.Stopped as stopped:
+    hosts.barrier()  # several processes stop together
+    sys.stderr.write(f"{stopped}; the same command resumes\n")
+    hosts.exit_process(stopped.code)
+  except Exception as error:
+    if not isinstance(error, ConfigError):
+      hosts.wait_for_peer_failure()
+    if debug:
+      hosts.exit_with_trace()
+      raise
+    line = explain(error, workdir)
+    fail(line or _bug(error, workdir), code=2 if line else 1)
+
+
+def explain(error: Exception, workdir: str | None = None) -> str | None:
+  """Returns an error that a user may be able to fix as one line; None for a bug."""
+  message = " ".join(str(error).split())
+  if isinstance(error, ConfigError):
+    return message
+  from fmlora_jax.types import FrozenError, NonFiniteError  # imports jax
+
+  if isinstance(error, (FrozenError, NonFiniteError)):
+    return message
+  if isinstance(error, (ValueError, OSError)):
+    return f"{message} ({_traceback_file(error, workdir)})"
+  return None
+
+
+def _bug(error: Exception, workdir: str | None) -> str:
+  message = " ".join(str(error).split())[:300]
+  where = _traceback_file(error, workdir)
+  return f"internal error: {type(error).__name__}: {message} ({where})"
+
+
+def _traceback_file(error: Exception, workdir: str | None) -> str:
+  """Writes the traceback to a new file in the workdir of a run or a temporary one; says where."""
+  of_run = workdir and pathlib.Path(workdir, "config.json").exists()
+  with tempfile.NamedTemporaryFile(
+    "w", prefix="error-", suffix=".txt", dir=workdir if of_run else None, delete=False
+  ) as file:
+    file.write("".join(traceback.format_exception(error)))
+  return f"traceback in {file.name}; --debug prints it"
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(batch_size: int) -> Iterator[None]:
+  """Turns the error of a host or device without memory into one that names what to lower.
+
+  Raises:
+    ConfigError: instead of it.
+  """
+  try:
+    yield
+  except Exception as error:
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    from fmlora_jax.distributed import memory  # imports jax
+
+    detail = str(error).partition("\n")[0]
+    on_device = memory.device_memory()
+    holder, size = ("device", on_device) if on_device else ("machine", memory.host_memory())
+    raise ConfigError(
+      f"config.batch_size is {batch_size}: out of memory, the {holder} has {size / 2**30:.1f} GiB; "
+      "lower it, config.eval_batch_size or config.input.source_size, or set "
+      f"config.input.mode=stream ({detail})"
+    ) from error
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+  """Ends the program with one line on the standard error."""
+  sys.stderr.write(f"error: {message}\n")
+  hosts.exit_process(code)

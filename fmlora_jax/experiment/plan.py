@@ -1,0 +1,48 @@
+"""Description of a run for --dry_run: nothing is loaded, trained or written."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+
+from fmlora_jax.config import Config
+from fmlora_jax.distributed import memory
+from fmlora_jax.experiment import preflight
+from fmlora_jax.workdir.identity import IDENTITY, changes
+from fmlora_jax.workdir.result_file import RESULT
+
+
+def state(workdir: pathlib.Path) -> str:
+  """Returns the progress of earlier sessions in a workdir: "finished", "begun", or ""."""
+  if (workdir / RESULT).exists():
+    return "finished"
+  return "begun" if (workdir / IDENTITY).exists() else ""
+
+
+def describe(config: Config, workdir: pathlib.Path) -> Iterator[str]:
+  """Yields lines on a run, or one for each of several seeds, that `config` asks for.
+
+  Raises:
+    ConfigError: if a setting is invalid, as far as no file is needed to see it.
+  """
+  preflight.check(config, memory.host_memory())
+  tasks, weights = config.tasks, config.weights
+  count = f"{tasks.num_tasks} task{'s' if tasks.num_tasks > 1 else ''}"
+  yield f"benchmark  {tasks.benchmark}, {tasks.scenario}, {count}, measured on {tasks.evaluate_on}"
+  yield f"method     {config.method.name}, {config.epochs} epochs, batches of {config.batch_size}"
+  source = f" from {weights.path}" if weights.path else ""
+  yield f"weights    {weights.tag or weights.architecture}{source}"
+  for seed in config.seeds or (config.seed,):
+    folder = workdir / str(seed) if config.seeds else workdir
+    one = dataclasses.replace(config, seed=seed, seeds=())
+    yield f"seed       {seed}, workdir {folder}: {_action(one, folder)}"
+
+
+def _action(config: Config, workdir: pathlib.Path) -> str:
+  if not state(workdir):
+    return "would start"
+  before = json.loads((workdir / IDENTITY).read_text())["config"]
+  changed = changes({"config": before}, {"config": dataclasses.asdict(config)})
+  if changed:
+    return f"would be refused, the folder belongs to another run ({'; '.join(changed)})"
+  return "would print its result" if state(workdir) == "finished" else "would resume"

@@ -1,0 +1,136 @@
+"""--config and --config.FIELD=VALUE: files, fields, old names, and names of workdirs."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+
+import fmlora_jax
+from fmlora_jax import methods
+from fmlora_jax.cli import config_flag
+from fmlora_jax.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[2]
+read = config_flag.read_config
+
+
+def test_a_file_is_a_path_or_the_name_of_a_shipped_one():
+  assert sorted(config_flag.shipped()) == sorted(p.stem for p in ROOT.glob("configs/*.py"))
+  assert read("digits:tasks=2") == read(f"{ROOT}/configs/digits.py:tasks=2")
+  with pytest.raises(ConfigError, match="--config is 'digitz': no such file; .* did you mean 'dig"):
+    read("digitz")
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("1 / 0", r"mine.py, line 2: division by zero"),
+    ("raise SystemError('x')", r"SystemError in .*mine.py, line 2: x"),
+    ("return config_files.defaults(epoch=1)", "mine.py: NameError|NameError in .*, line 2"),
+  ],
+)
+def test_an_error_in_a_config_file_names_its_line(tmp_path, text, message):
+  (tmp_path / "mine.py").write_text(f"def get_config():\n  {text}\n")
+  with pytest.raises(ConfigError, match=message):
+    read(f"{tmp_path}/mine.py")
+
+
+def test_values_are_set_with_the_type_of_their_field():
+  changes = {
+    "epochs": "3",
+    "optim.clip_norm": "1",
+    "tasks.order_seed": "7",
+    "tasks.domains": "('a','b')",
+    "seeds": "3,4",
+    "weights.gelu": "tanh",
+  }
+  config = read("digits", changes.items())
+  assert (config.epochs, config.optim.clip_norm, config.tasks.order_seed) == (3, 1.0, 7)
+  assert (config.tasks.domains, config.seeds) == (("a", "b"), (3, 4))
+  assert read("digits:method=l2p", [("method.batchwise", "true")]).method.batchwise is True
+  assert read("digits", [("seeds", "3"), ("seeds", "4")]).seeds == (3, 4)
+
+
+def test_old_names_of_fields_set_the_new_ones_and_nothing_in_other_methods():
+  old = {"bases.max_rank": "16", "drs.rank": "4", "prompt.num_tokens": "3"}
+  settings = read("digits", old.items()).method
+  assert (settings.bases.max_rank, settings.drs.rank, settings.prompt.num_tokens) == (16, 4, 3)
+  assert read("digits", [("tasks.stream", "a.json")]).tasks.task_file == "a.json"
+  assert read("digits:method=lora", old.items()) == read("digits:method=lora")
+  with pytest.raises(ConfigError, match="'rnk' is not a field; did you mean 'rank'"):
+    read("digits", [("drs.rnk", "4")])
+
+
+def test_the_config_of_a_run_of_any_version_is_a_config_file(tmp_path):
+  file = tmp_path / "config.json"
+  config = read("digits:method=lora", [("method.rank", "3")])
+  file.write_text(json.dumps({"config": dataclasses.asdict(config)}))
+  assert read(str(file)) == config
+  assert read(str(file), [("method.rank", "4")]).method.rank == 4
+  file.write_text(json.dumps({"config": {"drs": {"rank": 5}, "tasks": {"stream": "x"}}}))
+  assert read(str(file)).method.drs.rank == 5 and read(str(file)).tasks.task_file == "x"
+  wrong = {
+    "{}": "is not the config.json of a run",
+    '{"config": {"a": 1}}': "config.a is not a field",
+  }
+  for text, message in wrong.items():
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+      read(str(file))
+  with pytest.raises(ConfigError, match="takes no :VARIANT"):
+    read(f"{file}:method=lora")
+
+
+def test_python_loads_what_a_shell_does():
+  load = fmlora_jax.load_config
+  assert load("digits", method="lora", epochs=2) == read("digits:method=lora", [("epochs", "2")])
+  shell = read("digits:tasks=2,method=lora", [("method.rank", "3")])
+  assert load("digits:tasks=2", method={"name": "lora", "rank": 3}) == shell
+  assert load("digits", drs={"rank": 4}) == read("digits", [("drs.rank", "4")])
+  with pytest.raises(fmlora_jax.ConfigError, match="config.epoch is not a field"):
+    load("digits", epoch=2)
+
+
+@pytest.mark.parametrize(
+  ("file", "changes", "name"),
+  [
+    ("digits", {}, "digits-fm_lora-1993"),
+    ("configs/digits.py", {"epochs": "30", "seed": "3"}, "digits-fm_lora-3"),
+    ("digits:method=lora,tasks=2", {"epochs": "2"}, "digits-lora-1993-tasks=2-epochs=2"),
+    ("digits", {"seeds": "1,2", "input.workers": "2"}, "digits-fm_lora"),
+    ("image_folder", {"tasks.data_dir": "/a/b"}, "image_folder-fm_lora-1993-tasks.data_dir=b"),
+    (
+      "digits",
+      {"drs.candidate_ranks": "(4,8)"},
+      "digits-fm_lora-1993-method.drs.candidate_ranks=4-8",
+    ),
+  ],
+)
+def test_the_default_workdir_is_named_after_what_differs_from_the_file(
+  monkeypatch, file, changes, name
+):
+  monkeypatch.chdir(ROOT)
+  assert config_flag.workdir_name(file, read(file, changes.items())) == name
+
+
+def test_a_long_name_is_hashed_and_a_config_json_always(tmp_path):
+  changes = [(f"optim.{name}", "0.5") for name in ("learning_rate", "weight_decay", "momentum")]
+  names = [config_flag.workdir_name("digits", read("digits", changes[:n])) for n in (1, 2, 3)]
+  assert names[0] == "digits-fm_lora-1993-optim.learning_rate=0.5"
+  assert len({*names}) == 3 and all(len(name) < 82 for name in names)
+  file = tmp_path / "config.json"
+  for epochs in (30, 31):
+    config = dataclasses.replace(read("digits"), epochs=epochs)
+    file.write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    names.append(config_flag.workdir_name(str(file), read(str(file))))
+  assert len({*names}) == 5
+  assert all(re.fullmatch("digits-fm_lora-1993-[0-9a-f]{8}", name) for name in names[3:])
+
+
+def test_fields_of_another_method_name_the_method():
+  for method in methods.names():
+    if method != "inflora":
+      with pytest.raises(ConfigError, match="inflora has it: --config=FILE:method=inflora"):
+        read(f"digits:method={method}", [("method.final_threshold", "1")])
