@@ -1,5 +1,4 @@
-"""No file of weights, whatever was done to it, runs code, fills memory or loads as another network
-(row 14); the file that nothing was done to gives what NumPy computes."""
+"""No mutated file of weights runs code, fills memory or loads as another network."""
 
 import io
 import json
