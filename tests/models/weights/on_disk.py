@@ -1,5 +1,6 @@
 """The same small random ViT as timm, Hugging Face, Google and big_vision would write it to disk."""
 
+import functools
 import pathlib
 
 import jax
@@ -33,10 +34,14 @@ def assert_equal(ours: dict, reference: dict) -> None:
 
 def random_params(sizes: Sizes, scale: float = 1.0) -> dict:
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(vit.make_vit(sizes).init, jax.random.key(0))
   return jax.tree.map(
-    lambda leaf: np.float32(scale) * rng.standard_normal(leaf.shape, np.float32), shapes
+    lambda leaf: np.float32(scale) * rng.standard_normal(leaf.shape, np.float32), _shapes(sizes)
   )
+
+
+@functools.cache
+def _shapes(sizes: Sizes) -> dict:
+  return jax.eval_shape(vit.make_vit(sizes).init, jax.random.key(0))
 
 
 def _dense(disk: dict, name: str, layer: dict) -> None:

@@ -1,5 +1,4 @@
-"""No file of weights, whatever was done to it, runs code, fills memory or loads as another network
-(row 14); the file that nothing was done to gives what NumPy computes."""
+"""No mutated file of weights runs code, fills memory or loads as another network."""
 
 import io
 import json
@@ -258,7 +257,7 @@ def test_every_mutated_file_is_refused_in_one_line(tmp_path, tiny_tag, peak):
   pickle.loads(pickled(tmp_path))
   assert (tmp_path / "sprung").exists()  # the trap works
   print(
-    f"row 14: {refused}/{len(HOSTILE)} mutated files refused, slowest {slowest:.2f} s, "
+    f"{refused}/{len(HOSTILE)} mutated files refused, slowest {slowest:.2f} s, "
     f"at most {most / 1e6:.0f} MB of memory, no code run"
   )
   assert len(HOSTILE) >= 30 and slowest < 5 and most < 1e9
@@ -278,7 +277,7 @@ def test_the_whole_file_gives_every_leaf_and_the_features_of_numpy(tmp_path):
   features = np.asarray(vit.make_vit(sizes).apply(loaded, images, None))
   expected = numpy_features(params, images.astype(np.float64))
   error = np.max(np.abs(features - expected) / np.maximum(1, np.abs(expected)))
-  print(f"row 14: {len(ours)} leaves loaded, features within {error:.1e} of NumPy")
+  print(f"{len(ours)} leaves loaded, features within {error:.1e} of NumPy")
   assert error < 1e-5
 
 
