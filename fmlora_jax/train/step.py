@@ -95,14 +95,20 @@ class TrainStep:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
     updates, _ = partition(updates, labels)
     trained = optax.apply_updates(trained, updates)
-    new = TrainState(params=combine(trained, frozen), opt_state=opt_state, step=state.step + 1)
-    finite = is_finite((stats, trained))
-    return jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state), stats
+    before, _ = partition(state.params, labels)
+    trained, opt_state, step = jax.lax.cond(
+      is_finite((stats, trained)),
+      lambda: (trained, opt_state, state.step + 1),
+      lambda: (before, state.opt_state, state.step),
+    )
+    params = combine(trained, frozen)
+    return TrainState(params=params, opt_state=opt_state, step=step), stats
 
 
 def is_finite(tree) -> Bool[Array, ""]:
   """Returns whether every number of a pytree is finite."""
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+  # one reduction over all: one for each leaf takes a quarter of the time to compile a step
+  return jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])))
 
 
 class TrainPrograms:

@@ -1,4 +1,4 @@
-"""Digests of arrays, computed on their devices, and equal on any number of them.
+"""Digests of arrays, computed where large arrays lie, and equal on any number of devices.
 
 They reveal rot and bugs, not forgery: a single changed element always, any other change but for a
 probability of 2^-64.
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 LANES = np.uint32((0, 0x9E3779B9))  # independent sums, which make a digest of 64 bits
+HOST_SIZE = 2**17  # elements; the host digests smaller arrays, a device would compile each shape
 
 
 def tree_digests(tree: Any) -> dict[str, str]:
@@ -40,9 +41,22 @@ def _text(leaf, lanes) -> str:
   return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] " + "".join(f"{n:08x}" for n in lanes)
 
 
+def _sums(leaf: Array) -> UInt32[Array, " lanes"] | UInt32[np.ndarray, " lanes"]:
+  """Returns the sum of each lane over all elements; integers add up to the same in any order."""
+  if not isinstance(leaf, jax.Array):
+    return _host_sums(np.asarray(leaf))
+  at_hand = leaf.is_fully_addressable or leaf.is_fully_replicated
+  return _host_sums(np.asarray(leaf)) if at_hand and leaf.size <= HOST_SIZE else _device_sums(leaf)
+
+
+def _host_sums(leaf: np.ndarray) -> UInt32[np.ndarray, " lanes"]:
+  bits = np.ascontiguousarray(leaf).view(f"uint{8 * leaf.dtype.itemsize}").ravel()
+  bits, index = bits.astype(np.uint32), np.arange(bits.size, dtype=np.uint32)
+  return np.stack([np.sum(_mix(bits ^ _mix(index + lane)), dtype=np.uint32) for lane in LANES])
+
+
 @jax.jit
-def _sums(leaf: Array) -> UInt32[Array, " lanes"]:
-  """Returns the sum of each lane over all elements; integer sums do not depend on the order."""
+def _device_sums(leaf: Array) -> UInt32[Array, " lanes"]:
   leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
   word = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
   bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
@@ -52,7 +66,7 @@ def _sums(leaf: Array) -> UInt32[Array, " lanes"]:
   return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + lane)), dtype=jnp.uint32) for lane in LANES])
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _mix(x):
   """Returns MurmurHash3's finaliser of each word, a bijection."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x = (x ^ (x >> shift)) * np.uint32(factor)
