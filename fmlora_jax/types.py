@@ -24,19 +24,19 @@ Facts = dict[str, Any]  # JSON values by name
 
 
 class NonFiniteError(ValueError):
-  """Training gave NaN or infinity; the run stops and keeps its last checkpoint.
+  """Training gave NaN or infinity; the run stops, and its last checkpoint stays.
 
   Attributes:
-    found: what is known of the step, for a file: JSON values by name; empty outside of a step.
+    details: of the step, for a file: JSON values by name; empty outside of a step.
   """
 
-  def __init__(self, message: str, found: Mapping[str, Any] | None = None):
+  def __init__(self, message: str, details: Mapping[str, Any] | None = None):
     super().__init__(message)
-    self.found = found or {}
+    self.details = details or {}
 
 
 class FrozenError(RuntimeError):
-  """Training changed what it must leave alone; the run stops and keeps its last checkpoint."""
+  """Training changed a frozen leaf; the run stops, and its last checkpoint stays."""
 
 
 @flax.struct.dataclass
@@ -46,8 +46,7 @@ class LowRank:
   Attributes:
     a: input factors.
     b: output factors.
-    core: what stands between them, [L, R, R], or its diagonal alone, [L, R]; None means the
-      identity.
+    core: the matrix between them, [L, R, R], or its diagonal, [L, R]; None is the identity.
   """
 
   a: Float[Array, "L D_in R"]
@@ -57,7 +56,7 @@ class LowRank:
 
 @flax.struct.dataclass
 class Prefix:
-  """Keys and values put before a layer's own; one for all samples (B = 1) or one for each."""
+  """Keys and values before those of a layer's tokens; for all samples (B = 1) or for each."""
 
   key: Float[Array, "B P H d"]
   value: Float[Array, "B P H d"]
@@ -86,13 +85,13 @@ Deltas = Mapping[str, LowRank | tuple[LowRank, ...]]
 
 @flax.struct.dataclass
 class Adapters:
-  """All that a method may add to the plain ViT; each part may be absent.
+  """The changes that a method may make to the plain ViT; each part may be absent.
 
   Attributes:
     deltas: projection name (query, key, value, out, fc1, fc2) -> its low-rank change, or several
       whose sum it is.
     prompt: tokens put after the class token, without a position; [P, D] or [B, P, D].
-    prefix: for each layer, from the first on, what its attention sees besides; None is nothing.
+    prefix: of each layer, from the first on; None is none.
     bottlenecks: site -> MLPs. "attention" and "mlp" add a function of the branch's output to it,
       "parallel" a function of the MLP's input before its LayerNorm to the MLP's output.
   """
@@ -103,7 +102,7 @@ class Adapters:
   bottlenecks: Mapping[str, Bottleneck] = flax.struct.field(default_factory=dict)
 
   def at_layer(self, layer: int) -> "LayerAdapters":
-    """Returns what changes block `layer`: a row of each stacked array."""
+    """Returns the adapters of block `layer`: a row of each stacked array."""
     stacked = jax.tree.map(lambda leaf: leaf[layer], (self.deltas, self.bottlenecks))
     prefix = self.prefix[layer] if layer < len(self.prefix) else None
     return LayerAdapters(deltas=stacked[0], prefix=prefix, bottlenecks=stacked[1])
@@ -124,7 +123,7 @@ class Sizes:
 
   Attributes:
     layer_scale: whether attention and MLP outputs are multiplied by a learned vector (DINOv2).
-    gelu: "erf" (timm, torch, Hugging Face) or "tanh" (Google's own code).
+    gelu: "erf" (timm, torch, Hugging Face) or "tanh" (Google's code).
   """
 
   image_size: int = 224
@@ -171,7 +170,7 @@ class Backbone:
       token after the final LayerNorm.
     tokens: the same, -> all tokens [B, N(+P), D] after the final LayerNorm, or the leading
       `num_queries` of them: class token, prompt, patches.
-    attention_inputs: the same, -> what each block's query, key and value projections see
+    attention_inputs: the same, -> inputs of each block's query, key and value projections
       [L, B, N(+P), D].
     init: key -> random params.
   """
@@ -185,7 +184,7 @@ class Backbone:
 
 @flax.struct.dataclass
 class Batch:
-  """What a model sees: augmented, normalised images; rows where `valid` is False are padding.
+  """A model's input: augmented, normalised images; rows where `valid` is False are padding.
 
   Labels are positions in the class order of the sequence, in [0, C).
   """
@@ -214,7 +213,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceSpec:
-  """What a method needs to know of a task sequence before it sees any data.
+  """The sizes of a task sequence, which a method knows before it sees any data.
 
   Attributes:
     scenario: "cil", "dil" or "til".
@@ -266,7 +265,7 @@ class TaskArrays:
 
 @flax.struct.dataclass
 class Output:
-  """What a training step needs: logits over the K slots of the current task, and a penalty."""
+  """A method's output in training: logits over the K slots of the current task, and a penalty."""
 
   logits: Float[Array, "B K"]
   penalty: Float[Array, ""]
@@ -274,7 +273,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskView:
-  """What the host-side hooks of a method may see of the current task. Never test data.
+  """The current task as begin_task and end_task see it. Never test data.
 
   Attributes:
     index: t, from 0.
@@ -289,12 +288,12 @@ class TaskView:
       there on; K steps at a time, -1 where there are fewer.
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
-    gather: arrays on the devices -> NumPy arrays, the same on all hosts; for what has a batch axis,
-      which is split over the devices. What has none is on each and needs no fetching.
-    replicate: arrays made on the host -> the first host's, on all devices: another CPU may round
-      otherwise, and what is computed from them must not drift apart.
+    gather: arrays on the devices -> NumPy arrays, the same on all hosts; for arrays with a batch
+      axis, which is split over the devices. Others are whole on each and need no gathering.
+    replicate: arrays made on the host -> process 0's, on all devices: CPUs of different hosts round
+      differently.
     key: PRNG key of (run seed, task, name of the stream).
-    seed: the run's, for what takes no key. Not the config's: runs of other seeds share a method.
+    seed: the run's, for libraries that take no key; runs of other seeds share method and config.
   """
 
   index: int
@@ -332,7 +331,7 @@ class OptimizerGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passes:
-  """Forward passes of the ViT: what a method costs besides its step.
+  """Forward passes of the ViT that a method makes.
 
   Attributes:
     train: for each image of a step.
@@ -352,7 +351,7 @@ class Reported:
   Attributes:
     name: key in the facts that begin_task and end_task return; a task may lack it or have None.
     kind: type of the value: int, float, or list of numbers, which may be nested.
-    field: key of result.json with the values of all tasks; None keeps the fact to the log.
+    field: key of result.json with the values of all tasks; None is for the log alone.
     is_final: whether `field` has the last task's value alone.
     column: header and format of a column in the report's tables; report/tables.py has the formats.
   """

@@ -185,7 +185,7 @@ class Experiment:
           self._save_within_task()
           raise
         except NonFiniteError as error:
-          self.log.not_finite(error.found)
+          self.log.not_finite(error.details)
           raise
         state = None
         self._save(self._steps_before(index + 1), keep=True)

@@ -1,4 +1,4 @@
-"""C-LoRA for classification: a LoRA per task, kept off the weights that earlier ones changed.
+"""C-LoRA for classification: a LoRA per task, penalised where earlier tasks changed the weights.
 
 Source: Smith et al. (arXiv:2304.06027), written for diffusion models. A reconstruction: there is no
 official code for classification; its loss is known from a remark in InfLoRA's code
@@ -26,7 +26,7 @@ class Config(config_lib.LowRankConfig):
 
   Attributes:
     penalty_weight: lambda, of the squared products of old and new changes. They are summed over
-      entries, and small: 0.5 hardly matters where changes are.
+      entries, and small: 0.5 hardly moves the changes.
   """
 
   name: str = "c_lora"

@@ -4,8 +4,8 @@ Source: Wang et al., DualPrompt, arXiv:2204.04799; settings from the official JA
 HiDe-Prompt (HD).
 
 On purpose unlike the public codes: a query is compared with the keys of learned tasks only, where
-they look at the untrained keys of tasks to come too; keys and values of a prefix are kept apart
-from samples, where the PyTorch ports mix them by a reshape; each sample chooses its own expert,
+they look at the untrained keys of tasks to come too; keys and values of a prefix stay apart from
+samples, where the PyTorch ports mix them by a reshape; each sample chooses its expert,
 where LP's CIFAR-100 and the ports let the batch vote, whose images are of one task (`batchwise`
 brings the vote back). A length counts the tokens before the keys, and as many again stand before
 the values, as in LP; CODA-Prompt's port splits it between the two.
@@ -35,8 +35,8 @@ class Config(config_lib.MethodConfig):
     general_layers, expert_layers: numbers of blocks, from 0, that see the one and the other.
     general_length, expert_length: tokens before the keys of a block, and before its values.
     pull: lambda, weight of the cosine between a query and the key of its task.
-    batchwise: at test time all samples of a batch get the expert that most of them chose; in
-      training the task's own serves either way.
+    batchwise: at test time all samples of a batch get the expert that most of them chose; training
+      uses the expert of the task either way.
   """
 
   name: str = "dualprompt"

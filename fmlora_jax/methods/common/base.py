@@ -62,9 +62,10 @@ class StepInputs:
 class AdaptedViT(Generic[Settings]):
   """A `Method` whose features are the adapted ViT's and whose head is that of `config.head`.
 
-  A method overrides the hooks in which it differs, calls `super()` in each of those that have a
-  part of the head, and adds its own part. This class alone trains a head on the frozen ViT. Methods
-  are compared by identity, so that a bound hook may be a static argument of a jitted function.
+  A method overrides the hooks in which it differs, and calls `super()` in those that have a part of
+  the head: init, begin_task, end_task, rules, stored. This class alone trains a head on the frozen
+  ViT. Methods are compared by identity, so a bound hook may be a static argument of a jitted
+  function.
 
   Attributes:
     run: config of the run; `settings` is the method's part of it.
@@ -286,6 +287,11 @@ def make_class_sums(features: Callable[..., Float[Array, "B D"]], num_classes: i
     return jax.tree.map(lambda *parts: sum(parts), *totals)
 
   return class_sums
+
+
+def num_parameters(tree: Any) -> int:
+  """Returns how many numbers a pytree of arrays, or of their shapes, holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def empty_slots(slot: Params, num: int) -> Params:

@@ -169,9 +169,10 @@ class FMLoRA(AdaptedViT[Config]):
 
   def rules(self, task: int) -> Rules:
     bases, core, prompt = ("frozen", "adapter", "prompt") if task else ("bases",) * 3
-    own = ("shared/bases/.*", bases), ("cur/core/.*", core)
-    of_prompt = (("shared/prompt", prompt),) if self.prompt else ()
-    return (*own, *of_prompt, *super().rules(task))
+    table = [("shared/bases/.*", bases), ("cur/core/.*", core)]
+    if self.prompt:
+      table.append(("shared/prompt", prompt))
+    return (*table, *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Counts the bases and the prompt once, M and N of each task at its rank."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
@@ -99,8 +98,8 @@ class HiDePrompt(AdaptedViT[Config]):
       )
     if epochs := head.alignment.epochs:
       raise ConfigError(
-        f"config.head.alignment.epochs is {epochs}: must be 0, hide_prompt has an alignment of its "
-        "own; set config.method.alignment instead"
+        f"config.head.alignment.epochs is {epochs}: must be 0, hide_prompt aligns the head itself; "
+        "set config.method.alignment instead"
       )
 
   @property
@@ -214,15 +213,15 @@ class HiDePrompt(AdaptedViT[Config]):
     return self.prefixed(memory["prompt"][task])
 
   def rules(self, task: int) -> Rules:
-    own = ("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")
-    return (*own, *super().rules(task))
+    table = ("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")
+    return (*table, *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Counts the task classifier, the prefixes, and the statistics of two kinds of features."""
     fresh = functools.partial(task_identity.fresh, jax.random.key(0))
     network = jax.eval_shape(lambda: fresh(self.slot_shape[-1], len(self.rows)))
     return super().stored(facts) | {
-      "shared": optax.tree.size(network),
+      "shared": base.num_parameters(network),
       "per_task": [math.prod(self.slot_shape)] * len(facts),
       "statistics": 2 * self.prefixed_alignment.num_stored,
     }
