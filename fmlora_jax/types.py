@@ -13,12 +13,15 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+Images = Float[Array, "B S S 3"]
+Features = Float[Array, "B D"]
+Scalar = Float[Array, ""]
 Params = dict[str, Any]  # nested dict of arrays
 Facts = dict[str, Any]  # JSON values by name
 
@@ -361,61 +364,3 @@ class Reported:
   field: str | None = None
   is_final: bool = False
   column: tuple[str, str] | None = None
-
-
-class Method(Protocol):
-  """A continual-learning method as the trainer sees it: pure functions over `Variables`.
-
-  A task t runs: begin_task, freeze, training steps with `apply`, end_task; then fold once and
-  `predict` on every test image. `begin_task` and `end_task` run on the host between tasks: they
-  may look at the task's data through the `TaskView` and may change the shapes in `cur`.
-
-  Attributes:
-    reports: the facts that begin_task and end_task return.
-    groups: groups of the optimizer, by name.
-    passes: forward passes of the ViT.
-    caveats: notes for a reader of the results, one line each.
-  """
-
-  reports: tuple[Reported, ...]
-  groups: Mapping[str, OptimizerGroup]
-  passes: Passes
-  caveats: tuple[str, ...]
-
-  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
-    """Returns the variables before the first task, with `frozen` empty."""
-
-  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Returns the variables that a task starts from, and facts of it."""
-
-  def freeze(self, weights: Params, variables: Variables) -> Params:
-    """Returns the `frozen` group for training at the current task."""
-
-  def apply(
-    self,
-    variables: Variables,
-    images: Float[Array, "B S S 3"],
-    task: TaskArrays,
-    key: PRNGKeyArray,
-    valid: Bool[Array, " B"] | None = None,
-  ) -> Output:
-    """Returns logits and penalty of a training step; all images are valid unless told."""
-
-  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Returns the variables that a task leaves behind, and facts of it."""
-
-  def fold(self, weights: Params, variables: Variables) -> Params:
-    """Returns a pytree for inference, with all learned tasks folded in."""
-
-  def predict(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B C"]:
-    """Returns the logits of all classes from a folded model; unseen ones are masked outside."""
-
-  def rules(self, task: int) -> Rules:
-    """Returns the labels of the leaves of shared and cur: a name in `groups`, or "frozen"."""
-
-  def stored(self, facts: list[Facts]) -> dict[str, Any]:
-    """Returns how many parameters the tasks with these facts leave behind, besides head and ViT.
-
-    {"shared": n, "per_task": [n, ...]}, and "statistics": n where numbers computed from the data
-    are stored too, such as means of features.
-    """

@@ -14,7 +14,8 @@ from typing import Any
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Config, MethodConfig
-from fmlora_jax.types import Backbone, Method, SequenceSpec
+from fmlora_jax.methods.common.base import AdaptedViT
+from fmlora_jax.types import Backbone, SequenceSpec
 
 
 def names() -> list[str]:
@@ -76,7 +77,7 @@ def columns() -> dict[str, tuple[str, str]]:
   return {fact.column[0]: (fact.field, fact.column[1]) for fact in declared}
 
 
-def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> Method:
+def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> AdaptedViT:
   """Returns the method that `config.method.name` names.
 
   Raises:

@@ -17,7 +17,17 @@ from fmlora_jax.config import Projection
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Facts, Params, Reported, Rules, TaskView, Variables
+from fmlora_jax.types import (
+  Adapters,
+  Facts,
+  Features,
+  Params,
+  Reported,
+  Rules,
+  Scalar,
+  TaskView,
+  Variables,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +93,11 @@ class CLoRA(AdaptedViT[Config]):
     del inputs
     return Adapters(deltas=low_rank.deltas_of(variables.cur["lora"]))
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del inputs, features
     return self.settings.penalty_weight * self.total_overlap(variables)
 
-  def total_overlap(self, variables: Variables) -> Float[Array, ""]:
+  def total_overlap(self, variables: Variables) -> Scalar:
     """Returns the overlap of the current change with the earlier ones over all targets."""
     merged, deltas = variables.mem["merged"], low_rank.deltas_of(variables.cur["lora"])
     return sum(overlap(merged[name], low_rank.dense(new)) for name, new in deltas.items())
@@ -114,9 +122,7 @@ class CLoRA(AdaptedViT[Config]):
     return super().stored(facts) | {"shared": sum(map(math.prod, self.shapes.values()))}
 
 
-def overlap(
-  old: Float[Array, "L D_in D_out"], new: Float[Array, "L D_in D_out"]
-) -> Float[Array, ""]:
+def overlap(old: Float[Array, "L D_in D_out"], new: Float[Array, "L D_in D_out"]) -> Scalar:
   """Returns the sum over layers and entries of (dW_old o dW_new)². Source: see the module."""
   return jnp.sum((old * new) ** 2)
 

@@ -24,7 +24,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
+from fmlora_jax.types import Adapters, Facts, Features, Params, Rules, Scalar, TaskView, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +120,7 @@ class DualPrompt(AdaptedViT[Config]):
     del inputs
     return self.prefixes(variables.shared["general"], variables.cur["expert"][None])
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del features
     return -self.settings.pull * pull(inputs.query, variables.cur["key"], inputs.valid)
 
@@ -134,7 +132,7 @@ class DualPrompt(AdaptedViT[Config]):
   def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
     return weights, variables.shared | {n: variables.mem[n] for n in (*SLOT, "learned")}
 
-  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+  def recall(self, memory: Params, query: Features) -> Adapters:
     chosen = nearest_task(
       query, memory["key"], memory["learned"], batchwise=self.settings.batchwise
     )
@@ -149,9 +147,7 @@ class DualPrompt(AdaptedViT[Config]):
     return super().stored(facts) | {"shared": general, "per_task": [each] * len(facts)}
 
 
-def pull(
-  query: Float[Array, "B D"], key: Float[Array, " D"], valid: Bool[Array, " B"]
-) -> Float[Array, ""]:
+def pull(query: Features, key: Float[Array, " D"], valid: Bool[Array, " B"]) -> Scalar:
   """Returns the mean cosine between the samples' queries and the key of their task.
 
   Source: DualPrompt (arXiv:2204.04799) Sec. 4.3.
@@ -160,7 +156,7 @@ def pull(
 
 
 def nearest_task(
-  query: Float[Array, "B D"],
+  query: Features,
   keys: Float[Array, "T D"],
   learned: Bool[Array, " T"],
   *,

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 from fmlora_jax.distributed import stop
 from fmlora_jax.input import order
-from fmlora_jax.types import Examples, Method, SequenceSpec
+from fmlora_jax.methods.common.base import AdaptedViT
+from fmlora_jax.types import Examples, SequenceSpec
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "center"))
@@ -35,7 +36,7 @@ class Evaluator:
     center: (examples, rows [B]) -> Batch, as at test time.
   """
 
-  def __init__(self, method: Method, center: Callable):
+  def __init__(self, method: AdaptedViT, center: Callable):
     self._count = functools.partial(count_correct, predict=method.predict, center=center)
 
   def correct(
@@ -47,7 +48,7 @@ class Evaluator:
     """Returns how many images of each test set are predicted right; 0 of sets without images.
 
     Args:
-      model: what `Method.fold` returned.
+      model: what `AdaptedViT.fold` returned.
       batches: (images, the set that each is from), on the devices and all of one shape.
       masks: row i: the classes that may be predicted for images of set i.
     """

@@ -17,13 +17,13 @@ from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.distributed import stop
 from fmlora_jax.input import augment, order, resident, streaming
 from fmlora_jax.input.prefetch import Prefetcher
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.rng import named_key
 from fmlora_jax.train.step import StepContext, TrainState, TrainStep, make_multi_step
 from fmlora_jax.types import (
   Examples,
-  Method,
   NonFiniteError,
   Params,
   TaskArrays,
@@ -49,7 +49,7 @@ class Trainer:
   def __init__(
     self,
     config: Config,
-    method: Method,
+    method: AdaptedViT,
     sequence: TaskSequence,
     weights: Params,
     *,

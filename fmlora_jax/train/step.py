@@ -7,12 +7,13 @@ import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.models import heads
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train import optimizer as optim
 from fmlora_jax.train.labels import combine, label_leaves, partition
 from fmlora_jax.train.rng import named_key
-from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays, Variables
+from fmlora_jax.types import Batch, Examples, Params, Rules, TaskArrays, Variables
 
 
 @flax.struct.dataclass
@@ -56,7 +57,7 @@ class TrainStep:
       would not be finite, the state stays as it was: its count tells.
   """
 
-  def __init__(self, method: Method, config: Config, rules: Rules):
+  def __init__(self, method: AdaptedViT, config: Config, rules: Rules):
     self.method, self.config, self.rules = method, config, rules
 
   def _optimizer(self, params: Params) -> tuple[optax.GradientTransformationExtraArgs, Params]:

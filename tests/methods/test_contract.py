@@ -99,7 +99,7 @@ def test_every_hook_can_be_called_alone(learned):
   assert method.penalty(variables, inputs, features).shape == ()
   logits = method.apply(variables, images, inputs.task, inputs.key).logits
   np.testing.assert_allclose(
-    logits, method.head.logits(variables.cur["head"], features), rtol=0, atol=1e-5
+    logits, method.head.layer.logits(variables.cur["head"], features), rtol=0, atol=1e-5
   )
   backbone, memory = method.folded(learned.weights, stage.ended)
   assert jax.tree.structure(backbone) == jax.tree.structure(learned.weights)

@@ -28,7 +28,17 @@ from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.methods.hide_prompt import task_identity
 from fmlora_jax.methods.hide_prompt.task_identity import IdentityConfig
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Facts, Params, Reported, Rules, TaskView, Variables
+from fmlora_jax.types import (
+  Adapters,
+  Facts,
+  Features,
+  Params,
+  Reported,
+  Rules,
+  Scalar,
+  TaskView,
+  Variables,
+)
 
 _SHARED_CLASSES = (
   "HiDe-Prompt is made for tasks that share no classes; here its task classifier has an output for "
@@ -122,14 +132,9 @@ class HiDePrompt(AdaptedViT[Config]):
   @functools.cached_property
   def prefixed_alignment(self) -> HeadAlignment:
     """The alignment of the head on features under the prefixes of the drawn class's task."""
-    return HeadAlignment(
-      self.settings.alignment,
-      "method.alignment",
-      num_centroids=self.settings.num_centroids,
-      spec=self.spec,
-      width=self.backbone.sizes.width,
-      logits=self.head.logits,
-      features=self._prefixed_features,
+    settings, field = self.settings, "method.alignment"
+    return self.head.make_alignment(
+      settings.alignment, field, settings.num_centroids, self._prefixed_features
     )
 
   @property
@@ -181,9 +186,7 @@ class HiDePrompt(AdaptedViT[Config]):
     del inputs
     return self.prefixed(self.slot_in_training(variables)[None])
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     past = variables.mem["statistics"]
     vectors = jnp.concatenate([past["mean"].reshape(-1, features.shape[-1]), features])
     exists = jnp.concatenate([past["exists"].ravel(), inputs.valid])
@@ -208,7 +211,7 @@ class HiDePrompt(AdaptedViT[Config]):
     memory = {name: variables.mem[name] for name in ("prompt", "seen")}
     return weights, memory | {"identity": variables.shared["identity"]}
 
-  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+  def recall(self, memory: Params, query: Features) -> Adapters:
     task = task_identity.predict_tasks(memory["identity"], query, self.rows, memory["seen"])
     return self.prefixed(memory["prompt"][task])
 
@@ -246,7 +249,7 @@ def mixed(
 @jax.default_matmul_precision("highest")  # differences of large numbers, exponentiated
 def repulsion(
   vectors: Float[Array, "M D"], exists: Bool[Array, " M"], temperature: float
-) -> Float[Array, ""]:
+) -> Scalar:
   """Returns the mean over vectors of -log softmax(v_i·v_j / temperature)_i, in nats.
 
   Vectors are not normalised: one that is long beside its products with others is left alone.
