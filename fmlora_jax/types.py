@@ -13,30 +13,33 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+Images = Float[Array, "B S S 3"]
+Features = Float[Array, "B D"]
+Scalar = Float[Array, ""]
 Params = dict[str, Any]  # nested dict of arrays
 Facts = dict[str, Any]  # JSON values by name
 
 
 class NonFiniteError(ValueError):
-  """Training gave NaN or infinity; the run stops and keeps its last checkpoint.
+  """Training gave NaN or infinity; the run stops, and its last checkpoint stays.
 
   Attributes:
-    found: what is known of the step, for a file: JSON values by name; empty outside of a step.
+    details: of the step, for a file: JSON values by name; empty outside of a step.
   """
 
-  def __init__(self, message: str, found: Mapping[str, Any] | None = None):
+  def __init__(self, message: str, details: Mapping[str, Any] | None = None):
     super().__init__(message)
-    self.found = found or {}
+    self.details = details or {}
 
 
 class FrozenError(RuntimeError):
-  """Training changed what it must leave alone; the run stops and keeps its last checkpoint."""
+  """Training changed a frozen leaf; the run stops, and its last checkpoint stays."""
 
 
 @flax.struct.dataclass
@@ -46,8 +49,7 @@ class LowRank:
   Attributes:
     a: input factors.
     b: output factors.
-    core: what stands between them, [L, R, R], or its diagonal alone, [L, R]; None means the
-      identity.
+    core: the matrix between them, [L, R, R], or its diagonal, [L, R]; None is the identity.
   """
 
   a: Float[Array, "L D_in R"]
@@ -57,7 +59,7 @@ class LowRank:
 
 @flax.struct.dataclass
 class Prefix:
-  """Keys and values put before a layer's own; one for all samples (B = 1) or one for each."""
+  """Keys and values before those of a layer's tokens; for all samples (B = 1) or for each."""
 
   key: Float[Array, "B P H d"]
   value: Float[Array, "B P H d"]
@@ -86,13 +88,13 @@ Deltas = Mapping[str, LowRank | tuple[LowRank, ...]]
 
 @flax.struct.dataclass
 class Adapters:
-  """All that a method may add to the plain ViT; each part may be absent.
+  """The changes that a method may make to the plain ViT; each part may be absent.
 
   Attributes:
     deltas: projection name (query, key, value, out, fc1, fc2) -> its low-rank change, or several
       whose sum it is.
     prompt: tokens put after the class token, without a position; [P, D] or [B, P, D].
-    prefix: for each layer, from the first on, what its attention sees besides; None is nothing.
+    prefix: of each layer, from the first on; None is none.
     bottlenecks: site -> MLPs. "attention" and "mlp" add a function of the branch's output to it,
       "parallel" a function of the MLP's input before its LayerNorm to the MLP's output.
   """
@@ -103,7 +105,7 @@ class Adapters:
   bottlenecks: Mapping[str, Bottleneck] = flax.struct.field(default_factory=dict)
 
   def at_layer(self, layer: int) -> "LayerAdapters":
-    """Returns what changes block `layer`: a row of each stacked array."""
+    """Returns the adapters of block `layer`: a row of each stacked array."""
     stacked = jax.tree.map(lambda leaf: leaf[layer], (self.deltas, self.bottlenecks))
     prefix = self.prefix[layer] if layer < len(self.prefix) else None
     return LayerAdapters(deltas=stacked[0], prefix=prefix, bottlenecks=stacked[1])
@@ -124,7 +126,7 @@ class Sizes:
 
   Attributes:
     layer_scale: whether attention and MLP outputs are multiplied by a learned vector (DINOv2).
-    gelu: "erf" (timm, torch, Hugging Face) or "tanh" (Google's own code).
+    gelu: "erf" (timm, torch, Hugging Face) or "tanh" (Google's code).
   """
 
   image_size: int = 224
@@ -171,7 +173,7 @@ class Backbone:
       token after the final LayerNorm.
     tokens: the same, -> all tokens [B, N(+P), D] after the final LayerNorm, or the leading
       `num_queries` of them: class token, prompt, patches.
-    attention_inputs: the same, -> what each block's query, key and value projections see
+    attention_inputs: the same, -> inputs of each block's query, key and value projections
       [L, B, N(+P), D].
     init: key -> random params.
   """
@@ -185,7 +187,7 @@ class Backbone:
 
 @flax.struct.dataclass
 class Batch:
-  """What a model sees: augmented, normalised images; rows where `valid` is False are padding.
+  """A model's input: augmented, normalised images; rows where `valid` is False are padding.
 
   Labels are positions in the class order of the sequence, in [0, C).
   """
@@ -214,7 +216,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceSpec:
-  """What a method needs to know of a task sequence before it sees any data.
+  """The sizes of a task sequence, which a method knows before it sees any data.
 
   Attributes:
     scenario: "cil", "dil" or "til".
@@ -266,7 +268,7 @@ class TaskArrays:
 
 @flax.struct.dataclass
 class Output:
-  """What a training step needs: logits over the K slots of the current task, and a penalty."""
+  """A method's output in training: logits over the K slots of the current task, and a penalty."""
 
   logits: Float[Array, "B K"]
   penalty: Float[Array, ""]
@@ -274,7 +276,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskView:
-  """What the host-side hooks of a method may see of the current task. Never test data.
+  """The current task as begin_task and end_task see it. Never test data.
 
   Attributes:
     index: t, from 0.
@@ -289,12 +291,12 @@ class TaskView:
       there on; K steps at a time, -1 where there are fewer.
     augment: (examples, rows [B], key) -> Batch with random crops and flips. Jittable.
     center: (examples, rows [B]) -> Batch as at test time. Jittable.
-    gather: arrays on the devices -> NumPy arrays, the same on all hosts; for what has a batch axis,
-      which is split over the devices. What has none is on each and needs no fetching.
-    replicate: arrays made on the host -> the first host's, on all devices: another CPU may round
-      otherwise, and what is computed from them must not drift apart.
+    gather: arrays on the devices -> NumPy arrays, the same on all hosts; for arrays with a batch
+      axis, which is split over the devices. Others are whole on each and need no gathering.
+    replicate: arrays made on the host -> process 0's, on all devices: CPUs of different hosts round
+      differently.
     key: PRNG key of (run seed, task, name of the stream).
-    seed: the run's, for what takes no key. Not the config's: runs of other seeds share a method.
+    seed: the run's, for libraries that take no key; runs of other seeds share method and config.
   """
 
   index: int
@@ -332,7 +334,7 @@ class OptimizerGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passes:
-  """Forward passes of the ViT: what a method costs besides its step.
+  """Forward passes of the ViT that a method makes.
 
   Attributes:
     train: for each image of a step.
@@ -352,7 +354,7 @@ class Reported:
   Attributes:
     name: key in the facts that begin_task and end_task return; a task may lack it or have None.
     kind: type of the value: int, float, or list of numbers, which may be nested.
-    field: key of result.json with the values of all tasks; None keeps the fact to the log.
+    field: key of result.json with the values of all tasks; None is for the log alone.
     is_final: whether `field` has the last task's value alone.
     column: header and format of a column in the report's tables; report/tables.py has the formats.
   """
@@ -362,61 +364,3 @@ class Reported:
   field: str | None = None
   is_final: bool = False
   column: tuple[str, str] | None = None
-
-
-class Method(Protocol):
-  """A continual-learning method as the trainer sees it: pure functions over `Variables`.
-
-  A task t runs: begin_task, freeze, training steps with `apply`, end_task; then fold once and
-  `predict` on every test image. `begin_task` and `end_task` run on the host between tasks: they
-  may look at the task's data through the `TaskView` and may change the shapes in `cur`.
-
-  Attributes:
-    reports: the facts that begin_task and end_task return.
-    groups: groups of the optimizer, by name.
-    passes: forward passes of the ViT.
-    caveats: notes for a reader of the results, one line each.
-  """
-
-  reports: tuple[Reported, ...]
-  groups: Mapping[str, OptimizerGroup]
-  passes: Passes
-  caveats: tuple[str, ...]
-
-  def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
-    """Returns the variables before the first task, with `frozen` empty."""
-
-  def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Returns the variables that a task starts from, and facts of it."""
-
-  def freeze(self, weights: Params, variables: Variables) -> Params:
-    """Returns the `frozen` group for training at the current task."""
-
-  def apply(
-    self,
-    variables: Variables,
-    images: Float[Array, "B S S 3"],
-    task: TaskArrays,
-    key: PRNGKeyArray,
-    valid: Bool[Array, " B"] | None = None,
-  ) -> Output:
-    """Returns logits and penalty of a training step; all images are valid unless told."""
-
-  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Returns the variables that a task leaves behind, and facts of it."""
-
-  def fold(self, weights: Params, variables: Variables) -> Params:
-    """Returns a pytree for inference, with all learned tasks folded in."""
-
-  def predict(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B C"]:
-    """Returns the logits of all classes from a folded model; unseen ones are masked outside."""
-
-  def rules(self, task: int) -> Rules:
-    """Returns the labels of the leaves of shared and cur: a name in `groups`, or "frozen"."""
-
-  def stored(self, facts: list[Facts]) -> dict[str, Any]:
-    """Returns how many parameters the tasks with these facts leave behind, besides head and ViT.
-
-    {"shared": n, "per_task": [n, ...]}, and "statistics": n where numbers computed from the data
-    are stored too, such as means of features.
-    """

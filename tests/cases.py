@@ -9,7 +9,7 @@ from fmlora_jax.cli import config_files
 # of InfLoRA's layers after ten tasks of ImageNet-R, from the logs of its official code
 SPANNED = [17, 52, 124, 178, 237, 254, 304, 353, 483, 558, 524, 651]
 
-# what `Method.stored` is given in the tests of formulas
+# what `AdaptedViT.stored` is given in the tests of formulas
 FACTS = [{"rank": 32}, {"rank": 16}, {"rank": 4, "spanned": SPANNED}]
 
 
@@ -20,7 +20,7 @@ class Case:
   Attributes:
     changes: of `config.method`.
     full_size: further changes of `config.method` for a ViT-B/16.
-    stored: what `Method.stored` says of three tasks on a ViT-B/16, by hand from the formula.
+    stored: what `AdaptedViT.stored` says of three tasks on a ViT-B/16, by hand from the formula.
     starts_at_nothing: whether a fresh task leaves every logit as it is, bit for bit.
     folds: whether the folded model gives the logits of training to the task just learned.
     kept_in_mem: the entry of `mem` that `stored` counts as shared, of constant size.

@@ -63,7 +63,7 @@ class Estimate:
     stages: of training.
     test: of a batch of test images.
     forward_gflops: of the plain ViT, for an image.
-    stored: parameters, as of `Method.stored`, of all tasks.
+    stored: parameters, as of `AdaptedViT.stored`, of all tasks.
     limit: bytes of a device.
     largest_batch: that fits; None where none was found.
     largest_task: training images in it.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from fmlora_jax import methods, tasks
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.input import augment
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
-from fmlora_jax.types import Backbone, Method, SequenceSpec, Sizes
+from fmlora_jax.types import Backbone, SequenceSpec, Sizes
 
 
 def check(config: Config, memory: int) -> None:
@@ -46,7 +47,7 @@ def _check_method(config: Config, sizes: Sizes, memory: int) -> None:
   _check_memory(config, methods.make_method(config, backbone, spec), backbone, memory)
 
 
-def _check_memory(config: Config, method: Method, backbone: Backbone, memory: int) -> None:
+def _check_memory(config: Config, method: AdaptedViT, backbone: Backbone, memory: int) -> None:
   """Refuses settings of a method that alone make more numbers than this machine can hold."""
 
   def init():

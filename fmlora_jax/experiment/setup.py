@@ -15,6 +15,7 @@ from fmlora_jax.distributed import hosts, memory
 from fmlora_jax.experiment import preflight
 from fmlora_jax.input import augment, resident
 from fmlora_jax.input.loader import TaskLoader
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
 from fmlora_jax.tasks import TaskSequence
@@ -22,7 +23,7 @@ from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.loop import Trainer
 from fmlora_jax.train.step import TrainPrograms
 from fmlora_jax.train.view import TaskViews
-from fmlora_jax.types import Method, Params, Sizes
+from fmlora_jax.types import Params, Sizes
 
 IMAGES_SHARE = 0.5  # of the memory, for images; the rest is the model's
 
@@ -49,7 +50,7 @@ class RunSetup:
   """
 
   config: Config
-  method: Method
+  method: AdaptedViT
   sequence: TaskSequence
   weights: Params
   info: registry.WeightsInfo | None
@@ -85,7 +86,7 @@ class RunSetup:
 
 def build_setup(
   config: Config,
-  method: Method,
+  method: AdaptedViT,
   sequence: TaskSequence,
   weights: Params,
   *,

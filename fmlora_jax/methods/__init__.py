@@ -14,7 +14,8 @@ from typing import Any
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Config, MethodConfig
-from fmlora_jax.types import Backbone, Method, Reported, SequenceSpec
+from fmlora_jax.methods.common.base import AdaptedViT
+from fmlora_jax.types import Backbone, Reported, SequenceSpec
 
 
 def names() -> list[str]:
@@ -70,7 +71,7 @@ def reports(name: str) -> tuple[Reported, ...]:
   return find(name).METHOD.reports if name in names() else ()
 
 
-def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> Method:
+def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> AdaptedViT:
   """Returns the method that `config.method.name` names.
 
   Raises:

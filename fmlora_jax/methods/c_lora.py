@@ -1,4 +1,4 @@
-"""C-LoRA for classification: a LoRA per task, kept off the weights that earlier ones changed.
+"""C-LoRA for classification: a LoRA per task, penalised where earlier tasks changed the weights.
 
 Source: Smith et al. (arXiv:2304.06027), written for diffusion models. A reconstruction: there is no
 official code for classification; its loss is known from a remark in InfLoRA's code
@@ -17,7 +17,17 @@ from fmlora_jax.config import Projection
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import low_rank
-from fmlora_jax.types import Adapters, Facts, Params, Reported, Rules, TaskView, Variables
+from fmlora_jax.types import (
+  Adapters,
+  Facts,
+  Features,
+  Params,
+  Reported,
+  Rules,
+  Scalar,
+  TaskView,
+  Variables,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,7 @@ class Config(config_lib.LowRankConfig):
 
   Attributes:
     penalty_weight: lambda, of the squared products of old and new changes. They are summed over
-      entries, and small: 0.5 hardly matters where changes are.
+      entries, and small: 0.5 hardly moves the changes.
   """
 
   name: str = "c_lora"
@@ -83,13 +93,11 @@ class CLoRA(AdaptedViT[Config]):
     del inputs
     return Adapters(deltas=low_rank.deltas_of(variables.cur["lora"]))
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del inputs, features
     return self.settings.penalty_weight * self.total_overlap(variables)
 
-  def total_overlap(self, variables: Variables) -> Float[Array, ""]:
+  def total_overlap(self, variables: Variables) -> Scalar:
     """Returns the overlap of the current change with the earlier ones over all targets."""
     merged, deltas = variables.mem["merged"], low_rank.deltas_of(variables.cur["lora"])
     return sum(overlap(merged[name], low_rank.dense(new)) for name, new in deltas.items())
@@ -114,9 +122,7 @@ class CLoRA(AdaptedViT[Config]):
     return super().stored(facts) | {"shared": sum(map(math.prod, self.shapes.values()))}
 
 
-def overlap(
-  old: Float[Array, "L D_in D_out"], new: Float[Array, "L D_in D_out"]
-) -> Float[Array, ""]:
+def overlap(old: Float[Array, "L D_in D_out"], new: Float[Array, "L D_in D_out"]) -> Scalar:
   """Returns the sum over layers and entries of (dW_old o dW_new)². Source: see the module."""
   return jnp.sum((old * new) ** 2)
 

@@ -21,7 +21,7 @@ from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import prompts
-from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
+from fmlora_jax.types import Adapters, Facts, Features, Params, Rules, Scalar, TaskView, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,14 +107,12 @@ class CODAPrompt(AdaptedViT[Config]):
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     return self.recall(self.slots_of_all_tasks(variables, inputs.task.index), inputs.query)
 
-  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+  def recall(self, memory: Params, query: Features) -> Adapters:
     prefixes = prefix_prompts(memory, query)
     heads = self.backbone.sizes.num_heads
     return Adapters(prefix=prompts.prefixes(prefixes, self.settings.layers, heads))
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del features
     components = self.slots_of_all_tasks(variables, inputs.task.index)
     used = jnp.arange(self.spec.num_tasks * self.num_slots)
@@ -142,7 +140,7 @@ def joined(stack: Float[Array, "T L M ..."]) -> Float[Array, "L TM D"]:
   return rearrange(stack, "t l m ... -> l (t m) (...)")
 
 
-def prefix_prompts(components: Params, query: Float[Array, "B D"]) -> Float[Array, "B L 2 P D"]:
+def prefix_prompts(components: Params, query: Features) -> Float[Array, "B L 2 P D"]:
   """Returns each sample's prompt for each layer: keys (0) and values (1), the halves of a mixture.
 
   Components are weighted by the cosine between their key and the query under their attention.

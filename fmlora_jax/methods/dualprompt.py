@@ -4,8 +4,8 @@ Source: Wang et al., DualPrompt, arXiv:2204.04799; settings from the official JA
 HiDe-Prompt (HD).
 
 On purpose unlike the public codes: a query is compared with the keys of learned tasks only, where
-they look at the untrained keys of tasks to come too; keys and values of a prefix are kept apart
-from samples, where the PyTorch ports mix them by a reshape; each sample chooses its own expert,
+they look at the untrained keys of tasks to come too; keys and values of a prefix stay apart from
+samples, where the PyTorch ports mix them by a reshape; each sample chooses its expert,
 where LP's CIFAR-100 and the ports let the batch vote, whose images are of one task (`batchwise`
 brings the vote back). A length counts the tokens before the keys, and as many again stand before
 the values, as in LP; CODA-Prompt's port splits it between the two.
@@ -24,7 +24,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
+from fmlora_jax.types import Adapters, Facts, Features, Params, Rules, Scalar, TaskView, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Config(config_lib.MethodConfig):
     general_layers, expert_layers: numbers of blocks, from 0, that see the one and the other.
     general_length, expert_length: tokens before the keys of a block, and before its values.
     pull: lambda, weight of the cosine between a query and the key of its task.
-    batchwise: at test time all samples of a batch get the expert that most of them chose; in
-      training the task's own serves either way.
+    batchwise: at test time all samples of a batch get the expert that most of them chose; training
+      uses the expert of the task either way.
   """
 
   name: str = "dualprompt"
@@ -120,9 +120,7 @@ class DualPrompt(AdaptedViT[Config]):
     del inputs
     return self.prefixes(variables.shared["general"], variables.cur["expert"][None])
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del features
     return -self.settings.pull * pull(inputs.query, variables.cur["key"], inputs.valid)
 
@@ -134,7 +132,7 @@ class DualPrompt(AdaptedViT[Config]):
   def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
     return weights, variables.shared | {n: variables.mem[n] for n in (*SLOT, "learned")}
 
-  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+  def recall(self, memory: Params, query: Features) -> Adapters:
     chosen = nearest_task(
       query, memory["key"], memory["learned"], batchwise=self.settings.batchwise
     )
@@ -149,9 +147,7 @@ class DualPrompt(AdaptedViT[Config]):
     return super().stored(facts) | {"shared": general, "per_task": [each] * len(facts)}
 
 
-def pull(
-  query: Float[Array, "B D"], key: Float[Array, " D"], valid: Bool[Array, " B"]
-) -> Float[Array, ""]:
+def pull(query: Features, key: Float[Array, " D"], valid: Bool[Array, " B"]) -> Scalar:
   """Returns the mean cosine between the samples' queries and the key of their task.
 
   Source: DualPrompt (arXiv:2204.04799) Sec. 4.3.
@@ -160,7 +156,7 @@ def pull(
 
 
 def nearest_task(
-  query: Float[Array, "B D"],
+  query: Features,
   keys: Float[Array, "T D"],
   learned: Bool[Array, " T"],
   *,

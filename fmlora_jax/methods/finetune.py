@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import PRNGKeyArray
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.methods.common import recipes
+from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.types import Adapters, Facts, Params, Rules, Variables
 
@@ -67,7 +66,7 @@ class Finetune(AdaptedViT[Config]):
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     weights = jax.eval_shape(self.backbone.init, jax.random.key(0))
-    return super().stored(facts) | {"shared": optax.tree.size(weights)}
+    return super().stored(facts) | {"shared": base.num_parameters(weights)}
 
 
 METHOD = Finetune

@@ -21,7 +21,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.methods.common import base, recipes
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Facts, Params, Rules, Variables
+from fmlora_jax.types import Adapters, Facts, Features, Images, Params, Rules, Scalar, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,7 @@ class L2P(AdaptedViT[Config]):
     }
     return super().init(key, weights).update(shared={"pool": pool})
 
-  def match(
-    self, pool: Params, query: Float[Array, "B D"]
-  ) -> tuple[Float[Array, "B M"], Int[Array, "B N"]]:
+  def match(self, pool: Params, query: Features) -> tuple[Float[Array, "B M"], Int[Array, "B N"]]:
     """Returns the similarities of all keys and the numbers of the chosen ones."""
     settings, similarities = self.settings, prompts.similarity(query, pool["key"])
     return similarities, prompts.choose(similarities, settings.top_n, batchwise=settings.batchwise)
@@ -85,19 +83,15 @@ class L2P(AdaptedViT[Config]):
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     return self.recall(variables.shared["pool"], inputs.query)
 
-  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+  def recall(self, memory: Params, query: Features) -> Adapters:
     _, chosen = self.match(memory, query)
     return Adapters(prompt=rearrange(memory["prompt"][chosen], "b n p d -> b (n p) d"))
 
-  def read(
-    self, backbone: Params, images: Float[Array, "B S S 3"], adapters: Adapters
-  ) -> Float[Array, "B D"]:
+  def read(self, backbone: Params, images: Images, adapters: Adapters) -> Features:
     tokens = self.backbone.tokens(backbone, images, adapters, 1 + adapters.prompt.shape[1])
     return tokens[:, 1:].astype(jnp.float32).mean(1)
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del features
     matched = self.match(variables.shared["pool"], inputs.query)
     return -self.settings.pull * pull(*matched, inputs.valid)
@@ -116,7 +110,7 @@ class L2P(AdaptedViT[Config]):
 
 def pull(
   similarities: Float[Array, "B M"], chosen: Int[Array, "B N"], valid: Bool[Array, " B"]
-) -> Float[Array, ""]:
+) -> Scalar:
   """Returns the mean over samples of the summed cosines to the chosen keys.
 
   Source: L2P (arXiv:2112.08654) Sec. 4.3.

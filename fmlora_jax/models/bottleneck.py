@@ -19,6 +19,6 @@ def apply(x: Float[Array, "*B D"], layer: Bottleneck) -> Float[Array, "*B D"]:
     jax.nn.relu(hidden) if layer.activation == "relu" else jax.nn.gelu(hidden, approximate=False)
   )
   if layer.dropout_keys is not None:
-    kept = jax.random.bernoulli(layer.dropout_keys, 1 - layer.dropout, hidden.shape)
-    hidden = jnp.where(kept, hidden / (1 - layer.dropout), 0)
+    active = jax.random.bernoulli(layer.dropout_keys, 1 - layer.dropout, hidden.shape)
+    hidden = jnp.where(active, hidden / (1 - layer.dropout), 0)
   return products.multiply(hidden, layer.up.astype(x.dtype)) + layer.up_bias.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Classifiers over all classes of a sequence, of which one task trains its own rows.
+"""Classifiers over all classes of a sequence; a task trains the rows of its classes.
 
 `mem` holds every class; `cur` is the slice of K rows that a task trains, copied from `mem` where
 the tasks share their classes and fresh elsewhere; `commit` writes it back. Training sees the rows
@@ -128,8 +128,8 @@ def imprint(
   """
   num_rows, width = rows["kernel"].shape
   classes = task.lo + jnp.arange(num_rows)
-  own = (classes < task.hi)[:, None]  # the rest is padding
-  means = jnp.where(own, sums[classes] / jnp.maximum(counts[classes], 1)[:, None], 0)
+  is_class = (classes < task.hi)[:, None]  # the rest is padding
+  means = jnp.where(is_class, sums[classes] / jnp.maximum(counts[classes], 1)[:, None], 0)
   scale = 10 / width
   return {"kernel": scale * means, "bias": -0.5 * scale * jnp.sum(means**2, axis=-1)}
 

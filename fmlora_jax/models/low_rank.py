@@ -4,7 +4,7 @@ A stacked delta holds one (A, core, B) per layer: dW_l = A_l · core_l · B_lᵀ
 vectors y = x·W. Source: LoRA (arXiv:2106.09685); the core between shared bases is F-LoRA's,
 FM-LoRA (arXiv:2504.08823) Eq. (1-2).
 
-What is computed once per task multiplies in full float32 precision; a GPU's default is TF32, a
+Products that are computed once per task have full float32 precision; a GPU's default is TF32, a
 TPU's bfloat16.
 """
 
@@ -97,15 +97,15 @@ def fold_deltas(backbone: Params, deltas: Mapping[str, LowRank]) -> Params:
 
 
 def add(backbone: Params, changes: Mapping[str, Float[Array, "L D_in D_out"]]) -> Params:
-  """Returns the same for each dW as a dense matrix."""
+  """Returns the same for dense matrices dW."""
   folded = dict(backbone)
   for layer in range(sum(name.startswith("block_") for name in backbone)):
     block = dict(backbone[f"block_{layer}"])
     block["attention"] = dict(block["attention"])
     for name, change in changes.items():
-      place = block if name in block else block["attention"]
-      linear = place[name]["dense"]
-      place[name] = {"dense": linear | {"kernel": linear["kernel"] + change[layer]}}
+      module = block if name in block else block["attention"]
+      linear = module[name]["dense"]
+      module[name] = {"dense": linear | {"kernel": linear["kernel"] + change[layer]}}
     folded[f"block_{layer}"] = block
   return folded
 

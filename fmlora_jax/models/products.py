@@ -1,7 +1,7 @@
-"""Matrix products in the form that the device at hand is fastest at.
+"""Matrix products in the form that is fastest on the device.
 
 XLA's CPU compiler turns a bfloat16 product with a bfloat16 result into a float32 one, with both
-factors converted first; with a float32 result it uses the processor's own bfloat16 instructions
+factors converted first; with a float32 result it uses the processor's bfloat16 instructions
 (AVX512-BF16 and the like), twice as fast. The sum is float32 and is rounded once either way.
 """
 
@@ -23,13 +23,13 @@ def _rounded_once(x, w):
 
 
 def _forward(x, w):
-  # a factor is kept for the other one's gradient alone
-  kept = x.value if w.perturbed else None, w.value if x.perturbed else None
-  return contract("...k,kn->...n", x.value, w.value), kept
+  # a factor is saved for the other one's gradient alone
+  saved = x.value if w.perturbed else None, w.value if x.perturbed else None
+  return contract("...k,kn->...n", x.value, w.value), saved
 
 
-def _backward(kept, g):
-  x, w = kept
+def _backward(saved, g):
+  x, w = saved
   by_x = None if w is None else contract("...n,kn->...k", g, w)
   by_w = None if x is None else contract("bk,bn->kn", *(y.reshape(-1, y.shape[-1]) for y in (x, g)))
   return by_x, by_w

@@ -1,7 +1,7 @@
-"""Learned prompts: which of them a sample sees, and prefixes of keys and values for some layers.
+"""Learned prompts: selection and weighting for each sample, and prefixes of keys and values.
 
-What selects and weighs prompts is computed in full float32 precision, whatever the ViT runs in: the
-order of two close similarities decides what a sample sees.
+Selection and weighting have full float32 precision, whatever the ViT runs in: the order of two
+close similarities decides which prompt a sample sees.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ def prefixes(
   public codes reshape samples into keys.
   """
   split = rearrange(prompts, "b s two p (h d) -> s two b p h d", h=num_heads)
-  found: list[Prefix | None] = [None] * (max(layers) + 1)
+  by_layer: list[Prefix | None] = [None] * (max(layers) + 1)
   for layer, (key, value) in zip(layers, split, strict=True):
-    found[layer] = Prefix(key=key, value=value)
-  return tuple(found)
+    by_layer[layer] = Prefix(key=key, value=value)
+  return tuple(by_layer)
 
 
 @jax.default_matmul_precision("highest")
@@ -46,8 +46,8 @@ def choose(similarities: Float[Array, "B M"], count: int, *, batchwise: bool) ->
   """Returns the `count` most similar of M for each sample; the lower number where two are equal.
 
   Args:
-    batchwise: all samples get the same ones, those that most of the batch chose: what a sample gets
-      then depends on the batch it is in.
+    batchwise: all samples get the ones that most of the batch chose, so the prompts of a sample
+      depend on its batch.
 
   Source: L2P (arXiv:2112.08654) Sec. 4.2; the vote is its official code's,
   google-research/l2p models/prompt.py:211.
@@ -89,25 +89,25 @@ def gram_schmidt(
   """Returns the drawn vectors v as unit vectors along v - sum_j (v·u_j / u_j·u_j) u_j, in turn.
 
   The u_j are all `earlier` ones, as they are, and those that came before v. This is orthogonal to
-  the earlier ones where they are orthogonal to each other: single projections are taken off, not
-  that on their span. Zero vectors, slots still to come, take off nothing.
+  the earlier ones where they are orthogonal to each other: single projections are subtracted, not
+  the one on their span. Zero vectors, slots still to come, subtract nothing.
 
   Source: CODA-Prompt (arXiv:2211.13218) Sec. 4.3; the start is its official code's,
   GT-RIPL/CODA-Prompt models/zoo.py:75.
   """
 
   def of_layer(earlier, drawn):
-    def place(known, item):
+    def append(basis, item):
       row, v = item
-      squares = jnp.sum(known**2, axis=-1)
-      shares = jnp.where(squares > 0, known @ v / jnp.where(squares > 0, squares, 1), 0)
-      rest = v - shares @ known
+      squares = jnp.sum(basis**2, axis=-1)
+      shares = jnp.where(squares > 0, basis @ v / jnp.where(squares > 0, squares, 1), 0)
+      rest = v - shares @ basis
       u = rest / jnp.linalg.norm(rest)
-      return known.at[row].set(u), u
+      return basis.at[row].set(u), u
 
-    known = jnp.concatenate([earlier, jnp.zeros_like(drawn)])
+    basis = jnp.concatenate([earlier, jnp.zeros_like(drawn)])
     rows = len(earlier) + jnp.arange(len(drawn))
-    return jax.lax.scan(place, known, (rows, drawn))[1]
+    return jax.lax.scan(append, basis, (rows, drawn))[1]
 
   return jax.vmap(of_layer)(earlier, drawn)
 

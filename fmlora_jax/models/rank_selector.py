@@ -110,8 +110,8 @@ def learn_alpha(
 ) -> Float[Array, " k"]:
   """Returns alpha after gradient descent on the cost of a candidate drawn at each step.
 
-  The cost is linear in the draw, so the straight-through gradient compares all candidates.
-  Source: FM-LoRA Eq. (11).
+  The cost is linear in the draw, so the straight-through gradient compares all candidates. Source:
+  FM-LoRA Eq. (11).
   """
 
   def step(i, alpha):

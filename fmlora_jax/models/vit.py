@@ -1,4 +1,4 @@
-"""One Vision Transformer for everything: plain, or changed by the `Adapters` it is handed.
+"""One Vision Transformer for everything: plain, or changed by `Adapters`.
 
 Source: ViT (arXiv:2010.11929) with pre-norm blocks; LayerScale and interpolated positions as in
 DINOv2 (arXiv:2304.07193). Equal to timm's and Hugging Face's forward pass (tests/models).
@@ -50,7 +50,7 @@ class LayerNorm(nn.Module):
 
 
 def dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-  """Returns nn.Dense with our product, which is its own over the last axis of the input."""
+  """Returns nn.Dense with `products.multiply` as its product over the input's last axis."""
 
   def product(x, kernel, dimensions, precision):
     del dimensions, precision
@@ -94,7 +94,7 @@ def attention(
 def gelu(x: Float[Array, "*B F"], kind: str) -> Float[Array, "*B F"]:
   """Returns x·Φ(x), Φ "erf" or its approximation "tanh", computed in float32.
 
-  The backward pass keeps x alone and computes the rest again: memory, not arithmetic, takes the
+  The backward pass saves x alone and computes the rest again: memory, not arithmetic, takes the
   time here. Source: arXiv:1606.08415.
   """
   x32 = x.astype(jnp.float32)
@@ -108,8 +108,8 @@ def gelu(x: Float[Array, "*B F"], kind: str) -> Float[Array, "*B F"]:
 class Attention(nn.Module):
   """Multi-head self-attention; a prefix adds keys and values that have no query.
 
-  Every token is seen; with `num_queries` only that many leading ones look, and come back. Tokens
-  that come in parts are projected apart: a part without a gradient then costs none of the others'.
+  With `num_queries` only that many leading tokens have a query and come back. Tokens in several
+  parts are projected part by part: one without a gradient then adds no backward cost.
   """
 
   num_heads: int
@@ -130,8 +130,8 @@ class Attention(nn.Module):
       y = jnp.concatenate([layer(part, deltas.get(name, ())) for part in parts], axis=1)
       return rearrange(y, "b n (h d) -> b n h d", h=self.num_heads)
 
-    looking = parts if len(parts) > 1 else (parts[0][:, :num_queries],)
-    query = project("query", looking)[:, :num_queries]
+    queried = parts if len(parts) > 1 else (parts[0][:, :num_queries],)
+    query = project("query", queried)[:, :num_queries]
     key, value = project("key", parts), project("value", parts)
     if prefix is not None:
       key, value = _prepend(prefix.key, key), _prepend(prefix.value, value)

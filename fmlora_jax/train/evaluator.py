@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Int
 from fmlora_jax.distributed import stop
 from fmlora_jax.input import order
 from fmlora_jax.input.loader import Prefetcher, TaskLoader
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.train import mesh as mesh_lib
-from fmlora_jax.types import Examples, Method, Params, SequenceSpec, Variables
+from fmlora_jax.types import Examples, Params, SequenceSpec, Variables
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "center"))
@@ -39,7 +40,7 @@ class Evaluator:
     center: (examples, rows [B]) -> Batch, as at test time.
   """
 
-  def __init__(self, method: Method, center: Callable):
+  def __init__(self, method: AdaptedViT, center: Callable):
     self._count = functools.partial(count_correct, predict=method.predict, center=center)
 
   def correct(
@@ -119,7 +120,7 @@ class TestSets:
     self,
     loader: TaskLoader,
     split: str,
-    method: Method,
+    method: AdaptedViT,
     weights: Params,
     *,
     batch_size: int,

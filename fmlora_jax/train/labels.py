@@ -1,4 +1,4 @@
-"""Which leaves train: one table of rules per method, covering every leaf and wasting no rule."""
+"""Labels of leaves from a method's rules: every leaf has a rule, and every rule a leaf."""
 
 import re
 
@@ -38,7 +38,7 @@ def partition(tree: Params, labels: Params) -> tuple[Params, Params]:
 
 
 def num_trained(tree: Params, rules: Rules) -> int:
-  """Returns how many numbers of a pytree, of arrays or of their shapes, train."""
+  """Returns how many numbers of a pytree of arrays, or of their shapes, train."""
   trained, _ = partition(tree, label_leaves(tree, rules))
   return sum(leaf.size for leaf in jax.tree.leaves(trained))
 

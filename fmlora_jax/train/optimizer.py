@@ -1,4 +1,4 @@
-"""The optimizer of one task, one group per label; what a rule labels frozen stays as it is.
+"""The optimizer of one task: one group per label, and no update for frozen leaves.
 
 Source: AdamW with cosine annealing is FM-LoRA's (arXiv:2504.08823) Sec. 4.1; the groups are ours.
 """
@@ -18,7 +18,7 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer of one task over leaves labelled with names of `groups` or "frozen".
 
-  Its update takes `progress` in [0, 1), the part of the task that is done, and `epoch` from 0:
+  Its update takes `progress` in [0, 1), the share of the task that is done, and `epoch` from 0:
   traced numbers, so tasks of different lengths share one compiled step.
   """
   optim = config.optim
@@ -47,7 +47,7 @@ def _group(
 
 
 def _direction(optim: OptimConfig, weight_decay: float) -> tuple[optax.GradientTransformation, ...]:
-  """Returns what turns gradients into a direction, for a rate of 1."""
+  """Returns the transformations from gradients to a direction, for a rate of 1."""
   decayed = optax.add_decayed_weights(weight_decay)
   if optim.name == "adamw":
     return optax.scale_by_adam(), decayed

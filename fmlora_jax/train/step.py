@@ -10,12 +10,13 @@ import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.models import heads
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train import optimizer as optim
 from fmlora_jax.train.labels import combine, label_leaves, partition
 from fmlora_jax.train.rng import named_key
-from fmlora_jax.types import Batch, Examples, Method, Params, Rules, TaskArrays, Variables
+from fmlora_jax.types import Batch, Examples, Params, Rules, TaskArrays, Variables
 
 
 @flax.struct.dataclass
@@ -54,7 +55,7 @@ class StepContext:
 class TrainStep:
   """The training step of a method under one table of rules: pure functions."""
 
-  def __init__(self, method: Method, config: Config, rules: Rules):
+  def __init__(self, method: AdaptedViT, config: Config, rules: Rules):
     self.method, self.config, self.rules = method, config, rules
 
   def _optimizer(self, params: Params) -> tuple[optax.GradientTransformationExtraArgs, Params]:
@@ -124,7 +125,9 @@ class TrainPrograms:
     num_compiled: programs compiled so far.
   """
 
-  def __init__(self, method: Method, config: Config, augment: Callable, mesh: jax.sharding.Mesh):
+  def __init__(
+    self, method: AdaptedViT, config: Config, augment: Callable, mesh: jax.sharding.Mesh
+  ):
     self.method, self.augment = method, augment
     self._config, self._mesh = config, mesh
     self._multi_steps: dict[Rules, Callable] = {}

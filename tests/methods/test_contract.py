@@ -1,6 +1,7 @@
 """What every file in fmlora_jax/methods must keep; a new method is tested by being there."""
 
 import importlib
+import json
 import pathlib
 import re
 
@@ -13,11 +14,12 @@ import pytest
 from fmlora_jax import config as config_lib
 from fmlora_jax import methods
 from fmlora_jax.input.streaming import StreamingReader
+from fmlora_jax.methods.common import base
 from fmlora_jax.models import heads, vit
 from fmlora_jax.train.evaluator import Evaluator, iterate_batches
 from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.train.step import TrainStep
-from fmlora_jax.types import SequenceSpec, Sizes, Variables
+from fmlora_jax.types import Adapters, SequenceSpec, Sizes, Variables
 from fmlora_jax.workdir import checkpoint
 
 CASES = [pytest.param(case.name, case.changes, id=str(case)) for case in cases.ALL]
@@ -58,6 +60,54 @@ def test_a_method_learns_three_tasks(learned):
   logits = learned.predictions(learned.variables, learned.images())
   assert logits.shape == (8, 7) and logits.dtype == jnp.float32
   assert np.isfinite(logits).all()
+
+
+@every_method
+def test_every_fact_is_declared_and_of_its_kind(learned):
+  declared = {fact.name: fact for fact in learned.method.reports}
+  assert len(declared) == len(learned.method.reports)
+  returned = set()
+  for stage in learned.stages:
+    for name, value in stage.facts.items():
+      assert value is None or type(value) is declared[name].kind
+      json.dumps(value)
+      returned |= {name}
+  seldom = {"alignment_loss", "identity_alignment_loss", "rank_scores"}  # of some settings or tasks
+  assert declared.keys() - returned <= seldom
+
+
+def test_columns_of_the_report_are_fields_of_result_json():
+  assert methods.columns() == {"rank": ("ranks", "modes")}
+
+
+@every_method
+def test_every_hook_can_be_called_alone(learned):
+  """With variables at hand: no hook needs another one to have been called before."""
+  stage, images = learned.stages[1], learned.images(4, task=1)
+  method = type(learned.method)(learned.config, learned.backbone, learned.spec)
+  frozen = method.freeze(learned.weights, stage.begun)
+  variables = stage.begun.replace(frozen=frozen)
+  trunk = variables.shared.get("backbone") or frozen["backbone"]
+  inputs = base.StepInputs(
+    task=stage.view.arrays,
+    key=stage.view.key("method"),
+    valid=jnp.ones(4, bool),
+    query=learned.backbone.apply(trunk, images),
+  )
+  features = method.read(trunk, images, method.adapters(variables, inputs))
+  assert features.shape == (4, 16)
+  assert method.penalty(variables, inputs, features).shape == ()
+  logits = method.apply(variables, images, inputs.task, inputs.key).logits
+  np.testing.assert_allclose(
+    logits, method.head.layer.logits(variables.cur["head"], features), rtol=0, atol=1e-5
+  )
+  backbone, memory = method.folded(learned.weights, stage.ended)
+  assert jax.tree.structure(backbone) == jax.tree.structure(learned.weights)
+  assert jax.tree.structure(method.past(learned.weights, stage.ended)) == jax.tree.structure(
+    backbone
+  )
+  assert isinstance(method.recall(memory, inputs.query), Adapters)
+  assert method.features(method.fold(learned.weights, stage.ended), images).shape == (4, 16)
 
 
 @every_method

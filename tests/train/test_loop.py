@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_stops_with_task_and_step(make_lab):
   assert "config.optim.learning_rate" in str(error.value)
   _, rows = next(made.view(1).train_chunks(0))
   shown = [f"record {row}" for row in made.sequence.tasks[1].train[rows[1][rows[1] >= 0]]]
-  assert error.value.found["images"] == shown
+  assert error.value.details["images"] == shown
 
 
 def test_more_steps_than_can_be_counted_are_refused(make_lab, monkeypatch):

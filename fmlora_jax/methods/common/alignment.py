@@ -16,7 +16,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods.common import class_statistics
-from fmlora_jax.types import Facts, NonFiniteError, Params, Reported, SequenceSpec, TaskView
+from fmlora_jax.types import (
+  Facts,
+  Features,
+  NonFiniteError,
+  Params,
+  Reported,
+  SequenceSpec,
+  TaskView,
+)
 
 LOSS = Reported(name="alignment_loss", kind=float)
 
@@ -136,7 +144,7 @@ class HeadAlignment:
     spec: SequenceSpec,
     width: int,
     logits: Callable[..., Float[Array, "B C"]],
-    features: Callable[..., Float[Array, "B D"]],
+    features: Callable[..., Features],
   ):
     self._rows = class_statistics.Rows(spec)
     self._shape = len(self._rows), num_centroids, width

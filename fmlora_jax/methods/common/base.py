@@ -1,9 +1,15 @@
-"""The base of all methods: a ViT with a method's adapters, and a head on its features."""
+"""The base of all methods: a ViT with a method's adapters, and a head on its features.
+
+The hooks of a method are pure functions over `Variables`. A task runs: begin_task, freeze, training
+steps with `apply`, end_task; then `fold` once and `predict` on every test image. begin_task and
+end_task run on the host between tasks: they may look at the task's data through the `TaskView` and
+may change the shapes in `cur`; their facts are JSON values, declared in `reports`.
+"""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import flax.struct
@@ -13,18 +19,21 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError, MethodConfig
-from fmlora_jax.methods.common.alignment import LOSS, HeadAlignment
-from fmlora_jax.models import heads
+from fmlora_jax.methods.common.alignment import LOSS
+from fmlora_jax.methods.common.head import TrainedHead
 from fmlora_jax.types import (
   Adapters,
   Backbone,
   Facts,
+  Features,
+  Images,
   OptimizerGroup,
   Output,
   Params,
   Passes,
   Reported,
   Rules,
+  Scalar,
   SequenceSpec,
   TaskArrays,
   TaskView,
@@ -55,25 +64,26 @@ class StepInputs:
   task: TaskArrays
   key: PRNGKeyArray
   valid: Bool[Array, " B"]
-  query: Float[Array, "B D"] | None = None
+  query: Features | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedViT(Generic[Settings]):
-  """A `Method` whose features are the adapted ViT's and whose head is that of `config.head`.
+  """A continual-learning method: adapters of the frozen ViT, and the head of `config.head`.
 
-  A method overrides the hooks in which it differs, calls `super()` in each of those that have a
-  part of the head, and adds its own part. This class alone trains a head on the frozen ViT. Methods
-  are compared by identity, so that a bound hook may be a static argument of a jitted function.
+  A method overrides the hooks in which it differs, and calls `super()` in those that have a part of
+  the head: init, begin_task, end_task, rules, stored. This class alone trains a head on the frozen
+  ViT. Methods are compared by identity, so a bound hook may be a static argument of a jitted
+  function.
 
   Attributes:
     run: config of the run; `settings` is the method's part of it.
     backbone: the ViT.
     spec: sizes of the task sequence.
-    query: when the class token of the unadapted ViT is needed, at one more forward pass: "never",
-      "test" or "always".
+    query: when a further forward pass gives the class token of the unadapted ViT.
     feature_epochs: forward passes over the training images in begin_task and end_task.
-    reports, caveats: as of `Method`.
+    reports: the facts that begin_task and end_task return.
+    caveats: notes for a reader of the results, one line each.
   """
 
   run: Config
@@ -90,34 +100,13 @@ class AdaptedViT(Generic[Settings]):
     return self.run.method
 
   @property
-  def dtype(self) -> jnp.dtype:
-    """Of the ViT's matrices and activations."""
+  def dtype(self) -> jnp.dtype:  # of the ViT's matrices and activations
     return jnp.dtype(self.run.compute_dtype)
 
   @functools.cached_property
-  def head(self) -> heads.Head:
-    return heads.make_head(self.run.head.kind, self.spec.num_classes, self.backbone.sizes.width)
-
-  @functools.cached_property
-  def alignment(self) -> HeadAlignment | None:
-    """The alignment of the head after each task, where `config.head` asks for it."""
-    settings = self.run.head
-    if not settings.alignment.epochs:
-      return None
-    return HeadAlignment(
-      settings.alignment,
-      "head.alignment",
-      num_centroids=settings.num_centroids,
-      spec=self.spec,
-      width=self.backbone.sizes.width,
-      logits=self.head.logits,
-      features=self.features,
-    )
-
-  @functools.cached_property
-  def class_sums(self) -> Callable[..., tuple[Float[Array, "C D"], Float[Array, " C"]]]:
-    """Sums and counts of the folded model's features by class: see `make_class_sums`."""
-    return make_class_sums(self.features, self.spec.num_classes)
+  def head(self) -> TrainedHead:
+    width = self.backbone.sizes.width
+    return TrainedHead(self.run.head, self.spec, width, self.fold, self.features)
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:
@@ -126,62 +115,34 @@ class AdaptedViT(Generic[Settings]):
   @property
   def passes(self) -> Passes:
     test = 1 + (self.query != "never")
-    of_head = self._starts_at_means + self.head.needs_means + (self.alignment is not None)
-    return Passes(
-      train=1 + (self.query == "always"), test=test, between=self.feature_epochs + test * of_head
-    )
-
-  @property
-  def _starts_at_means(self) -> bool:
-    return self.run.head.start == "class_mean"
+    between = self.feature_epochs + test * self.head.num_passes
+    return Passes(train=1 + (self.query == "always"), test=test, between=between)
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
-    """Returns the variables before the first task: in `mem` the head and its statistics."""
+    """Returns the variables before the first task; `frozen` is empty."""
     del weights
-    mem = {"head": self.head.init(_head_key(key, 0))}
-    if self.alignment:
-      mem["head_statistics"] = self.alignment.empty()
-    return Variables(frozen={}, shared={}, cur={}, mem=mem)
+    return Variables(frozen={}, shared={}, cur={}, mem=self.head.init(key))
 
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Adds to `cur` the rows of the head that the task trains; returns no facts."""
-    key = _head_key(view.key("init"), 1)
-    rows = heads.start(self.head, variables.mem["head"], self.spec, view.index, key)
-    if self._starts_at_means and not (self.spec.shares_classes and view.index):
-      sums = self.class_sums(self.fold(view.weights, variables), view)
-      rows = heads.imprint(rows, *sums, view.arrays)
-    return variables.update(cur={"head": rows}), {}
+    """Returns the variables that a task starts from, and facts of it."""
+    return variables.update(cur={"head": self.head.begin_task(variables, view)}), {}
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     """Returns the adapters of a training step."""
     del variables, inputs
     return Adapters()
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     """Returns the term that the method adds to the loss."""
     del variables, inputs, features
     return jnp.float32(0)
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Writes the trained rows to `mem`, updates class means and aligns the head."""
-    head = heads.commit(variables.mem["head"], variables.cur["head"], self.spec, view.index)
-    variables = variables.update(mem={"head": head})
-    if self.head.needs_means:
-      sums = self.class_sums(self.fold(view.weights, variables), view)
-      variables = variables.update(mem={"head": heads.add_means(head, *sums)})
-    if not self.alignment:
-      return variables, {}
-    mem, model = variables.mem, self.fold(view.weights, variables)
-    head, statistics, facts = self.alignment.after(mem["head"], mem["head_statistics"], model, view)
-    return variables.update(mem={"head": head, "head_statistics": statistics}), facts
+    """Returns the variables that a task leaves behind, and facts of it."""
+    return self.head.end_task(variables, view)
 
   def past(self, weights: Params, variables: Variables) -> Params:
-    """Returns the float32 ViT that a task trains on, with the earlier tasks folded in.
-
-    It is not used where `shared` has a "backbone", which is then trained.
-    """
+    """Returns the float32 ViT under a task's adapters, with the earlier tasks folded in."""
     del variables
     return weights
 
@@ -189,18 +150,16 @@ class AdaptedViT(Generic[Settings]):
     """Returns the ViT for inference and the memory that `recall` reads."""
     return self.past(weights, variables), Adapters()
 
-  def recall(self, memory: Any, query: Float[Array, "B D"] | None) -> Adapters:
+  def recall(self, memory: Any, query: Features | None) -> Adapters:
     """Returns the adapters at test time; by default the memory is these adapters."""
     del query
     return memory
 
-  def read(
-    self, backbone: Params, images: Float[Array, "B S S 3"], adapters: Adapters
-  ) -> Float[Array, "B D"]:
+  def read(self, backbone: Params, images: Images, adapters: Adapters) -> Features:
     """Returns the features that the head sees; by default the class token."""
     return self.backbone.apply(backbone, images, adapters)
 
-  def features(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B D"]:
+  def features(self, model: Params, images: Images) -> Features:
     """Returns the features of the folded model."""
     query = self.backbone.apply(model["backbone"], images) if self.query != "never" else None
     return self.read(model["backbone"], images, self.recall(model["memory"], query))
@@ -214,28 +173,26 @@ class AdaptedViT(Generic[Settings]):
   def apply(
     self,
     variables: Variables,
-    images: Float[Array, "B S S 3"],
+    images: Images,
     task: TaskArrays,
     key: PRNGKeyArray,
     valid: Bool[Array, " B"] | None = None,
   ) -> Output:
-    """Returns the logits of the task's classes and the penalty of a training step."""
+    """Returns logits and penalty of a training step; without `valid` all images are valid."""
     query = None
     if self.query == "always":
-      query = self.backbone.apply(variables.frozen["backbone"], images)
-      query = jax.lax.stop_gradient(query)
-    if valid is None:
-      valid = jnp.ones(len(images), bool)
+      query = jax.lax.stop_gradient(self.backbone.apply(variables.frozen["backbone"], images))
+    valid = jnp.ones(len(images), bool) if valid is None else valid
     inputs = StepInputs(task=task, key=key, valid=valid, query=query)
     trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
     features = self.read(trunk, images, self.adapters(variables, inputs))
     return Output(
-      logits=self.head.logits(variables.cur["head"], features),
+      logits=self.head.layer.logits(variables.cur["head"], features),
       penalty=self.penalty(variables, inputs, features),
     )
 
   def fold(self, weights: Params, variables: Variables) -> Params:
-    """Returns the model for inference: ViT in the compute dtype, memory and head."""
+    """Returns the model for inference, all learned tasks folded in: ViT, memory and head."""
     trunk, memory = self.folded(weights, variables)
     return {
       "backbone": cast_kernels(trunk, self.dtype),
@@ -243,23 +200,24 @@ class AdaptedViT(Generic[Settings]):
       "head": variables.mem["head"],
     }
 
-  def predict(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B C"]:
-    """Returns the logits of all classes."""
-    return self.head.predict(model["head"], self.features(model, images))
+  def predict(self, model: Params, images: Images) -> Float[Array, "B C"]:
+    """Returns the logits of all classes; unseen ones are masked outside."""
+    return self.head.layer.predict(model["head"], self.features(model, images))
 
   def rules(self, task: int) -> Rules:
-    """Returns the labels of the head's rows."""
+    """Returns the labels of the leaves of shared and cur: a name in `groups`, or "frozen"."""
     del task
     return (("cur/head/.*", "head"),)
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
-    """Returns no parameters, and the numbers of the head's statistics."""
+    """Returns how many parameters the tasks with these facts leave behind, besides head and ViT.
+
+    {"shared": n, "per_task": [n, ...]}, and "statistics": n where numbers computed from the data
+    are stored too, such as means of features.
+    """
     counts = {"shared": 0, "per_task": [0] * len(facts)}
-    return counts | ({"statistics": self.alignment.num_stored} if self.alignment else {})
-
-
-def _head_key(key: PRNGKeyArray, purpose: int) -> PRNGKeyArray:
-  return jax.random.fold_in(key, 7 + purpose)
+    alignment = self.head.alignment
+    return counts | ({"statistics": alignment.num_stored} if alignment else {})
 
 
 def cast_kernels(backbone: Params, dtype: jnp.dtype) -> Params:
@@ -267,25 +225,9 @@ def cast_kernels(backbone: Params, dtype: jnp.dtype) -> Params:
   return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, backbone)
 
 
-def make_class_sums(features: Callable[..., Float[Array, "B D"]], num_classes: int) -> Callable:
-  """Returns the function (model, view) -> sums of features [C, D], numbers of images [C].
-
-  They are of each class in the view's training images, as at test time; `features` is a function of
-  (model, images).
-  """
-
-  @functools.partial(jax.jit, static_argnames="center")
-  def batch_sums(model, examples, rows, *, center):
-    batch = center(examples, rows)
-    one_hot = jax.nn.one_hot(batch.labels, num_classes) * batch.valid[:, None]
-    sums = jnp.matmul(one_hot.T, features(model, batch.images), precision="highest")
-    return sums, one_hot.sum(0)
-
-  def class_sums(model, view: TaskView):
-    totals = [batch_sums(model, *batch, center=view.center) for batch in view.train_batches(0)]
-    return jax.tree.map(lambda *parts: sum(parts), *totals)
-
-  return class_sums
+def num_parameters(tree: Any) -> int:
+  """Returns how many numbers a pytree of arrays, or of their shapes, holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def empty_slots(slot: Params, num: int) -> Params:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fmlora_jax.types import Params, SequenceSpec, TaskView
+from fmlora_jax.types import Features, Params, SequenceSpec, TaskView
 
 FLOOR = 1e-4  # added to the variances of drawn features
 
@@ -42,7 +42,7 @@ def empty(num_rows: int, num_centroids: int, width: int) -> Params:
   return {"mean": zeros, "variance": zeros, "exists": jnp.zeros((num_rows, num_centroids), bool)}
 
 
-def make_collector(features: Callable[..., Float[Array, "B D"]]) -> Callable:
+def make_collector(features: Callable[..., Features]) -> Callable:
   """Returns the function (model, view) -> features [n, D], labels [n] of the training images.
 
   The images are seen as at test time; `features` is a function of (model, images).

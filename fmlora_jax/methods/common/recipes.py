@@ -1,6 +1,12 @@
-"""Official settings that several methods take, for the recipe "official" of config_files.defaults.
+"""Official settings that several methods share, for the recipe "official" of config files.
 
-Sources are repository/path:line; SD is SD-Lora-CL at 8bacded, IL InfLoRA at e08b00e.
+Sources in this folder are REPOSITORY/path:line of public code on GitHub:
+  CO  GT-RIPL/CODA-Prompt at 6417d4f
+  HD  thu-ml/HiDe-Prompt at 0ed4333
+  IL  liangyanshuo/InfLoRA at e08b00e
+  LP  google-research/l2p at dd8836e
+  PI  sun-hailong/LAMDA-PILOT at 5240714
+  SD  WuYichen-97/SD-Lora-CL at 8bacded
 """
 
 import functools
@@ -11,7 +17,7 @@ SPLITS = {"imagenet_r": "slice80", "cifar100": "full", "cub200": "full", "domain
 
 
 def optim(name: str, learning_rate: float, **changes: Any) -> dict[str, Any]:
-  """Returns `config.optim` at one constant rate for all, without weight decay, but for changes."""
+  """Returns `config.optim` at one constant rate, without weight decay, with changes."""
   return {
     "name": name,
     "learning_rate": learning_rate,
@@ -23,10 +29,10 @@ def optim(name: str, learning_rate: float, **changes: Any) -> dict[str, Any]:
 
 
 def like_sd_lora(**method: Any) -> dict[str, Callable[[int], dict]]:
-  """Returns SD-LoRA's settings for each benchmark, T -> groups, with those of the method itself.
+  """Returns SD-LoRA's settings for each benchmark, T -> groups, and those of a method.
 
-  Methods without an official code for a sequence of tasks take them too: the published tables' rows
-  follow SD-LoRA's protocol.
+  Methods without official code for a sequence of tasks take them too: the rows of the published
+  tables follow SD-LoRA's protocol.
   """
   return {name: functools.partial(_sd_lora, name, method) for name in SPLITS}
 
@@ -53,7 +59,7 @@ def _sd_lora(benchmark: str, method: dict, num_tasks: int) -> dict:
 
 
 def like_inflora(benchmark: str, *, optim: dict, method: dict) -> dict[str, Any]:
-  """Returns what all runs of InfLoRA's code share, with an optimiser and the method's settings."""
+  """Returns the settings that all runs of InfLoRA's code share, and those of a method."""
   # IL/configs/{mimg10,cifar100,domainnet}_inflora.json; cub200: none, so ImageNet-R's
   epochs = {"imagenet_r": 50, "cifar100": 20, "cub200": 50, "domainnet": 5}[benchmark]
   # IL/utils/data.py:111-178, 281-292; for CIFAR alone IL does not crop test images, as "coda" does

@@ -24,6 +24,7 @@ from fmlora_jax.models.meta_prompt import MetaPrompt
 from fmlora_jax.types import (
   Adapters,
   Facts,
+  Images,
   OptimizerGroup,
   Params,
   Reported,
@@ -121,7 +122,7 @@ class FMLoRA(AdaptedViT[Config]):
     params: Params,
     fixed: Params,
     mask: Float[Array, " R"],
-    images: Float[Array, "B S S 3"],
+    images: Images,
   ) -> Float[Array, "B K"]:
     """Returns the logits of the model in rank selection, at the rank of a mask.
 
@@ -134,7 +135,7 @@ class FMLoRA(AdaptedViT[Config]):
     deltas = self.flora.apply({"shared": fixed, "cur": params}, mask, method="masked")
     adapters = Adapters(deltas=deltas, prompt=self.tokens(fixed))
     features = self.backbone.apply(fixed["backbone"], images, adapters)
-    return self.head.logits(params["head"], features)
+    return self.head.layer.logits(params["head"], features)
 
   def tokens(self, shared: Params) -> Float[Array, "P D"] | None:
     """Returns the meta-prompt's tokens, None without it."""
@@ -169,9 +170,10 @@ class FMLoRA(AdaptedViT[Config]):
 
   def rules(self, task: int) -> Rules:
     bases, core, prompt = ("frozen", "adapter", "prompt") if task else ("bases",) * 3
-    own = ("shared/bases/.*", bases), ("cur/core/.*", core)
-    of_prompt = (("shared/prompt", prompt),) if self.prompt else ()
-    return (*own, *of_prompt, *super().rules(task))
+    table = [("shared/bases/.*", bases), ("cur/core/.*", core)]
+    if self.prompt:
+      table.append(("shared/prompt", prompt))
+    return (*table, *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Counts the bases and the prompt once, M and N of each task at its rank."""

@@ -47,8 +47,8 @@ class DrsConfig:
     strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
       of the best validation accuracy), or fixed (`rank`; the rows of Table 3).
     candidate_ranks: R, ascending, at most bases.max_rank.
-    rank: for "fixed", from task 2 on; task 1 has bases.max_rank in each strategy.
-    price: lambda, what the whole r_max costs in nats at complexity 1.
+    rank: for "fixed", from task 2 on; task 1 has bases.max_rank with every strategy.
+    price: lambda, cost of the whole r_max in nats at complexity 1.
     tau: temperature of the Gumbel-Softmax, > 0.
     tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
     epochs: length of the preliminary training.

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from fmlora_jax import config as config_lib
@@ -29,7 +28,17 @@ from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.methods.hide_prompt import task_identity
 from fmlora_jax.methods.hide_prompt.task_identity import IdentityConfig
 from fmlora_jax.models import heads, prompts
-from fmlora_jax.types import Adapters, Facts, Params, Reported, Rules, TaskView, Variables
+from fmlora_jax.types import (
+  Adapters,
+  Facts,
+  Features,
+  Params,
+  Reported,
+  Rules,
+  Scalar,
+  TaskView,
+  Variables,
+)
 
 _SHARED_CLASSES = (
   "HiDe-Prompt is made for tasks that share no classes; here its task classifier has an output for "
@@ -99,8 +108,8 @@ class HiDePrompt(AdaptedViT[Config]):
       )
     if epochs := head.alignment.epochs:
       raise ConfigError(
-        f"config.head.alignment.epochs is {epochs}: must be 0, hide_prompt has an alignment of its "
-        "own; set config.method.alignment instead"
+        f"config.head.alignment.epochs is {epochs}: must be 0, hide_prompt aligns the head itself; "
+        "set config.method.alignment instead"
       )
 
   @property
@@ -123,14 +132,9 @@ class HiDePrompt(AdaptedViT[Config]):
   @functools.cached_property
   def prefixed_alignment(self) -> HeadAlignment:
     """The alignment of the head on features under the prefixes of the drawn class's task."""
-    return HeadAlignment(
-      self.settings.alignment,
-      "method.alignment",
-      num_centroids=self.settings.num_centroids,
-      spec=self.spec,
-      width=self.backbone.sizes.width,
-      logits=self.head.logits,
-      features=self._prefixed_features,
+    settings, field = self.settings, "method.alignment"
+    return self.head.make_alignment(
+      settings.alignment, field, settings.num_centroids, self._prefixed_features
     )
 
   @property
@@ -182,9 +186,7 @@ class HiDePrompt(AdaptedViT[Config]):
     del inputs
     return self.prefixed(self.slot_in_training(variables)[None])
 
-  def penalty(
-    self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
-  ) -> Float[Array, ""]:
+  def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     past = variables.mem["statistics"]
     vectors = jnp.concatenate([past["mean"].reshape(-1, features.shape[-1]), features])
     exists = jnp.concatenate([past["exists"].ravel(), inputs.valid])
@@ -209,20 +211,20 @@ class HiDePrompt(AdaptedViT[Config]):
     memory = {name: variables.mem[name] for name in ("prompt", "seen")}
     return weights, memory | {"identity": variables.shared["identity"]}
 
-  def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
+  def recall(self, memory: Params, query: Features) -> Adapters:
     task = task_identity.predict_tasks(memory["identity"], query, self.rows, memory["seen"])
     return self.prefixed(memory["prompt"][task])
 
   def rules(self, task: int) -> Rules:
-    own = ("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")
-    return (*own, *super().rules(task))
+    table = ("cur/prompt", "adapter"), ("shared/identity/.*", "frozen")
+    return (*table, *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Counts the task classifier, the prefixes, and the statistics of two kinds of features."""
     fresh = functools.partial(task_identity.fresh, jax.random.key(0))
     network = jax.eval_shape(lambda: fresh(self.slot_shape[-1], len(self.rows)))
     return super().stored(facts) | {
-      "shared": optax.tree.size(network),
+      "shared": base.num_parameters(network),
       "per_task": [math.prod(self.slot_shape)] * len(facts),
       "statistics": 2 * self.prefixed_alignment.num_stored,
     }
@@ -247,7 +249,7 @@ def mixed(
 @jax.default_matmul_precision("highest")  # differences of large numbers, exponentiated
 def repulsion(
   vectors: Float[Array, "M D"], exists: Bool[Array, " M"], temperature: float
-) -> Float[Array, ""]:
+) -> Scalar:
   """Returns the mean over vectors of -log softmax(v_i·v_j / temperature)_i, in nats.
 
   Vectors are not normalised: one that is long beside its products with others is left alone.

@@ -19,7 +19,17 @@ from fmlora_jax.methods.common import base, class_statistics
 from fmlora_jax.methods.common.alignment import Aligner
 from fmlora_jax.methods.common.class_statistics import Rows
 from fmlora_jax.models import heads
-from fmlora_jax.types import Backbone, Batch, Facts, NonFiniteError, Params, TaskArrays, TaskView
+from fmlora_jax.types import (
+  Backbone,
+  Batch,
+  Facts,
+  Features,
+  NonFiniteError,
+  Params,
+  Scalar,
+  TaskArrays,
+  TaskView,
+)
 
 HIDDEN = 2  # times the width; HD/vits/hide_prompt_vision_transformer.py:321-369
 
@@ -63,7 +73,7 @@ def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:
 
 
 @jax.default_matmul_precision("highest")
-def logits(identity: Params, features: Float[Array, "B D"]) -> Float[Array, "B R"]:
+def logits(identity: Params, features: Features) -> Float[Array, "B R"]:
   """Returns head(LayerNorm(x + up(GELU(down(x)))))."""
   hidden = jax.nn.gelu(heads.linear(identity["down"], features), approximate=False)
   x = features + heads.linear(identity["up"], hidden)
@@ -75,7 +85,7 @@ def logits(identity: Params, features: Float[Array, "B D"]) -> Float[Array, "B R
 
 def predict_tasks(
   identity: Params,
-  features: Float[Array, "B D"],
+  features: Features,
   rows: Rows,
   seen: Bool[Array, " T"],
 ) -> Int[Array, " B"]:
@@ -86,8 +96,8 @@ def predict_tasks(
 
 
 def local_loss(
-  identity: Params, features: Float[Array, "B D"], batch: Batch, task: TaskArrays, rows: Rows
-) -> Float[Array, ""]:
+  identity: Params, features: Features, batch: Batch, task: TaskArrays, rows: Rows
+) -> Scalar:
   """Returns the mean cross-entropy of a batch over the outputs of one task, in nats."""
   masked = jnp.where(jnp.asarray(rows.task) == task.index, logits(identity, features), -1e9)
   targets = batch.labels - task.lo + jnp.asarray(rows.first)[task.index]

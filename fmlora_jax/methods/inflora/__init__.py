@@ -1,6 +1,6 @@
 """InfLoRA: a frozen input factor, orthogonal to earlier tasks, and a trained output factor.
 
-Source: Liang and Li, arXiv:2404.00228; public code liangyanshuo/InfLoRA (IL below). dW_t = A_t·B_tᵀ
+Source: Liang and Li, arXiv:2404.00228; public code IL (see recipes.py). dW_t = A_t·B_tᵀ
 at keys and values of every layer, with one A_t for both, since they see the same input. Before a
 task, A_t is set to the leading directions of the task's inputs in the space that earlier tasks left
 free (`dualgpm.py`); after it, its inputs are remembered. Only B_t is trained: gradients then stay
@@ -102,7 +102,7 @@ class InfLoRA(AdaptedViT[Config]):
     Over all tokens of an epoch of augmented training images. Source: IL/models/vit_inflora.py:236.
 
     Args:
-      when: "before" or "after" the task's training: each has crops of its own.
+      when: "before" or "after" the task's training; the crops differ.
     """
     depth, width = self.backbone.sizes.depth, self.backbone.sizes.width
     trunk = base.cast_kernels(self.past(view.weights, variables), self.dtype)
@@ -150,8 +150,8 @@ class InfLoRA(AdaptedViT[Config]):
     return low_rank.fold_deltas(weights, deltas_of(joined))
 
   def rules(self, task: int) -> Rules:
-    own = ("cur/lora/a", "frozen"), ("cur/lora/(key|value)", "adapter")
-    return (*own, *super().rules(task))
+    factors = ("cur/lora/a", "frozen"), ("cur/lora/(key|value)", "adapter")
+    return (*factors, *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Counts A_t once and B_t twice per layer; the columns of DualGPM's bases as statistics."""
