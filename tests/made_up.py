@@ -20,8 +20,7 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
   config = {
     "seed": seed,
     "epochs": 30,
-    "method": {"name": method},
-    "prompt": {"num_tokens": 10},
+    "method": {"name": method, "prompt": {"num_tokens": 10}},
     "tasks": {"data_dir": f"data of seed {seed}"},
     "optim": {"learning_rate": 1e-3},
   }

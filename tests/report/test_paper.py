@@ -1,6 +1,7 @@
 """The paper's tables with our runs beside them, as data, Markdown and one HTML page."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -12,6 +13,8 @@ import pytest
 from made_up import refusal, result, run_report, save
 from matplotlib.image import imread
 
+from fmlora_jax import methods
+from fmlora_jax.config.diff import leaves
 from fmlora_jax.report import paper, paper_html, paper_markdown
 
 NAMES = {  # config.method.name -> the paper's row
@@ -219,14 +222,22 @@ def test_the_number_of_tasks_and_the_benchmark_choose_the_table():
 
 
 def test_fm_lora_without_prompt_has_its_own_row():
-  lines = lines_of([comparable(config={"prompt.num_tokens": 0, "drs.strategy": "gumbel"})])
+  lines = lines_of(
+    [comparable(config={"method.prompt.num_tokens": 0, "method.drs.strategy": "gumbel"})]
+  )
   assert [line.method for line in lines if line.runs] == ["FM-LoRA without DMP"]
 
 
 def test_dynamic_ranks_stand_in_table_3_as_well_and_fixed_ranks_only_there():
-  drs = comparable(config={"drs.strategy": "gumbel", "drs.rank": 16})
+  drs = comparable(config={"method.drs.strategy": "gumbel", "method.drs.rank": 16})
   fixed = [
-    comparable(config={"drs.strategy": "fixed", "drs.rank": rank, "prompt.num_tokens": num})
+    comparable(
+      config={
+        "method.drs.strategy": "fixed",
+        "method.drs.rank": rank,
+        "method.prompt.num_tokens": num,
+      }
+    )
     for rank, num in ((4, 10), (16, 10), (16, 0))
   ]
   lines = lines_of([drs, *fixed], title="Table 3: ImageNet-R, N = 10")
@@ -241,7 +252,7 @@ def test_dynamic_ranks_stand_in_table_3_as_well_and_fixed_ranks_only_there():
 
 
 def test_no_run_is_compared_with_a_rank_that_is_not_known():
-  fixed = comparable(config={"drs.strategy": "fixed", "drs.rank": 4})
+  fixed = comparable(config={"method.drs.strategy": "fixed", "method.drs.rank": 4})
   lines = lines_of([fixed], title="Table 3: ImageNet-R, N = 10")
   for line in lines[:4]:
     assert (cell(line, "Acc ours"), cell(line, "Acc diff"), line.flags) == ("-", "-", ("rank",))
@@ -327,7 +338,7 @@ def test_only_flags_in_use_are_explained():
       "imagenet_r (cil), 10 tasks, validation images: fm_lora, seed 1993",
     ),
     (
-      comparable(tasks=5, config={"drs.strategy": "fixed"}),
+      comparable(tasks=5, config={"method.drs.strategy": "fixed"}),
       "imagenet_r (cil), 5 tasks: fm_lora, seed 1993",
     ),
   ],
@@ -481,6 +492,15 @@ def test_a_page_replaces_no_file_of_others(tmp_path):
   assert "needs --paper" in refusal(tmp_path / "run", html=str(tmp_path / "x.html"))
   assert (tmp_path / "mine.html").read_text(encoding="utf-8") == "<p>my own page</p>"
   assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html", "run"]
+
+
+def test_every_setting_in_a_rule_is_one_of_the_config():
+  config = dataclasses.asdict(methods.build_config({"method": {"name": "fm_lora"}}))
+  names = {f"config.{name}" for name, _ in leaves(config)}
+  rules = [*paper.tables()["rows"].values(), *paper.tables()["protocol"].values()]
+  paths = {path for rule in rules for kind in ("is", "is_not") for path in rule.get(kind, ())}
+  assert {path for path in paths if path.startswith("config.")} <= names
+  assert {f"config.{name}" for rule in rules for name in rule.get("shown", ())} <= names
 
 
 def test_the_tables_are_part_of_the_package():

@@ -27,7 +27,11 @@ def text_of(results, width=200, **options):
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_row():
-  runs = [result(seed=1993), result(seed=1994), result(seed=1993, config={"prompt.num_tokens": 0})]
+  runs = [
+    result(seed=1993),
+    result(seed=1994),
+    result(seed=1993, config={"method.prompt.num_tokens": 0}),
+  ]
   (groups,) = group(runs).values()
   assert {label: len(group) for label, group in groups.items()} == {
     "fm_lora prompt.num_tokens=10": 2,
@@ -188,7 +192,7 @@ def test_costs_are_three_lines():
 
 
 def test_plain_text_is_never_cut():
-  runs = [result(), result(config={"prompt.num_tokens": 0}), result("l2p", ranks=None)]
+  runs = [result(), result(config={"method.prompt.num_tokens": 0}), result("l2p", ranks=None)]
   assert text_of(runs, width=40) == text_of(runs, width=200)
   assert "…" not in text_of(runs, width=40)
 
@@ -196,7 +200,9 @@ def test_plain_text_is_never_cut():
 @pytest.mark.parametrize("width", [30, 60, 80, 100])
 def test_a_narrow_terminal_gets_several_tables_and_loses_nothing(width):
   console = Console(file=io.StringIO(), width=width, force_terminal=True)
-  tables.show([result(seed=s) for s in (1, 2)] + [result(config={"prompt.num_tokens": 0})], console)
+  tables.show(
+    [result(seed=s) for s in (1, 2)] + [result(config={"method.prompt.num_tokens": 0})], console
+  )
   text = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
   assert "…" not in text
   for word in ("fm_lora prompt.num_tokens=10", "Acc", "wall time", "13:32 min"):
