@@ -81,7 +81,7 @@ def build_result(
 def _protocol(setup: RunSetup, progress: Progress, statistics: int) -> dict[str, Any]:
   """Returns how the numbers came about, as JSON values.
 
-  Split, weights, pixels and devices have fields of their own in a result.
+  Split, weights, pixels and devices have other fields of a result.
 
   Args:
     statistics: stored bytes of statistics of the data.
