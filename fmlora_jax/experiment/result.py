@@ -12,7 +12,7 @@ from fmlora_jax.experiment.session import GROUPS, Progress
 from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.tasks.sequence import find_copies
 from fmlora_jax.train import metrics
-from fmlora_jax.types import Variables
+from fmlora_jax.types import Params, Variables
 
 
 def build_result(
@@ -31,10 +31,9 @@ def build_result(
   facts = progress.facts
   ranks = [fact.get("rank") for fact in facts]
   hardness = [fact.get("complexity") for fact in facts]
-  stored = method.stored(facts)
   head = variables.mem["head"]
   means = sum(head[name].size for name in ("mean", "count") if name in head)
-  statistics = 4 * (means + stored.get("statistics", 0))
+  statistics = 4 * (means + method.stored(facts).get("statistics", 0))
   learned = {name: getattr(variables, name) for name in GROUPS}
   return {
     "method": config.method.name,
@@ -49,12 +48,7 @@ def build_result(
     "ranks": ranks if any(ranks) else None,
     "complexity": hardness if any(h is not None for h in hardness) else None,
     "interference": facts[-1].get("interference"),
-    "params": {
-      "trained": progress.trained,
-      "stored_per_task": stored["per_task"],
-      "stored_total": stored["shared"] + sum(stored["per_task"]) + _num_params(head),
-      "backbone": _num_params(setup.weights),
-    },
+    "params": _params(setup, progress, head),
     "rehearsal_bytes": statistics,
     "protocol": _protocol(setup, progress, statistics),
     "passes": dataclasses.asdict(method.passes),
@@ -100,6 +94,17 @@ def _protocol(setup: RunSetup, progress: Progress, statistics: int) -> dict[str,
       "finite": "loss, gradient and parameters at each step, all that is saved",
       "frozen": "weights and frozen parameters at each task's end and each checkpoint",
     },
+  }
+
+
+def _params(setup: RunSetup, progress: Progress, head: Params) -> dict[str, Any]:
+  """Returns the numbers of parameters."""
+  stored = setup.method.stored(progress.facts)
+  return {
+    "trained": progress.trained,
+    "stored_per_task": stored["per_task"],
+    "stored_total": stored["shared"] + sum(stored["per_task"]) + _num_params(head),
+    "backbone": _num_params(setup.weights),
   }
 
 
