@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes: kinds that exclude each other and sum up to the whole."""
+"""The wall time of a run by kind: kinds exclude each other and sum up to the total."""
 
 import contextlib
 import threading
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-# "import" is all before the run itself; "data" is the wait for images, but for streamed ones, which
-# count where they are used; "compile" is tracing and lowering too
+# "import" is all before the run itself; "data" is the wait for images, except streamed ones, which
+# count where they are used; "compile" includes tracing and lowering
 KINDS = ("import", "weights", "data", "compile", "train", "eval", "checkpoint", "other")
 COMPILE_EVENTS = (
   "/jax/core/compile/jaxpr_trace_duration",
@@ -18,12 +18,12 @@ COMPILE_EVENTS = (
 
 
 class Clock:
-  """The seconds of a session by kind: its thread's time belongs to one of them at any moment.
+  """Counts the seconds of a session by kind, one at a time, in the thread that made it.
 
-  A context manager: what jax compiles within it counts as "compile", whatever it is for.
+  A context manager: compilation within it counts as "compile", whatever kind it is for.
 
   Args:
-    began: when the session began, by time.monotonic(); from then to now is "import".
+    began: when the session began, by time.monotonic(); the time until now is "import".
   """
 
   def __init__(self, began: float):
@@ -31,7 +31,7 @@ class Clock:
     self._kind, self._since = "import", began
     self._switch("other")
     self._thread = threading.get_ident()
-    self._spans: list[tuple[float, float]] = []  # of compilations, none in another
+    self._spans: list[tuple[float, float]] = []  # of compilations, not nested
 
   def __enter__(self) -> "Clock":
     jax.monitoring.register_event_time_span_listener(self._compiled)
@@ -41,7 +41,7 @@ class Clock:
     jax.monitoring.unregister_event_time_span_listener(self._compiled)
 
   def add(self, before: Mapping[str, float]) -> None:
-    """Adds the seconds of earlier sessions, as `seconds` told them."""
+    """Adds the seconds of earlier sessions, as of `seconds`."""
     for kind in KINDS:
       self._seconds[kind] += before.get(kind, 0.0)
 
@@ -52,7 +52,7 @@ class Clock:
 
   @contextlib.contextmanager
   def kind(self, kind: str) -> Iterator[None]:
-    """Counts the time in the block as `kind`, but for what blocks within it count."""
+    """Counts the time in the block as `kind`, except that of blocks within it."""
     outer = self._kind
     self._switch(kind)
     try:

@@ -1,4 +1,4 @@
-"""What a config is refused for before any file is read and any device is touched."""
+"""Preflight checks of a config, before a file is read or a device is used."""
 
 import dataclasses
 
@@ -15,14 +15,14 @@ from fmlora_jax.types import Backbone, SequenceSpec, Sizes
 
 
 def check(config: Config, memory: int) -> None:
-  """Refuses what needs no look at data or weights to be refused.
+  """Refuses a config that is invalid whatever data and weights hold.
 
   Args:
-    memory: bytes that this machine has.
+    memory: bytes of this machine.
 
   Raises:
-    ConfigError: if names are unknown, classes can't be cut into so many tasks, settings of the
-      method do not fit the ViT, or its variables the memory of this machine.
+    ConfigError: if a name is unknown, the classes do not make so many tasks, settings of the method
+      do not fit the ViT, or its variables do not fit the memory.
   """
   tasks.check(config.tasks)
   augment.check(config.input.augmentation, config.input.normalisation or "half")
@@ -48,7 +48,7 @@ def _check_method(config: Config, sizes: Sizes, memory: int) -> None:
 
 
 def _check_memory(config: Config, method: AdaptedViT, backbone: Backbone, memory: int) -> None:
-  """Refuses settings of a method that alone make more numbers than this machine can hold."""
+  """Refuses settings of a method whose variables do not fit the memory of this machine."""
 
   def init():
     key = jax.random.key(0)
@@ -57,14 +57,14 @@ def _check_memory(config: Config, method: AdaptedViT, backbone: Backbone, memory
   leaves = jax.tree.leaves(jax.eval_shape(init))
   needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   if needed > memory:
-    own = dataclasses.asdict(config.method)
-    whole = {f"method.{name}": value for name, value in own.items() if type(value) is int}
+    settings = dataclasses.asdict(config.method)
+    sizes = {f"method.{name}": value for name, value in settings.items() if type(value) is int}
     if config.head.alignment.epochs:
-      whole["head.num_centroids"] = config.head.num_centroids
+      sizes["head.num_centroids"] = config.head.num_centroids
     field, value = "tasks.num_tasks", config.tasks.num_tasks
-    if whole:
-      field = max(whole, key=whole.get)
-      value = whole[field]
+    if sizes:
+      field = max(sizes, key=sizes.get)
+      value = sizes[field]
     raise ConfigError(
       f"config.{field} is {value}: must be less, what {config.method.name} learns would take "
       f"{needed / 2**30:.3g} GiB and this machine has {memory / 2**30:.3g}"

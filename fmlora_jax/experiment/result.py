@@ -13,7 +13,7 @@ from fmlora_jax.experiment.session import GROUPS, Progress
 from fmlora_jax.experiment.setup import RunSetup
 from fmlora_jax.tasks.sequence import find_copies
 from fmlora_jax.train import metrics
-from fmlora_jax.types import Facts, Reported, Variables
+from fmlora_jax.types import Facts, Params, Reported, Variables
 from fmlora_jax.workdir import result_file
 
 
@@ -30,10 +30,9 @@ def build_result(
     [None if c is None else c / n for c, n in zip(counts, n_test, strict=True)] if counts else None
     for counts in (progress.ahead, progress.baseline)
   )
-  stored = method.stored(progress.facts)
   head = variables.mem["head"]
   means = sum(head[name].size for name in ("mean", "count") if name in head)
-  statistics = 4 * (means + stored.get("statistics", 0))
+  statistics = 4 * (means + method.stored(progress.facts).get("statistics", 0))
   learned = {name: getattr(variables, name) for name in GROUPS}
   return {
     "schema": result_file.SCHEMA,
@@ -47,12 +46,7 @@ def build_result(
     "task_names": [task.name for task in sequence.tasks],
     **metrics.summarise(progress.counts(len(n_test)), n_test, before=ahead, baseline=baseline),
     **reported(method.reports, progress.facts),
-    "params": {
-      "trained": progress.trained,
-      "stored_per_task": stored["per_task"],
-      "stored_total": stored["shared"] + sum(stored["per_task"]) + _num_params(head),
-      "backbone": _num_params(setup.weights),
-    },
+    "params": _params(setup, progress, head),
     "statistics_bytes": statistics,
     "protocol": _protocol(setup, progress, statistics),
     "passes": dataclasses.asdict(method.passes),
@@ -79,7 +73,7 @@ def build_result(
 def _protocol(setup: RunSetup, progress: Progress, statistics: int) -> dict[str, Any]:
   """Returns how the numbers came about, as JSON values.
 
-  Split, weights, pixels and devices have fields of their own in a result.
+  Split, weights, pixels and devices have other fields of a result.
 
   Args:
     statistics: stored bytes of statistics of the data.
@@ -110,6 +104,17 @@ def reported(reports: Iterable[Reported], facts: Sequence[Facts]) -> dict[str, A
       has_value = any(value is not None for value in values)
       fields[report.field] = (values[-1] if report.is_final else values) if has_value else None
   return fields
+
+
+def _params(setup: RunSetup, progress: Progress, head: Params) -> dict[str, Any]:
+  """Returns the numbers of parameters."""
+  stored = setup.method.stored(progress.facts)
+  return {
+    "trained": progress.trained,
+    "stored_per_task": stored["per_task"],
+    "stored_total": stored["shared"] + sum(stored["per_task"]) + _num_params(head),
+    "backbone": _num_params(setup.weights),
+  }
 
 
 def _num_params(tree: Any) -> int:

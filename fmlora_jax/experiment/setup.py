@@ -1,4 +1,4 @@
-"""What a run is made of, built from its config; runs of one process share what they can."""
+"""The setup of a run, built from its config; runs of one process share what they can."""
 
 import contextlib
 import dataclasses

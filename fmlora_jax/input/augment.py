@@ -22,7 +22,7 @@ TRIES = 10  # torchvision's
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-  """What a name in `PRESETS` stands for.
+  """Settings of an augmentation.
 
   Attributes:
     scale: range of the crop's share of the image's area; None: training images as at test time.
@@ -83,7 +83,7 @@ def train_batch(
   dtype: Any = jnp.float32,
   gather: Gather = gather_rows,
 ) -> Batch:
-  """Returns the images of `rows`, each with its own random crop and flip.
+  """Returns the images of `rows`, each with a random crop and flip.
 
   Args:
     examples: where the rows are from.

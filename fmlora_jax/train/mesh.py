@@ -1,8 +1,8 @@
-"""One mesh over all devices of all processes, and what lies where on it.
+"""One mesh over all devices of all processes, and the placement of arrays on it.
 
 Batches and a task's images are split over all devices. The frozen backbone is split over the
-devices of an `fsdp` group, each of which has a part of every large array; everything else is on
-each device.
+devices of an `fsdp` group, each of which holds a part of every large array. Everything else is
+replicated.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from fmlora_jax.input import augment
 from fmlora_jax.types import Examples
 
 AXES = ("data", "fsdp")
-SMALL = 2**14  # arrays of fewer numbers are on each device: gathering costs more than it saves
+SMALL = 2**14  # smaller arrays are replicated: gathering costs more than it saves
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
-  """Returns the mesh of all devices; those of a process follow each other.
+  """Returns the mesh of all devices; those of a process are neighbours.
 
   Args:
-    fsdp: devices that share one copy of the frozen backbone: neighbours, so that they are of one
-      process where that has so many.
+    fsdp: devices that share one copy of the frozen backbone: neighbours, of one process where it
+      has so many.
 
   Raises:
     ConfigError: if `fsdp` does not divide the number of devices, or processes have more or fewer.
@@ -44,7 +44,7 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of state and data that every device holds whole."""
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -54,7 +54,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def fsdp_sharding(mesh: Mesh, tree: Any) -> Any:
-  """Returns the shardings of a frozen backbone: large leaves by the longest axis that divides."""
+  """Returns the shardings of a frozen backbone: large leaves by their longest axis that divides."""
   size = mesh.shape["fsdp"]
 
   def sharding(leaf):
@@ -68,14 +68,14 @@ def fsdp_sharding(mesh: Mesh, tree: Any) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-  """Places arrays on the mesh; what lies on the host or one device must be equal on all processes.
+  """Places arrays on the mesh; those of the host or one device must be equal on all processes.
 
   Args:
-    tree: arrays of jax or NumPy, no PRNG keys.
+    tree: arrays of JAX or NumPy, no PRNG keys.
     shardings: one, or a tree of them.
   """
 
-  def place(leaf, sharding):
+  def place_leaf(leaf, sharding):
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
       return leaf
     if _is_global(leaf) or sharding.is_fully_addressable:
@@ -84,8 +84,8 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
   if isinstance(shardings, NamedSharding):
-    return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
-  return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(lambda leaf: place_leaf(leaf, shardings), tree)
+  return jax.tree.map(place_leaf, tree, shardings)
 
 
 def _is_global(leaf: Any) -> bool:
@@ -94,9 +94,9 @@ def _is_global(leaf: Any) -> bool:
 
 
 def replicate_from_host0(tree: Any, mesh: Mesh) -> Any:
-  """Places what a method left behind on all devices; what it made on the host is the first one's.
+  """Replicates a hook's result on all devices; host arrays come from process 0.
 
-  The same program may round otherwise on another host's CPU, and copies must not drift apart.
+  CPUs of different hosts round differently, and copies must not drift apart.
   """
 
   def leaf_of_first(leaf):
@@ -108,22 +108,21 @@ def replicate_from_host0(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
-  """Returns arrays split over all devices, of which each process gives its own rows."""
+  """Returns arrays split over all devices; each process gives the rows of its devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 
 def gather_to_host(tree: Any) -> Any:
-  """Returns NumPy arrays of the whole arrays, the same in all processes."""
+  """Returns the whole arrays as NumPy arrays, the same in all processes."""
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def make_gather_rows(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
   """Returns `augment.gather_rows` for examples split over the devices; the result is split too.
 
-  Each device picks the rows that it holds, zeros for the others, and a sum that leaves each device
-  its part of the batch brings every row where it is needed: as many bytes per device as the batch
-  has.
+  Each device picks the rows that it holds and zeros for the others; a reduce-scatter brings every
+  row to its device. It moves as many bytes per device as the batch has.
   """
   if mesh.size == 1:
     return augment.gather_rows
@@ -135,9 +134,9 @@ def make_gather_rows(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
 
   def take(examples, rows):
     count = len(examples.valid)
-    own = jnp.maximum(rows, 0) - jax.lax.axis_index(AXES) * count  # padding shows the first image
-    held = (own >= 0) & (own < count)
-    taken = augment.gather_rows(examples, jnp.where(held, own, 0))
+    local = jnp.maximum(rows, 0) - jax.lax.axis_index(AXES) * count  # padding: the first image
+    held = (local >= 0) & (local < count)
+    taken = augment.gather_rows(examples, jnp.where(held, local, 0))
     taken = taken.replace(valid=taken.valid & (rows >= 0))
     return jax.tree.map(lambda leaf: exchange(leaf, held), taken)
 

@@ -1,8 +1,8 @@
-"""Continual-learning metrics from counts; numpy only.
+"""Continual-learning metrics from counts; NumPy only.
 
-Row t of a matrix is "after task t", column i is "on the test images of task i"; what lies above
-the diagonal does not exist (NaN). The matrix holds fractions; every summary is in percent.
-Each function names its definition's source. `summarise` is the one entry that a run needs.
+Row t of a matrix is "after task t", column i is "on the test images of task i"; entries above the
+diagonal are NaN. The matrix holds fractions; every summary is in percent. Each function names the
+source of its definition. A run calls `summarise` alone.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def accuracy_matrix(
   Source: GEM (arXiv:1706.08840) Sec. 2, the matrix R.
 
   Args:
-    correct: right answers on each task's test images; what is above the diagonal is ignored.
+    correct: right answers on each task's test images; entries above the diagonal are ignored.
     n_test: test images of each task.
     learned: tasks learned so far, in [0, T]; None means all.
 
@@ -179,5 +179,5 @@ def summarise(
 
 
 def _lower(accuracy: Accuracy) -> Accuracy:
-  """Returns `accuracy` with 0 above the diagonal, so that NaN is left only where a row is."""
+  """Returns `accuracy` with 0 above the diagonal: NaN is left only in rows not reached yet."""
   return np.where(np.tri(len(accuracy), dtype=bool), accuracy, 0.0)

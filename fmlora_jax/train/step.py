@@ -87,7 +87,7 @@ class TrainStep:
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
     stats = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    # set_to_zero ignores what it is given for the frozen leaves; nothing is computed for them
+    # set_to_zero ignores the gradients of frozen leaves; nothing is computed for them
     grads = combine(grads, jax.tree.map(jnp.zeros_like, frozen))
     now = {
       "progress": state.step / context.total_steps,
@@ -145,11 +145,11 @@ class TrainPrograms:
     """
     if rules not in self._multi_steps:
       whole = mesh_lib.replicated(self._mesh)
-      function = functools.partial(self._several, self.train_step(rules))
+      function = functools.partial(self._run_steps, self.train_step(rules))
       self._multi_steps[rules] = jax.jit(function, donate_argnums=0, out_shardings=whole)
     return self._multi_steps[rules]
 
-  def _several(
+  def _run_steps(
     self,
     train_step: TrainStep,
     state: TrainState,
