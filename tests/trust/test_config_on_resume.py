@@ -1,4 +1,4 @@
-"""Row 19 of the bar: a setting that is changed on resume is refused or taken as its class says."""
+"""A setting that is changed on resume is refused or accepted as its kind says."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
     free = field.removeprefix("config.") in FREE_FIELDS
     as_said += taken if free else expected in said
     total += 1
-  print(f"row 19: {method}: {as_said}/{total} settings as their class says")
+  print(f"{method}: {as_said}/{total} settings as their class says")
   assert as_said == total
 
 

@@ -1,5 +1,4 @@
-"""Data that were damaged or exchanged are refused with file and record (row 21), and no image is in
-two splits unseen (row 15)."""
+"""Damaged or exchanged data are refused with file and record, and no image is in two splits unseen."""
 
 import itertools
 import logging
@@ -124,7 +123,7 @@ def test_damaged_and_exchanged_data_are_refused_with_file_and_record(whole, tmp_
       look(root)
     assert "\n" not in str(error.value), name
     refused += 1
-  print(f"row 21: {refused}/{len(CORRUPTIONS)} corruptions refused with file or record")
+  print(f"{refused}/{len(CORRUPTIONS)} corruptions refused with file or record")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 0.9, 0.98])
@@ -170,5 +169,5 @@ def test_no_image_of_the_sets_that_ship_is_in_two_splits(benchmark):
     contents[part] = {image.tobytes() for image in sequence.source.decode(rows)[0]}
   pairs = itertools.combinations(contents.values(), 2)
   overlap = sum(len(one & other) for one, other in pairs)
-  print(f"row 15: {overlap} images of {benchmark} in two splits")
+  print(f"{overlap} images of {benchmark} in two splits")
   assert overlap == 0

@@ -1,4 +1,4 @@
-"""The accuracy matrix is what counting by hand gives, to the last image (row 16)."""
+"""The accuracy matrix is what counting by hand gives, to the last image."""
 
 import types
 
@@ -93,7 +93,7 @@ def test_counts_are_those_of_counting_by_hand(tests, scenario):
         got = counted(tests, model, learned, batch_size, hosts, scenario)
         assert got.tolist() == expected, (model, learned, batch_size, hosts)
         cells += learned + 1
-  print(f"row 16: {scenario}: {cells} cells of the accuracy matrix equal to counts by hand")
+  print(f"{scenario}: {cells} cells of the accuracy matrix equal to counts by hand")
 
 
 def matrix(tests, model):
@@ -108,7 +108,7 @@ def test_an_oracle_has_100_and_a_constant_the_share_of_its_class(tests):
   most = int(np.argmax(np.bincount(labels)))
   constant = matrix(tests, {"constant": most})
   assert constant["acc"] == 100 * np.sum(labels == most) / len(labels) > 0
-  print(f"row 16: oracle {oracle['acc']}, constant {constant['acc']:.2f}, the share of its class")
+  print(f"oracle {oracle['acc']}, constant {constant['acc']:.2f}, the share of its class")
 
 
 def test_hosts_read_each_image_once(make_lab):

@@ -1,4 +1,4 @@
-"""Rows 9 and 10 of the bar: no changed value is restored, nothing else is taken for a step."""
+"""No changed value is restored, and nothing else is taken for a checkpoint."""
 
 import json
 import random
@@ -97,7 +97,7 @@ def flips(saved, count):
 )
 def test_no_flipped_bit_is_restored(saved, tmp_path, count):
   refused, silent = damaged(saved, tmp_path, flips(saved, count))
-  print(f"row 9: {count} flips, {len(silent)} restored with changed values, {len(refused)} refused")
+  print(f"{count} flips, {len(silent)} restored with changed values, {len(refused)} refused")
   assert not silent and len(refused) > count / 4
 
 
@@ -110,7 +110,7 @@ def test_no_file_is_cut_emptied_or_lost_unseen(saved, tmp_path):
   }
   every = [(name, kind) for name in files(saved) for kind in kinds.values()]
   refused, silent = damaged(saved, tmp_path, every)
-  print(f"row 9: {len(every)} times a file {', '.join(kinds)}: {len(silent)} restored with changed "
+  print(f"{len(every)} times a file {', '.join(kinds)}: {len(silent)} restored with changed "
         f"values, {len(refused)} refused")  # fmt: skip
   assert not silent and len(refused) > len(every) / 4
 
@@ -195,7 +195,7 @@ def test_what_is_no_step_of_this_run_is_reported_and_not_taken(saved, tmp_path):
     assert left == {"4", "8"} | ({"999.unusable"} if spoil is not unfinished else set())
     again = []
     assert store(workdir, note=again.append).latest().record["progress"] == 8 and not again
-  print(f"row 10: {taken} taken as latest, {reported}/{len(NO_STEPS)} reported")
+  print(f"{taken} taken as latest, {reported}/{len(NO_STEPS)} reported")
   assert taken == 0 and reported == len(NO_STEPS)
 
 

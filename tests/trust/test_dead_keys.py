@@ -1,4 +1,4 @@
-"""Every key of the config does something: what a run is made of changes with it (row 20)."""
+"""Every key of the config does something: what a run is made of changes with it."""
 
 import dataclasses
 import hashlib
@@ -170,7 +170,7 @@ def test_no_key_that_learning_depends_on_is_dead(learned):
     for key, (base, value) in LEARNED.items()
   }
   dead = dead_of(learned, table)
-  print(f"row 20: {len(dead)} dead of {len(table)} keys that all methods share {dead}")
+  print(f"{len(dead)} dead of {len(table)} keys that all methods share {dead}")
   assert not dead
 
 
@@ -207,7 +207,7 @@ def test_no_key_of_a_method_is_dead(learned, name):
       value = other_value(now, hint)
     table[key] = settled, config_files.merged(settled, {"method": nested(key, value)})
   dead = dead_of(learned, table)
-  print(f"row 20: {len(dead)} dead of {len(table)} keys of {name} {dead}")
+  print(f"{len(dead)} dead of {len(table)} keys of {name} {dead}")
   assert not dead
 
 
@@ -252,7 +252,7 @@ def test_no_key_of_tasks_is_dead(places):
     for key, (base, value) in OF_TASKS.items()
     if hash_or_refusal(lambda: made(base)) == hash_or_refusal(lambda: made(base | {key: value}))  # noqa: B023
   ]
-  print(f"row 20: {len(dead)} dead of {len(OF_TASKS)} keys of tasks {dead}")
+  print(f"{len(dead)} dead of {len(OF_TASKS)} keys of tasks {dead}")
   assert not dead
 
 
@@ -267,7 +267,7 @@ def test_no_key_of_weights_is_dead():
     for key, (base, value) in OF_WEIGHTS.items()
     if hash_or_refusal(lambda: made(base)) == hash_or_refusal(lambda: made(base | {key: value}))  # noqa: B023
   ]
-  print(f"row 20: {len(dead)} dead of {len(OF_WEIGHTS)} keys of weights {dead}")
+  print(f"{len(dead)} dead of {len(OF_WEIGHTS)} keys of weights {dead}")
   assert not dead
 
 
@@ -301,5 +301,5 @@ def test_keys_of_the_program_are_read(tiny_vit, monkeypatch, tmp_path):
       record(group, f"{field.name}.")
   seeds.run_each(settings, tmp_path / "run")
   dead = [key for key in OF_PROGRAMS if key not in read]
-  print(f"row 20: {len(dead)} of {len(OF_PROGRAMS)} keys of the program are never read {dead}")
+  print(f"{len(dead)} of {len(OF_PROGRAMS)} keys of the program are never read {dead}")
   assert not dead

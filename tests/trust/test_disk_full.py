@@ -1,4 +1,4 @@
-"""Row 11 of the bar: a disk that fills up loses nothing that was saved."""
+"""A disk that fills up loses nothing that was saved."""
 
 import os
 import subprocess
@@ -78,7 +78,7 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result(small_disk):
       run_until_full(settings, workdir, cache, owner, name, call)
       equal += micro_runs.resumed(settings, workdir, cache) == expected
       subprocess.run(["rm", "-r", workdir], check=True)
-  print(f"row 11: disk full at {len(saves)} saves and {len(writes) - len(saves)} other writes, "
+  print(f"disk full at {len(saves)} saves and {len(writes) - len(saves)} other writes, "
         f"{equal}/{len(writes)} went on to the identical result")  # fmt: skip
   assert equal == len(writes)
 

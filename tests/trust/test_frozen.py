@@ -1,4 +1,4 @@
-"""What is frozen stays so to the last bit, and a bug that moves it ends the run (row 13)."""
+"""Frozen arrays keep every bit, and a bug that changes one ends the run."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def test_the_bases_of_task_1_and_the_weights_are_the_same_bits_at_the_end(tmp_pa
     for name, leaf in first.items()
   )
   changed_weights = sum(each != digests[0] for each in digests)
-  print(f"row 13: {changed} of {len(first)} bases and {changed_weights} weights changed in 5 tasks")
+  print(f"{changed} of {len(first)} bases and {changed_weights} weights changed in 5 tasks")
   assert changed == changed_weights == 0 and len(digests) == 5
 
 
@@ -164,4 +164,4 @@ def test_every_bug_that_moves_what_is_frozen_is_caught_at_the_next_checkpoint(
     saved = [p for p in (tmp_path / str(i) / "checkpoints").glob("*") if p.name.isdigit()]
     assert len(saved) == task - 1, bug  # the ends of the tasks before
     caught += 1
-  print(f"row 13: {caught}/{len(BUGS)} injected bugs caught at the next checkpoint")
+  print(f"{caught}/{len(BUGS)} injected bugs caught at the next checkpoint")

@@ -1,4 +1,4 @@
-"""Row 24 of the bar: checkpoints of every version are gone on from, to the same losses."""
+"""Checkpoints written by earlier versions resume with the same losses."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(tmp_path, archive):
   exact = sum(a == b for a, b in zip(found, expected["losses"], strict=True))
   apart = np.max(np.abs(np.divide(found, expected["losses"]) - 1))
   same = expected["versions"]["jaxlib"] == provenance.versions()["jaxlib"]
-  print(f"row 24: {archive.stem}: digests equal, {exact}/{len(found)} losses identical, all within "
+  print(f"{archive.stem}: digests equal, {exact}/{len(found)} losses identical, all within "
         f"{apart:.0e}, {'same' if same else 'another'} jaxlib")  # fmt: skip
   assert apart <= 1e-5
 

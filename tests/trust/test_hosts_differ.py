@@ -86,7 +86,7 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
   differs = f"(checkpoint.step: {one} in process 0, {other_step} in 1)"
   took.append(refused([workdir, other], [CHEAP, CHEAP], differs))
   assert (saved(workdir), saved(other)) == before
-  print(f"row 22: 3/3 refused, the slowest in {max(took):.1f} s, no step written")
+  print(f"3/3 refused, the slowest in {max(took):.1f} s, no step written")
   assert max(took) < 30
 
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_suspended_ends_the_other(tmp_path, index):
   finally:
     for process in started:
       process.kill()
-  print(f"row 3: process {index} suspended, the other gone after {took:.1f} s")
+  print(f"process {index} suspended, the other gone after {took:.1f} s")
   assert took < 2 * watchdog.HEARTBEAT_S
 
 
@@ -151,5 +151,5 @@ def test_ten_kills_of_either_of_two_processes(tmp_path):
     result = json.loads((workdir / "result.json").read_text())
     equal = all(result[name] == expected[name] for name in stopping.SAME)
     same.append(equal and (workdir / "metrics.jsonl").read_text() == logged)
-  print(f"row 3: {sum(same)}/10 identical, survivors gone within {max(gone):.1f} s")
+  print(f"{sum(same)}/10 identical, survivors gone within {max(gone):.1f} s")
   assert all(same) and max(gone) <= watchdog.HEARTBEAT_S

@@ -1,4 +1,4 @@
-"""Rows 1, 2 and 6 of the bar: a run that is killed anywhere ends as if nothing had been."""
+"""A run that is killed anywhere and resumed ends with the same numbers."""
 
 import dataclasses
 import json
@@ -84,7 +84,7 @@ def test_a_run_killed_at_random_ends_bit_identical(whole, tmp_path):
       steps = kill_at_random(uninterrupted, tmp_path / str(runs), rng)
       lost += [] if steps is None else [steps]
     equal += uninterrupted.equals(tmp_path / str(runs))
-  print(f"row 1: {len(lost)} kills in {runs} runs, {equal}/{runs} bit-identical, at most "
+  print(f"{len(lost)} kills in {runs} runs, {equal}/{runs} bit-identical, at most "
         f"{max(lost)} steps redone, {micro_runs.EVERY} lie between saves")  # fmt: skip
   assert equal == runs and max(lost) <= micro_runs.EVERY
 
@@ -97,7 +97,7 @@ def test_a_run_killed_at_any_named_point_ends_bit_identical(whole, tmp_path):
     child.join(300)
     assert child.exitcode == -signal.SIGKILL, f"{point}: not reached"
     equal += [point] if uninterrupted.equals(tmp_path / str(i)) else []
-    print(f"row 2: {len(equal)}/{i + 1} points bit-identical, the last {point}")
+    print(f"{len(equal)}/{i + 1} points bit-identical, the last {point}")
   assert equal == list(micro_runs.POINTS)
 
 
@@ -118,7 +118,7 @@ def test_a_run_resumes_at_every_step(tmp_path, monkeypatch):
       run(settings, tmp_path / "run", cache=cache)
     expected = micro_runs.outcome(tmp_path / "run")
     equal = sum(micro_runs.resumed(settings, copy, cache) == expected for copy in copies)
-  print(f"row 6: resumed at {equal}/{len(copies)} steps bit-identical")
+  print(f"resumed at {equal}/{len(copies)} steps bit-identical")
   assert equal == len(copies) >= 24
 
 

@@ -1,4 +1,4 @@
-"""Row 25 of the bar: of small bugs put into what trust rests on, the tests see nine of ten.
+"""Mutation scores: the tests catch nine of ten small bugs in the modules that runs rely on.
 
 cosmic-ray makes the mutants; each stands alone in a copy of the tree, where the tests of its area
 are passed until one fails.
@@ -136,7 +136,7 @@ def test_nine_of_ten_mutants_are_seen(workers, area):
     assert result.test_outcome, result.output
     if not result.is_killed:
       survivors.append(result.diff)
-      print(f"row 25: {mutant.module_path} survives {mutant.operator_name}\n{result.diff}")
+      print(f"{mutant.module_path} survives {mutant.operator_name}\n{result.diff}")
   seen = len(made) - len(survivors)
-  print(f"row 25: {area}: {seen} of {len(made)} mutants seen, {100 * seen / len(made):.1f} %")
+  print(f"{area}: {seen} of {len(made)} mutants seen, {100 * seen / len(made):.1f} %")
   assert made and seen >= 0.9 * len(made)

@@ -1,4 +1,4 @@
-"""NaN or infinity in an input, a weight or a gradient ends the run at that very step (row 17)."""
+"""NaN or infinity in an input, a weight or a gradient ends the run at that very step."""
 
 import dataclasses
 import json
@@ -93,9 +93,7 @@ def test_a_number_that_is_not_finite_stops_at_its_step_and_is_never_handed_out(s
       not np.isfinite(leaf).all() for state in states for leaf in jax.tree.leaves(state)
     )
     assert done <= at
-  print(
-    f"row 17: {stopped}/20 injections stopped at their step, {bad_states} bad states handed out"
-  )
+  print(f"{stopped}/20 injections stopped at their step, {bad_states} bad states handed out")
   assert (stopped, bad_states) == (20, 0)
 
 

@@ -41,7 +41,7 @@ def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(tmp_
   for name in stopping.SAME:
     assert result[name] == expected[name], name
   assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-  print(f"row 12: {len(took)}/10 second runs refused, the slowest in {1e3 * max(took):.1f} ms")
+  print(f"{len(took)}/10 second runs refused, the slowest in {1e3 * max(took):.1f} ms")
   assert len(took) == 10 and max(took) < 5
 
 
@@ -65,4 +65,4 @@ def test_a_second_program_is_refused_in_five_seconds(tmp_path):
     finally:
       first.terminate()
     assert first.wait(timeout=120) == 143
-  print(f"row 12, programs: 10/10 refused, the slowest in {max(took):.1f} s, imports and all")
+  print(f"programs: 10/10 refused, the slowest in {max(took):.1f} s, imports and all")

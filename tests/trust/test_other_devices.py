@@ -1,4 +1,4 @@
-"""Row 8 of the bar: what was saved on some devices is restored on others, bit for bit."""
+"""A checkpoint of some devices is restored on others, bit for bit."""
 
 import json
 import pathlib
@@ -67,6 +67,6 @@ def test_a_checkpoint_of_eight_devices_is_the_same_on_others_and_back(tmp_path):
     equal, total = equal + (restored == digests), total + 1
   losses += [final_loss(workdir) for workdir in back]
   apart = max(abs(loss / final_loss(whole) - 1) for loss in losses)
-  print(f"row 8: {equal}/{total} restored with equal digests, final losses of {len(losses)} runs "
+  print(f"{equal}/{total} restored with equal digests, final losses of {len(losses)} runs "
         f"within {apart:.1e}")  # fmt: skip
   assert equal == total == 16 and apart <= 1e-5

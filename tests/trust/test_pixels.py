@@ -1,4 +1,4 @@
-"""What the ViT sees of three small pictures, with a fixed key, never changes (row 15).
+"""The pixels that the ViT gets of three small pictures, with a fixed key, never change.
 
 The file of what it sees is made again by: python tests/trust/test_pixels.py
 """
@@ -55,7 +55,7 @@ def test_pixels_are_those_of_the_file_and_each_preset_has_its_own():
   golden, now = np.load(GOLDEN), seen()
   assert set(golden.files) == now.keys()
   worst = max(float(np.max(np.abs(golden[name] - now[name]))) for name in now)
-  print(f"row 15: {len(now)} kinds of pixels within {worst:.1e} of those kept")
+  print(f"{len(now)} kinds of pixels within {worst:.1e} of those kept")
   assert worst < 1e-5  # float32, in another order on another processor
   trained = [golden[f"{name}/half/train"] for name in augment.PRESETS]
   normalised = [golden[f"none/{name}/test"] for name in augment.NORMALISATIONS]

@@ -33,5 +33,5 @@ def test_the_same_run_has_one_result_in_all_circumstances(tmp_path):
   results = [json.loads((workdir / "result.json").read_text()) for workdir in workdirs.values()]
   hashes = {result["params_sha256"] for result in results}
   logs = {(workdir / "metrics.jsonl").read_text() for workdir in workdirs.values()}
-  print(f"row 5: {len(results)} runs ({', '.join(CIRCUMSTANCES)}): {len(hashes)} distinct hash")
+  print(f"{len(results)} runs ({', '.join(CIRCUMSTANCES)}): {len(hashes)} distinct hash")
   assert len(hashes) == len(logs) == 1

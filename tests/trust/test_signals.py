@@ -61,9 +61,7 @@ def test_a_signal_at_any_moment_loses_no_chunk(capsys, uninterrupted, tmp_path, 
   assert_same_run(workdir, run(settings, workdir), *uninterrupted)
   assert lost == [0] * len(stopping.MOMENTS)
   count = len(lost)
-  print(
-    f"row 4, 1 process, {mode}: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost"
-  )
+  print(f"1 process, {mode}: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
 
 
 def in_two(workdir, *when):
@@ -87,7 +85,7 @@ def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(tmp_path):
   results = [json.loads((place / "result.json").read_text()) for place in (workdir, whole)]
   assert_same_run(workdir, results[0], whole, results[1])
   count = len(lost)
-  print(f"row 4, 2 processes: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
+  print(f"2 processes: {count}/{count} SIGTERM saved, exit 143, {sum(lost)} steps lost")
   assert lost == [0] * count
 
 

@@ -1,4 +1,4 @@
-"""Row 23 of the bar: launch/slurm.sh on a Slurm of this test's own, with two nodes on one machine.
+"""launch/slurm.sh on a Slurm cluster that the test starts: two nodes on one machine.
 
 It needs root and what Debian's slurm-wlm and munge install, and is skipped without.
 """
@@ -162,5 +162,5 @@ def test_jobs_of_slurm_end_as_two_processes_do(slurm, tmp_path):
   subprocess.run(["scontrol", "requeue", job], check=True)
   until(lambda: state(job)["Restarts"] == "1", job)
   compare("requeued", job)
-  print(f"row 23: {sum(equal)}/{len(equal)} jobs end with the hash of two plain processes")
+  print(f"{sum(equal)}/{len(equal)} jobs end with the hash of two plain processes")
   assert equal == [True] * 4
