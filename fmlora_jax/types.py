@@ -356,7 +356,9 @@ class Reported:
     kind: type of the value: int, float, or list of numbers, which may be nested.
     field: key of result.json with the values of all tasks; None is for the log alone.
     is_final: whether `field` has the last task's value alone.
-    column: header and format of a column in the report's tables; report/tables.py has the formats.
+    column: header and format of a column in the report's tables; report/columns.py has the formats.
+    label: of the axis where it is drawn; None takes the name. A final list holds a number in
+      [-1, 1] for each pair of tasks.
   """
 
   name: str
@@ -364,3 +366,4 @@ class Reported:
   field: str | None = None
   is_final: bool = False
   column: tuple[str, str] | None = None
+  label: str | None = None

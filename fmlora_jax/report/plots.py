@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy matrix, accuracy over tasks, ranks, interference.
+"""Pictures of results: accuracy matrix, accuracy over tasks, facts that the method reports.
 
 Drawn from the fields of result.json with matplotlib's object API: no pyplot, no global state, no
 display. Colours are safe for the colour-blind: Okabe and Ito's, viridis, PuOr for signed values.
@@ -18,9 +18,11 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from fmlora_jax import methods
 from fmlora_jax.cli.text import printable
 from fmlora_jax.report.runs import Groups, RunResult
 from fmlora_jax.train import metrics
+from fmlora_jax.types import Reported
 
 Target = str | os.PathLike | IO[bytes]  # where a PNG goes
 
@@ -37,10 +39,15 @@ def write_plots(result: RunResult, workdir: str | os.PathLike) -> list[Path]:
   paths = {name: folder / f"{name}.png" for name in ("accuracy_matrix", "accuracy_over_tasks")}
   plot_accuracy_matrix(result, paths["accuracy_matrix"])
   plot_accuracy_over_tasks({title(result): {"": [result]}}, paths["accuracy_over_tasks"])
-  for name, plot in (("ranks", plot_ranks), ("interference", plot_interference)):
-    if result.get(name) is not None:
-      paths[name] = folder / f"{name}.png"
-      plot(result, paths[name])
+  facts = [fact for fact in methods.reports(result["method"]) if result.get(fact.field) is not None]
+  by_task = [fact for fact in facts if not fact.is_final]
+  if by_task:
+    paths["by task"] = folder / f"{by_task[0].field}.png"
+    plot_by_task(result, by_task, paths["by task"])
+  for fact in facts:
+    if fact.is_final:
+      paths[fact.field] = folder / f"{fact.field}.png"
+      plot_pairs(result, fact, paths[fact.field])
   return list(paths.values())
 
 
@@ -56,14 +63,14 @@ def plot_accuracy_matrix(result: RunResult, path: Target) -> None:
   _save(figure, axes, title(result), path)
 
 
-def plot_interference(result: RunResult, path: Target) -> None:
-  """Draws the cosines between the tasks' weight changes; 0 is no interference."""
-  values = np.array(result["interference"], float)
+def plot_pairs(result: RunResult, fact: Reported, path: Target) -> None:
+  """Draws a fact about each pair of tasks, in [-1, 1]."""
+  values = np.array(result[fact.field], float)
   figure, axes = _square(len(values))
   image = axes.imshow(values, cmap="PuOr", vmin=-1, vmax=1)
   _numbers(axes, image, values, "{:.2f}" if len(values) <= 12 else "{:.1f}")
   _name_tasks(axes, result, "task", "task")
-  _colour_bar(figure, image, "cosine of the weight changes")
+  _colour_bar(figure, image, fact.label or fact.name)
   _save(figure, axes, title(result), path)
 
 
@@ -84,21 +91,18 @@ def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None
   _write(figure, path)
 
 
-def plot_ranks(result: RunResult, path: Target) -> None:
-  """Draws the rank of each task and, where the run has them, the complexities below."""
-  complexity = result.get("complexity")
-  rows = 1 if complexity is None else 2
-  width = min(max(4.8, 0.5 * len(result["ranks"]) + 2), 14)
-  figure = Figure(figsize=(width, 1.2 + 1.9 * rows), dpi=150, layout="constrained")
-  panels = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
-  drawn = [("rank", result["ranks"], "{:g}"), ("complexity", complexity, "{:.2f}")]
-  for axes, (name, values, form), colour in zip(panels, drawn, COLOURS, strict=False):
-    values = np.array(values, float)
+def plot_by_task(result: RunResult, facts: Sequence[Reported], path: Target) -> None:
+  """Draws facts about each task as bars, one panel below the other."""
+  width = min(max(4.8, 0.5 * len(result["task_names"]) + 2), 14)
+  figure = Figure(figsize=(width, 1.2 + 1.9 * len(facts)), dpi=150, layout="constrained")
+  panels = figure.subplots(len(facts), 1, squeeze=False, sharex=True)[:, 0]
+  for axes, fact, colour in zip(panels, facts, COLOURS, strict=False):
+    values, form = np.array(result[fact.field], float), "{:g}" if fact.kind is int else "{:.2f}"
     bars = axes.bar(np.arange(len(values)), np.nan_to_num(values), color=colour, width=0.7)
     if len(values) <= NUMBERS_UP_TO:
       labels = ["" if np.isnan(v) else form.format(v) for v in values]
       axes.bar_label(bars, labels, padding=2, fontsize=8)
-    axes.set_ylabel(name)
+    axes.set_ylabel(fact.label or fact.name)
     axes.margins(y=0.18)
     _clean(axes)
   _ticks(panels[-1].set_xticks, result, rotation=30, ha="right")

@@ -1,5 +1,6 @@
 """The comparison of runs and the pictures, from made-up results."""
 
+import functools
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from made_up import refusal, result, run_report, save
 from matplotlib.image import imread
 from rich.console import Console
 
+from fmlora_jax import methods
 from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.report import notes, plots, tables
 from fmlora_jax.report.runs import group, load, mean_std
@@ -302,8 +304,10 @@ def test_the_drawn_curve_is_the_pooled_accuracy():
 def test_any_name_can_stand_in_a_picture(name):
   names = [name] * 5
   costly = result(task_names=names, benchmark=names[0], complexity=[None, 0.1, 0.2, 0.3, 0.4])
-  for draw in (plots.plot_accuracy_matrix, plots.plot_ranks):
-    draw(costly, picture := io.BytesIO())
+  facts = [fact for fact in methods.reports("fm_lora") if fact.kind is not list]
+  by_task = functools.partial(plots.plot_by_task, facts=facts)
+  for draw in (plots.plot_accuracy_matrix, by_task):
+    draw(costly, path=(picture := io.BytesIO()))
     assert imread(io.BytesIO(picture.getvalue())).size
   groups = {names[0]: [costly], "other": [costly]}
   plots.plot_accuracy_over_tasks({names[0]: groups}, picture := io.BytesIO())

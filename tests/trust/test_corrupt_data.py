@@ -1,4 +1,4 @@
-"""Damaged or exchanged data are refused with file and record, and no image is in two splits unseen."""
+"""Damaged or exchanged data are refused with file and record; no image is in two splits unseen."""
 
 import itertools
 import logging

@@ -47,7 +47,13 @@ class FMLoRA(AdaptedViT[Config]):
     base.RANK,
     Reported(name="complexity", kind=float, field="complexity"),
     Reported(name="rank_scores", kind=list),
-    Reported(name="interference", kind=list, field="interference", is_final=True),
+    Reported(
+      name="interference",
+      kind=list,
+      field="interference",
+      is_final=True,
+      label="cosine of the weight changes",
+    ),
     *AdaptedViT.reports,
   )
 
