@@ -33,6 +33,14 @@ from fmlora_jax.types import (
   Variables,
 )
 
+INTERFERENCE = Reported(
+  name="interference",
+  kind=list,
+  field="interference",
+  is_final=True,
+  label="cosine of the weight changes",
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FMLoRA(AdaptedViT[Config]):
@@ -47,13 +55,7 @@ class FMLoRA(AdaptedViT[Config]):
     base.RANK,
     Reported(name="complexity", kind=float, field="complexity"),
     Reported(name="rank_scores", kind=list),
-    Reported(
-      name="interference",
-      kind=list,
-      field="interference",
-      is_final=True,
-      label="cosine of the weight changes",
-    ),
+    INTERFERENCE,
     *AdaptedViT.reports,
   )
 
