@@ -117,3 +117,20 @@ def test_a_larger_validation_loss_never_lowers_the_selected_rank():
   clear = margin > 0.02
   assert clear.mean() > 0.7
   np.testing.assert_array_equal(chosen[clear], np.argmin(costs, axis=-1)[clear])
+
+
+def test_the_selector_draws_masks_and_chooses_the_likeliest_candidate():
+  selector = rank_selector.RankSelector(RANKS, 8, tau=0.7)
+  state, key = {"cur": {"alpha": jnp.array([0.2, 1.5, 0.1])}}, jax.random.key(2)
+  drawn = rank_selector.gumbel_one_hot(state["cur"]["alpha"], key, 0.7)
+  expected = rank_selector.rank_masks(RANKS, 8)[jnp.argmax(drawn)]
+  np.testing.assert_allclose(selector.apply(state, key), expected, atol=1e-6)
+  assert int(selector.apply(state, method="choice")) == 1
+  np.testing.assert_allclose(
+    selector.apply(state, method="probabilities"), jax.nn.softmax(state["cur"]["alpha"])
+  )
+  fresh = selector.init({}, method="probabilities")
+  costs, descent = jnp.array([0.5, 0.4, 0.6]), {"steps": 20, "learning_rate": 1.0}
+  _, learned = selector.apply(fresh, costs, key, **descent, method="learn", mutable="cur")
+  by_function = rank_selector.learn_alpha(jnp.zeros(3), costs, key, tau=0.7, **descent)
+  np.testing.assert_array_equal(learned["cur"]["alpha"], by_function)
