@@ -62,7 +62,8 @@ def measure(
   programs |= {
     f"task_{task}": workload.training_step(weights, task - 1) for task in set(setting.measured)
   }
-  runners = programs | {"product": workload.large_product()}
+  product = workload.large_product()
+  runners = programs | {"product": product}
   with contextlib.ExitStack() as stack:
     peers = None
     if variants:
@@ -71,7 +72,7 @@ def measure(
       runners = runners | {name: functools.partial(peer.run, name) for name in peers["variants"]}
     seconds = take_turns(runners, repeats)
   result = tables.circumstances(setting) | {
-    "floor": _floor(setting, runners["product"].cost, seconds["product"])
+    "floor": _floor(setting, product.cost, seconds["product"])
   }
   for name, program in programs.items():
     facts = tables.facts(program.cost, programs["forward"].cost)

@@ -105,7 +105,7 @@ def estimate(config: Config) -> Estimate:
     return costs.measure_train_step(other, begun[last], last, limit=0).total
 
   most = resident.capacity(setup.sequence, "train")
-  known, multiple = (settled.batch_size, step.total), setup.mesh.size
+  known, multiple = (settled.batch_size, stages[-1].step.total), setup.mesh.size
   return Estimate(
     config=config,
     stages=stages,
