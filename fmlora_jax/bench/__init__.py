@@ -1,1 +1,1 @@
-"""What a training step costs, and what it must cost: FLOPs, time and memory beside their floors."""
+"""Benchmarks: FLOPs, time and memory of a training step beside their floors."""

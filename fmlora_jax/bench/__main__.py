@@ -10,7 +10,7 @@ measures FM-LoRA at task 2 and at the last one, beside its floor: the matrix pro
 at the rate of a large one in the same run, and the activations of its backward pass. With --peers
 PyTorch does the same work (torch_peers.py): Hugging Face's and timm's ViT with PEFT's LoRA, and
 SD-LoRA's stack of one pair of products for each of 20 tasks; all take turns. With --methods, named
-as for compare, XLA counts the FLOPs of each method's compiled step; no step is run.
+as for compare, XLA counts the FLOPs of each method's compiled step; no step runs.
 
 Examples:
   fmlora_jax bench --architecture=micro --batch=32
@@ -31,7 +31,7 @@ from fmlora_jax.cli.flags import Arguments
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags; those of `BenchSettings` have its defaults."""
+  """Defines the flags; those of `BenchSettings` have its defaults."""
   flags.DEFINE_string("architecture", "vit_b16", "A name in models/vit.py.", flag_values=values)
   flags.DEFINE_integer("batch", 8, "Images in a step.", lower_bound=1, flag_values=values)
   types = ("float32", "bfloat16")
@@ -61,15 +61,15 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(arguments: Arguments) -> None:
-  """Measures and prints what the command line asks for."""
+  """Measures as the flags say and prints a table."""
   options = arguments.options
   arguments.refuse_words()
-  # to share the GPU with PyTorch: take memory as needed; read when JAX first uses the device
+  # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   from rich.console import Console
 
-  from fmlora_jax.bench import programs, speed
-  from fmlora_jax.bench.lab import BenchSettings
+  from fmlora_jax.bench import counts, speed
+  from fmlora_jax.bench.workload import BenchSettings
   from fmlora_jax.cli import methods_flag
 
   console = Console(width=None if sys.stdout.isatty() else 140)
@@ -77,14 +77,14 @@ def main(arguments: Arguments) -> None:
   setting = BenchSettings(**{name: getattr(options, name) for name in fields})
   if options.methods:
     choices = methods_flag.parse_methods(options.methods)
-    result = programs.count_methods(setting, choices, console.print)
-    table = programs.methods_table(result)
+    result = counts.count_methods(setting, choices, console.print)
+    table = counts.methods_table(result)
   else:
     variants = options.variants if options.peers else ()
     python = options.peers_python or sys.executable
     result = speed.measure(setting, options.repeats, variants, python)
-    result |= {"programs_of_10_tasks": programs.count_programs()}
-    table = speed.table(result)
+    result |= {"programs_of_10_tasks": counts.count_programs()}
+    table = speed.speed_table(result)
   console.print(table)
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

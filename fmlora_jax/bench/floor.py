@@ -1,8 +1,8 @@
-"""The least that FM-LoRA's training step can cost: FLOPs, seconds, bytes."""
+"""Floors of FM-LoRA's training step: the least FLOPs, seconds and bytes it can take."""
 
-from fmlora_jax.bench.lab import BenchSettings
+from fmlora_jax.bench.workload import BenchSettings
 
-PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as the makers state; first match
+PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as their makers state
   ("H100 PCIe", 756e12),
   ("H100", 989e12),
   ("H200", 989e12),
@@ -18,9 +18,10 @@ PEAK_FLOPS = (  # bfloat16 products per second without sparsity, as the makers s
 def flops(setting: BenchSettings) -> dict[str, float]:
   """Returns the FLOPs per image of the matrix products that cannot be left out.
 
-  "forward": the plain ViT, of whose last block only the class token is wanted. "step": forward with
-  prompt and adapters, then one product more for each frozen one and two for each of attention's,
-  but in the first block's query, key and value only where a prompt waits for a gradient.
+  Returns:
+    "forward": the plain ViT, of whose last block only the class token is needed. "step": a forward
+    with prompt and adapters, then one more product for each frozen one and two for each of
+    attention's. The first block's query, key and value need theirs for the prompt's gradient only.
   """
   sizes, rank, prompts = setting.sizes, setting.rank, setting.prompts
   width, patches = sizes.width, sizes.grid**2
@@ -28,10 +29,10 @@ def flops(setting: BenchSettings) -> dict[str, float]:
 
   def blocks(tokens):
     """FLOPs of (query, key, value; out and mlp; attention) over all blocks."""
-    looking = [tokens] * (sizes.depth - 1) + [1]
-    project = sum(2 * width**2 * (2 * tokens + n) for n in looking)
-    rest = sum(2 * width**2 * (1 + 2 * sizes.mlp_ratio) * n for n in looking)
-    return project, rest, sum(4 * width * tokens * n for n in looking)
+    queries = [tokens] * (sizes.depth - 1) + [1]
+    project = sum(2 * width**2 * (2 * tokens + n) for n in queries)
+    rest = sum(2 * width**2 * (1 + 2 * sizes.mlp_ratio) * n for n in queries)
+    return project, rest, sum(4 * width * tokens * n for n in queries)
 
   tokens = patches + 1 + prompts
   project, rest, attention = blocks(tokens)
@@ -59,14 +60,14 @@ def seconds(setting: BenchSettings, product_rate: float) -> dict[str, float]:
   return {name: count * setting.batch / product_rate for name, count in flops(setting).items()}
 
 
-def kept_bytes(setting: BenchSettings) -> int:
-  """Returns the bytes that the backward pass must find if no block is computed again.
+def residual_bytes(setting: BenchSettings) -> int:
+  """Returns the bytes of activations that the backward pass needs if it recomputes no block.
 
   For each token of each block but the last: the two normalised inputs (2 widths), query, key and
   value (3), attention's output (1) and the MLP's hidden layer (mlp_ratio), and x·A and x·A·core of
-  the six adapters. Attention weights and GELU are left out: they can be computed again at little
-  cost. So are weights, which are arguments, and gradients on their way, which a block at a time
-  needs. The last block keeps keys and values of all tokens.
+  the six adapters. Attention weights and GELU do not count: recomputing them costs little. Nor
+  do weights, which are arguments, and gradients, which one block at a time needs. Of the last
+  block: input, keys and values of all tokens.
   """
   sizes, itemsize = setting.sizes, 2 if setting.dtype == "bfloat16" else 4
   tokens = sizes.num_tokens + setting.prompts

@@ -1,13 +1,13 @@
-"""Measures all that is asked of a GPU in one call of at most nine minutes.
+"""Measures a GPU in one call of at most nine minutes: steps, PyTorch, kernels, a whole run.
 
 Usage: fmlora_jax bench.gpu --out=DIR [--peers_python=FILE] [--seconds=520]
          [--batches=64,128,256,512] [--architecture=vit_b16] [--dtype=bfloat16] [--epochs=30]
 
 In turn: FM-LoRA's step at batch 256, then beside PyTorch's, its kernels by their time, the step at
 the other batches, and a whole run of ten tasks over 24,000 images of random pixels, 256 a side (an
-eighth for validation), resident, rank 16. Parts without time left are left out; a whole run has as
-many of its epochs as fit, and its time is extrapolated to all; the report says both. DIR/gpu.json
-and DIR/gpu.txt are written after each part.
+eighth for validation), resident, rank 16. A part without time is left out. The whole run has as
+many epochs as fit, and its time is extrapolated to all; the report gives both. DIR/gpu.json and
+DIR/gpu.txt are written after each part.
 
 Example:
   fmlora_jax bench.gpu --out=gpu --seconds=300
@@ -25,7 +25,7 @@ from fmlora_jax.config import ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags."""
+  """Defines the flags."""
   text = "Folder for gpu.json, gpu.txt and the whole run."
   flags.DEFINE_string("out", None, text, flag_values=values)
   text = "The Python that has torch. Default: this one."
@@ -41,12 +41,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(arguments: Arguments) -> None:
-  """Measures as the command line says."""
+  """Measures as the flags say and prints each part."""
   options = arguments.options
   arguments.refuse_words()
   if not options.out:
     raise ConfigError("--out is missing: name a folder for the results")
-  # to share the GPU with PyTorch: take memory as needed; read when JAX first uses the device
+  # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   import jax
 

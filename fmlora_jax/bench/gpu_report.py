@@ -14,19 +14,19 @@ from rich.console import Console
 
 from fmlora_jax import methods
 from fmlora_jax.bench import kernels, speed
-from fmlora_jax.bench.lab import BenchSettings, Workload
+from fmlora_jax.bench.workload import BenchSettings, Workload
 from fmlora_jax.experiment import run
 from fmlora_jax.tasks.benchmarks import random_images
 
 MAIN_BATCH = 256  # beside PyTorch, of the profile and of the whole run, if it is among the batches
 VARIANTS = ("peft_compiled", "peft", "sd_lora")
-SWEEP_SHARE = 0.6  # of the time is over before the whole run starts
-COMPILE_SECONDS = 90.0  # allowed to the whole run, for its programs and its evaluations
+SWEEP_SHARE = 0.6  # of the time; then no further batch is measured and the whole run starts
+COMPILE_SECONDS = 90.0  # of the whole run, for its programs and its evaluations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Settings of the measurements; the flags of the same names."""
+  """Settings of all parts; the flags of the same names."""
 
   out: pathlib.Path
   peers_python: str
@@ -41,7 +41,7 @@ class Plan:
     return MAIN_BATCH if MAIN_BATCH in self.batches else self.batches[-1]
 
   def setting(self, batch: int) -> BenchSettings:
-    # two tasks: their second is measured, and no later one
+    # the second of two tasks is both the early and the late one: one program
     return BenchSettings(architecture=self.architecture, dtype=self.dtype, batch=batch, tasks=2)
 
 
@@ -69,7 +69,7 @@ class Report:
     try:
       numbers = measure()
       shown = [numbers["left_out"]] if "left_out" in numbers else show(numbers)
-    except Exception as error:  # earlier measurements must not be lost
+    except Exception as error:  # one part must not cost the others
       traceback.print_exc()
       numbers = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
       shown = [numbers["failed"]]
@@ -86,13 +86,13 @@ class Report:
 
 
 def show_speed(numbers: Mapping[str, Any]) -> list:
-  return [speed.table(numbers)]
+  return [speed.speed_table(numbers)]
 
 
 def trace_step(setting: BenchSettings) -> dict[str, Any]:
   """Returns the kernels of ten steps."""
-  lab = Workload(setting)
-  step = lab.training_step(lab.weights(), 1)
+  workload = Workload(setting)
+  step = workload.training_step(workload.weights(), 1)
   step(2)
   return kernels.trace(lambda: step(10))
 
@@ -105,9 +105,9 @@ def whole_run(plan: Plan, rate: float, seconds: float) -> dict[str, Any]:
   """Returns the wall time of a whole run, of as many epochs as fit into `seconds`.
 
   Args:
-    plan: its epochs are wanted.
-    rate: images of a training step per second.
-    seconds: that are left.
+    plan: of all parts.
+    rate: training images per second.
+    seconds: time left.
   """
   images = 0.7 * random_images.NUM_CLASSES * random_images.PER_CLASS
   epochs = min(plan.epochs, int((0.8 * seconds - COMPILE_SECONDS) * rate / images))
@@ -144,7 +144,7 @@ def show_run(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def measure(plan: Plan) -> dict[str, dict]:
-  """Does all parts; returns what gpu.json holds."""
+  """Measures all parts; returns the contents of gpu.json."""
   report, batch = Report(plan), plan.main_batch
   setting = plan.setting(batch)
 

@@ -1,4 +1,4 @@
-"""Where the device's time goes, by the profiler."""
+"""Kernels by the device time they take, from JAX's profiler."""
 
 import collections
 import pathlib
@@ -33,10 +33,10 @@ def trace(run: Callable[[], Any], top: int = 10) -> dict[str, Any]:
 
 
 def read(data: jax.profiler.ProfileData) -> tuple[collections.Counter, collections.Counter]:
-  """Returns nanoseconds and calls of each kernel; XLA's copies of one differ in a number only.
+  """Returns the nanoseconds and the calls of each kernel; numbers at the end of names are dropped.
 
-  A GPU's lie in the lines of its streams, a TPU's in that of its operations, a CPU's in those of
-  XLA's threads, where what contains others has a name with "::".
+  A GPU's kernels are events of its streams, a TPU's of its line "XLA Ops", a CPU's of XLA's
+  threads, where a name with "::" is an event that contains others.
   """
   spent, calls = collections.Counter(), collections.Counter()
   devices = [plane for plane in data.planes if plane.name.startswith("/device:")]

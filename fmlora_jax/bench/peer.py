@@ -1,7 +1,7 @@
-"""PyTorch's side of a benchmark, in a process of its own.
+"""The process that runs PyTorch's side of a benchmark.
 
-Its threads and memory stay apart from JAX's, and any Python with torch, transformers and peft will
-do.
+Its threads and memory are separate from JAX's; any Python with torch, transformers and
+peft will do.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 from typing import Any
 
-VARIANTS = {  # what is timed, and how it is shown
+VARIANTS = {  # name -> label in the table
   "peft": "HF + PEFT",
   "peft_compiled": "HF + PEFT, torch.compile",
   "timm": "timm + PEFT",
@@ -23,11 +23,11 @@ DEFAULT = tuple(name for name in VARIANTS if name != "sd_lora_compiled")
 
 
 class Peer:
-  """The process, to be used in a `with` block.
+  """A process that times PyTorch's training steps; to be used in a `with` block.
 
   Args:
-    request: sizes of the ViT, batch, dtype, rank, num_classes, and the variants that are wanted.
-    python: the interpreter.
+    request: sizes of the ViT, batch, dtype, rank, num_classes and variants.
+    python: path of the interpreter.
 
   Attributes:
     facts: device, versions, notes, and the variants that work.
@@ -38,7 +38,7 @@ class Peer:
 
   def __init__(self, request: dict[str, Any], python: str):
     script = pathlib.Path(__file__).with_name("torch_peers.py")
-    # -P: modules of ours beside the script shall not hide Python's
+    # -P: modules beside the script must not hide Python's
     command = [python, "-P", str(script), json.dumps(request)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     self._process = subprocess.Popen(command, **pipes)

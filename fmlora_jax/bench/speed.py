@@ -11,9 +11,11 @@ import jax
 from rich.table import Table
 
 from fmlora_jax.bench import floor, tables
-from fmlora_jax.bench.lab import TASK_CLASSES, BenchSettings, Workload
+from fmlora_jax.bench.counts import RANKS
 from fmlora_jax.bench.peer import VARIANTS, Peer
-from fmlora_jax.bench.programs import RANKS
+from fmlora_jax.bench.workload import BenchSettings, Workload
+from fmlora_jax.experiment.costs import Cost
+from fmlora_jax.experiment.noise import TASK_CLASSES
 
 TURN_SECONDS = 0.5  # a turn has as many steps as take this long
 COLUMNS = (
@@ -25,13 +27,13 @@ COLUMNS = (
 def take_turns(
   runners: Mapping[str, Callable[[int], float]], repeats: int
 ) -> dict[str, list[float]]:
-  """Returns the seconds a step took in each of `repeats` rounds; in a round each runner has a turn.
+  """Returns the seconds of a step in each of `repeats` rounds; in a round each runner has a turn.
 
-  Side by side, so that what else the machine does slows all of them alike.
+  Other work on the machine so slows all of them alike.
   """
   steps = {}
   for name, run in runners.items():
-    run(1)  # with what is done only once
+    run(1)  # warms up
     steps[name] = max(1, round(TURN_SECONDS / run(1)))
   seconds = {name: [] for name in runners}
   for _ in range(repeats):
@@ -46,21 +48,22 @@ def measure(
   variants: Sequence[str] = (),
   peers_python: str | None = None,
 ) -> dict[str, Any]:
-  """Returns what --json writes.
+  """Returns the contents of the file that --json names.
 
   Args:
-    setting: what is measured.
+    setting: of the benchmark.
     repeats: timed rounds.
-    variants: peers, of peer.VARIANTS; none starts no PyTorch.
+    variants: peers, of peer.VARIANTS; without any, PyTorch does not start.
     peers_python: the interpreter that has them.
   """
-  lab = Workload(setting)
-  weights = lab.weights()
-  programs = {"forward": lab.plain_forward(weights)}
+  workload = Workload(setting)
+  weights = workload.weights()
+  programs = {"forward": workload.plain_forward(weights)}
   programs |= {
-    f"task_{task}": lab.training_step(weights, task - 1) for task in set(setting.measured)
+    f"task_{task}": workload.training_step(weights, task - 1) for task in set(setting.measured)
   }
-  runners = programs | {"product": lab.large_product()}
+  product = workload.large_product()
+  runners = programs | {"product": product}
   with contextlib.ExitStack() as stack:
     peers = None
     if variants:
@@ -69,10 +72,10 @@ def measure(
       runners = runners | {name: functools.partial(peer.run, name) for name in peers["variants"]}
     seconds = take_turns(runners, repeats)
   result = tables.circumstances(setting) | {
-    "floor": _floor(setting, runners["product"].facts, seconds["product"])
+    "floor": _floor(setting, product.cost, seconds["product"])
   }
   for name, program in programs.items():
-    facts = tables.with_ratios(program.facts, programs["forward"].facts)
+    facts = tables.facts(program.cost, programs["forward"].cost)
     result[name] = facts | _beside_floor(facts, seconds[name], name, result)
   if peers is not None:
     result["peers"] = peers | _beside_ours(seconds, setting, peers["variants"])
@@ -84,16 +87,14 @@ def _request(setting: BenchSettings, variants: Sequence[str]) -> dict[str, Any]:
   return dataclasses.asdict(setting) | sizes | {"variants": list(variants)}
 
 
-def _floor(
-  setting: BenchSettings, product: Mapping[str, Any], seconds: list[float]
-) -> dict[str, Any]:
+def _floor(setting: BenchSettings, product: Cost, seconds: list[float]) -> dict[str, Any]:
   """Returns the least that a step can cost here, at the rate of one large product."""
   least = floor.flops(setting)
-  rate = product["flops_per_image_as_written"] * setting.batch / statistics.median(seconds)
+  rate = product.flops_as_written * setting.batch / statistics.median(seconds)
   return {
     "flops_per_image": least,
     "ratio": least["step"] / least["forward"],
-    "kept_bytes": floor.kept_bytes(setting),
+    "kept_bytes": floor.residual_bytes(setting),
     "product_flops_per_second": rate,
     "peak_flops_per_second": floor.peak_flops(jax.devices()[0].device_kind, setting.dtype),
     "step_seconds": floor.seconds(setting, rate),
@@ -103,7 +104,7 @@ def _floor(
 def _beside_floor(
   facts: Mapping[str, Any], seconds: list[float], name: str, result: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns a program's speed, and its FLOPs and time over what is needed at least."""
+  """Returns a program's speed, and its FLOPs and time over those of its floor."""
   least, kind = result["floor"], "forward" if name == "forward" else "step"
   speed = _speed(seconds, result["setting"]["batch"])
   peak = least["peak_flops_per_second"]
@@ -118,7 +119,7 @@ def _beside_floor(
 def _beside_ours(
   seconds: Mapping[str, list[float]], setting: BenchSettings, variants: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns each peer's speed and our time over its; beside the stack ours is the late task's."""
+  """Returns each peer's speed and our time over its; beside SD-LoRA's, that of the late task."""
   early, late = (seconds[f"task_{task}"] for task in setting.measured)
   rows = {}
   for name in variants:
@@ -133,16 +134,16 @@ def _speed(seconds: list[float], batch: int) -> dict[str, Any]:
   return {"step_seconds": middle, "images_per_second": batch / middle, "all_step_seconds": seconds}
 
 
-def table(result: Mapping[str, Any]) -> Table:
+def speed_table(result: Mapping[str, Any]) -> Table:
   """Returns the result for people."""
-  shown = tables.empty(result, _caption(result), COLUMNS)
+  table = tables.empty(result, _caption(result), COLUMNS)
   setting = BenchSettings(**result["setting"])
   rows = {"plain forward": "forward"} | {
     f"step at task {t} of {setting.tasks}": f"task_{t}" for t in setting.measured
   }
   for label, name in rows.items():
     facts = result[name]
-    shown.add_row(
+    table.add_row(
       label,
       f"{facts['flops_per_image'] / 1e9:.2f}",
       f"{facts['ratio']:.3f}",
@@ -153,7 +154,7 @@ def table(result: Mapping[str, Any]) -> Table:
       "-" if facts["mfu"] is None else f"{facts['mfu']:.1%}",
     )
   least = result["floor"]
-  shown.add_row(
+  table.add_row(
     "floor of a step",
     f"{least['flops_per_image']['step'] / 1e9:.2f}",
     f"{least['ratio']:.3f}",
@@ -167,8 +168,8 @@ def table(result: Mapping[str, Any]) -> Table:
     facts = peers[name]
     timing = _timing(facts["step_seconds"], setting, "")
     ratio = f"{facts['ours_over_theirs']:.2f}"
-    shown.add_row(VARIANTS[name], "", "", "", "", *timing, "", "", ratio)
-  return shown
+    table.add_row(VARIANTS[name], "", "", "", "", *timing, "", "", ratio)
+  return table
 
 
 def _timing(seconds: float, setting: BenchSettings, over_floor: str) -> tuple[str, str, str]:
@@ -182,7 +183,7 @@ def _caption(result: Mapping[str, Any]) -> str:
   lines = [
     tables.where(result),
     f"floor: the products alone at {rate / 1e9:,.0f} GFLOP/s, the rate of a large one here; of "
-    "memory, what the backward pass must find",
+    "memory, the activations for the backward pass",
   ]
   if late != early:
     lines.append(

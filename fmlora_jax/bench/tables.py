@@ -1,4 +1,4 @@
-"""What the tables of the benchmark share."""
+"""Parts that the tables of the benchmarks share."""
 
 import dataclasses
 import importlib.metadata
@@ -10,11 +10,12 @@ import jax
 from rich import box
 from rich.table import Table
 
-from fmlora_jax.bench.lab import BenchSettings
+from fmlora_jax.bench.workload import BenchSettings
+from fmlora_jax.experiment.costs import Cost
 
 
 def circumstances(setting: BenchSettings) -> dict[str, Any]:
-  """Returns what every result says of its making."""
+  """Returns the settings, the device and the versions of a result."""
   kind = jax.devices()[0].device_kind
   return {
     "setting": dataclasses.asdict(setting),
@@ -23,31 +24,34 @@ def circumstances(setting: BenchSettings) -> dict[str, Any]:
   }
 
 
-def with_ratios(facts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the facts of a program with its FLOPs over those of the plain forward."""
-  ratios = {
-    kind.replace("flops_per_image", "ratio"): facts[kind] / base[kind]
-    for kind in ("flops_per_image", "flops_per_image_as_written")
+def facts(cost: Cost, base: Cost) -> dict[str, float]:
+  """Returns the cost of a program as results hold it, with its FLOPs over those of `base`."""
+  return {
+    "flops_per_image": cost.flops,
+    "flops_per_image_as_written": cost.flops_as_written,
+    "compile_seconds": cost.compile_seconds,
+    "temp_bytes": cost.bytes["temp"],
+    "ratio": cost.flops / base.flops,
+    "ratio_as_written": cost.flops_as_written / base.flops_as_written,
   }
-  return dict(facts) | ratios
 
 
 def empty(result: Mapping[str, Any], caption: str, columns: Sequence[str]) -> Table:
-  """Returns a table without rows under the setting."""
-  shown = Table(
+  """Returns a table without rows, titled with the settings."""
+  table = Table(
     title=", ".join(f"{name} {value}" for name, value in result["setting"].items()),
     caption=caption,
     caption_justify="left",
     box=box.SIMPLE,
   )
-  shown.add_column("", no_wrap=True)
+  table.add_column("", no_wrap=True)
   for name in columns:
-    shown.add_column(name, justify="right", no_wrap=True)
-  return shown
+    table.add_column(name, justify="right", no_wrap=True)
+  return table
 
 
 def where(result: Mapping[str, Any]) -> str:
-  """Returns the line that says what ran it."""
+  """Returns the device and the versions in one line."""
   return f"{result['device']}, {versions(result['versions'])}"
 
 

@@ -1,10 +1,10 @@
-"""The peers themselves: training steps in PyTorch. A script that `peer.Peer` starts.
+"""Training steps in PyTorch: a script that `peer.Peer` starts.
 
-Its one argument is a JSON request. It says on its standard output what it is, then answers each
-[variant, steps] that it reads with {"seconds": s}. All variants train a head and low-rank factors
-on query and value of a frozen ViT with AdamW on the trained parameters;
-scaled_dot_product_attention; in bfloat16 everything is bfloat16, which is faster than autocast. In
-float32 on CUDA TF32 is allowed, as JAX does.
+Its one argument is a JSON request. It writes the facts of `prepare` to its standard output, then
+{"seconds": s} for each [variant, steps] that it reads. All variants train a head and low-rank
+factors on query and value of a frozen ViT, with AdamW and scaled_dot_product_attention. In bfloat16
+everything is bfloat16, which is faster than autocast. In float32 on CUDA TF32 is allowed, as in
+JAX.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-SD_LORA_RANK, SD_LORA_TASK, SD_LORA_START = 10, 20, 0.8  # SD/backbone/lora.py:326-355
+SD_LORA_RANK, SD_LORA_TASK, SD_LORA_START = 10, 20, 0.8  # as SD-LoRA's code
 
 
 def hugging_face(request: dict):
@@ -36,7 +36,7 @@ def hugging_face(request: dict):
 
 
 def query_and_value(model) -> list[str]:
-  """Returns what this version of transformers calls the two projections."""
+  """Returns the names of the two projections in this version of transformers."""
   names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
   return ["q_proj", "v_proj"] if "q_proj" in names else ["query", "value"]
 
@@ -55,13 +55,14 @@ def with_peft(model, request: dict, targets: list[str], head: str):
 
 
 def make_peft(request: dict):
+  """Returns (model, forward) of Hugging Face's ViT."""
   model = hugging_face(request)
   model = with_peft(model, request, query_and_value(model), "classifier")
   return model, lambda images: model(pixel_values=images).logits
 
 
 def make_timm(request: dict):
-  """LoRA is on timm's one projection for query, key and value."""
+  """Returns (model, forward) of timm's ViT; LoRA is on its one projection for all three."""
   import timm
 
   model = timm.models.vision_transformer.VisionTransformer(
@@ -78,10 +79,10 @@ def make_timm(request: dict):
 
 
 def make_sd_lora(request: dict):
-  """SD-LoRA at task 20: a pair of products for each task so far, as its code does them.
+  """Returns (model, forward) of SD-LoRA at task 20: a pair of products for each task so far.
 
-  The old pairs are frozen and divided by their norms, each task's learned magnitude is one number
-  for all layers. The norms are computed once; its code computes them in every pass.
+  Old pairs are frozen and divided by their norms; each task's learned magnitude is one number for
+  all layers. The norms are computed once; SD-LoRA's code computes them in every pass.
   """
   import torch
 
@@ -150,7 +151,7 @@ def make_step(request: dict, variant: str):
 
 
 def seconds(step, steps: int) -> float:
-  """Returns the seconds that `steps` steps take, with what the device still has to do."""
+  """Returns the seconds that `steps` steps take, until the device has finished."""
   import torch
 
   wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -163,7 +164,7 @@ def seconds(step, steps: int) -> float:
 
 
 def prepare(request: dict) -> tuple[dict, dict]:
-  """Returns the variants that work as step functions, and what the peer is."""
+  """Returns the step functions of the variants that work, and the facts of this process."""
   import torch
 
   torch.set_float32_matmul_precision("high")  # TF32 on CUDA; a CPU has none
@@ -175,7 +176,7 @@ def prepare(request: dict) -> tuple[dict, dict]:
       step()
       steps[variant] = step
       notes.append(f"{variant}: first step after {time.monotonic() - began:.1f} s")
-    except Exception as error:  # a package that isn't there, no compiler, or no memory
+    except Exception as error:  # a missing package, no compiler, or no memory
       reason = (str(error).strip() or repr(error)).splitlines()[0]
       notes.append(f"{variant} is left out: {reason[:120]}")
   device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -189,7 +190,7 @@ def prepare(request: dict) -> tuple[dict, dict]:
 
 
 def main() -> None:
-  answers = os.fdopen(os.dup(1), "w")  # libraries that print shall not mix with the answers
+  answers = os.fdopen(os.dup(1), "w")  # without what libraries print
   os.dup2(2, 1)
 
   def answer(record):

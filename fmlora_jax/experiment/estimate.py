@@ -1,14 +1,12 @@
-"""What a run would cost: memory, FLOPs, parameters, time. Nothing is trained, nothing written.
+"""Estimate of a run: memory, FLOPs, parameters, time. Nothing is trained.
 
-The programs of the run itself are compiled and a few of their steps timed, on one image of noise in
-place of all: the data are listed, none is decoded. From the second task on every method runs one
-program, so two tasks stand for all; what a method does between tasks is done with a few images.
-Only the user's caches are left fuller: the run then finds its programs compiled.
+It compiles the programs of the run and times a few of their steps, on one image of noise in place
+of all: the data are listed, none is decoded. From the second task on every method runs one program,
+so two tasks stand for all; the hooks between tasks see a few images. Only the compilation cache is
+written, so that the run starts warm.
 """
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,15 +20,14 @@ from rich.text import Text
 from fmlora_jax.cli.text import duration
 from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
-from fmlora_jax.experiment import costs
+from fmlora_jax.experiment import costs, noise
 from fmlora_jax.experiment.costs import Cost
 from fmlora_jax.experiment.setup import RunSetup, SetupCache
 from fmlora_jax.input import resident
-from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train.labels import num_trained
 from fmlora_jax.types import Variables
 
-FEW = 8  # images of a task, for what a method does between tasks
+FEW = 8  # images of a task, for the hooks between tasks
 TRIES = 3  # programs compiled for the largest batch, beside the run's own
 COLUMNS = (
   *("", "trained", "GFLOP/image", "x forward", "weights", "state", "images", "temp", "in all"),
@@ -39,13 +36,13 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgramCost:
-  """Tasks that run one program.
+class Stage:
+  """Successive tasks that run one program.
 
   Attributes:
-    first, last: of them, from 0.
+    first, last: indices of these tasks, from 0.
     trained: parameters that each of them trains.
-    step: of training.
+    step: cost of a training step.
   """
 
   first: int
@@ -56,25 +53,25 @@ class ProgramCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """What a run would cost.
+  """Cost of a run.
 
   Attributes:
-    config: what is asked for.
-    stages: of training.
-    test: of a batch of test images.
-    forward_gflops: of the plain ViT, for an image.
-    stored: parameters, as of `AdaptedViT.stored`, of all tasks.
+    config: of the run.
+    stages: all tasks.
+    test: cost of classifying a batch of test images.
+    forward_flops: of the plain ViT, for an image.
+    stored: numbers of stored parameters after all tasks, as of `AdaptedViT.stored`.
     limit: bytes of a device.
-    largest_batch: that fits; None where none was found.
-    largest_task: training images in it.
+    largest_batch: largest batch size that fits; None where none was found.
+    largest_task: training images of the largest task.
     seconds: of one seed, by kind, without compilation; None where a program was not run.
-    caveats: what is not known before the run.
+    caveats: facts that only the run can tell.
   """
 
   config: Config
-  stages: list[ProgramCost]
+  stages: list[Stage]
   test: Cost
-  forward_gflops: float
+  forward_flops: float
   stored: dict[str, Any]
   limit: int
   largest_batch: int | None
@@ -84,39 +81,36 @@ class Estimate:
 
 
 def estimate(config: Config) -> Estimate:
-  """Returns what a run of `config` would cost.
+  """Returns the cost of a run of `config`.
 
   Raises:
-    ConfigError: as the run.
+    ConfigError: as the run does.
   """
   settled, cache = settle(config), SetupCache()
-  setup = _without_images(cache, settled)
+  setup = noise.without_images(cache.setup(settled))
   begun, facts = _begin_tasks(cache, settled)
   limit = memory.device_memory() or memory.host_memory()
   num_tasks = len(setup.sequence.tasks)
-  stages = [
-    ProgramCost(
-      first=first,
-      last=end - 1,
-      trained=_num_trained(setup, begun[first], first),
-      step=costs.measure_train_step(setup, begun[first], first, limit),
-    )
-    for first, end in itertools.pairwise((*begun, num_tasks))
-  ]
-  last, step = stages[-1].first, stages[-1].step
+  stages = []
+  for (first, variables), end in zip(begun.items(), (*list(begun)[1:], num_tasks), strict=True):
+    params = {"shared": variables.shared, "cur": variables.cur}
+    trained = num_trained(params, setup.method.rules(first))
+    step = costs.measure_train_step(setup, variables, first, limit)
+    stages.append(Stage(first=first, last=end - 1, trained=trained, step=step))
+  last = stages[-1].first
   test = costs.measure_test_step(setup, begun[last], limit)
 
   def needed(batch_size):
-    other = _without_images(cache, dataclasses.replace(settled, batch_size=batch_size))
+    other = noise.without_images(cache.setup(dataclasses.replace(settled, batch_size=batch_size)))
     return costs.measure_train_step(other, begun[last], last, limit=0).total
 
   most = resident.capacity(setup.sequence, "train")
-  known, multiple = (settled.batch_size, step.total), setup.mesh.size
+  known, multiple = (settled.batch_size, stages[-1].step.total), setup.mesh.size
   return Estimate(
     config=config,
     stages=stages,
     test=test,
-    forward_gflops=costs.forward_gflops(settled, setup.sizes),
+    forward_flops=costs.forward_flops(setup),
     stored=setup.method.stored([facts[min(i, len(facts) - 1)] for i in range(num_tasks)]),
     limit=limit,
     largest_batch=largest_batch(needed, known, limit=limit, most=most, multiple=multiple),
@@ -134,30 +128,14 @@ def settle(config: Config) -> Config:
   return dataclasses.replace(config, seed=seed, seeds=(), method=method, input=threads)
 
 
-def _without_images(cache: SetupCache, config: Config) -> RunSetup:
-  """Returns the run's setup, with one image of noise in place of all."""
-  setup = cache.setup(config)
-  sequence = setup.sequence
-  noise = np.random.default_rng(0).integers(0, 256, (*sequence.source.canvas, 3), np.uint8)
-  source = dataclasses.replace(sequence.source, decode=functools.partial(_repeat, noise))
-  return setup.with_sequence(dataclasses.replace(sequence, source=source))
-
-
-def _repeat(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """A `Source.decode` that gives the same image for all records."""
-  sizes = np.full((len(rows), 2), image.shape[:2], np.int32)
-  return np.broadcast_to(image, (len(rows), *image.shape)), sizes
-
-
 def _begin_tasks(cache: SetupCache, config: Config) -> tuple[dict[int, Variables], list[dict]]:
-  """Returns the variables with which a task begins, by its index, and what its hooks said of it.
+  """Returns the variables with which a stage begins, by its first task, and the facts of two tasks.
 
-  They are of task 0, and of task 1 if that one runs another program; facts are of both.
+  The second stage begins with task 1, if that one runs another program than task 0.
   """
   devices = jax.device_count()
-  little = dataclasses.replace(config, batch_size=-(-FEW // devices) * devices)
-  setup = _without_images(cache, little)
-  setup = setup.with_sequence(_few_images(setup.sequence))
+  small = dataclasses.replace(config, batch_size=-(-FEW // devices) * devices)
+  setup = noise.without_images(cache.setup(small), most=FEW)
   method = setup.method
   variables = method.init(setup.root, setup.weights)
   begun, programs, facts = {}, [], []
@@ -173,32 +151,20 @@ def _begin_tasks(cache: SetupCache, config: Config) -> tuple[dict[int, Variables
   return begun, facts
 
 
-def _few_images(sequence: TaskSequence) -> TaskSequence:
-  tasks = tuple(
-    dataclasses.replace(task, train=task.train[:FEW], val=task.val[:FEW]) for task in sequence.tasks
-  )
-  return dataclasses.replace(sequence, tasks=tasks)
-
-
-def _num_trained(setup: RunSetup, variables: Variables, index: int) -> int:
-  params = {"shared": variables.shared, "cur": variables.cur}
-  return num_trained(params, setup.method.rules(index))
-
-
 def largest_batch(
   needed: Callable[[int], int], known: tuple[int, int], *, limit: int, most: int, multiple: int
 ) -> int | None:
-  """Returns a batch size that fits, the largest or close below it; None where none was found.
+  """Returns the largest batch size that fits, or one close below it; None where none was found.
 
-  Memory is close to a straight line over the batch size: the guess on the line is compiled, and a
-  new line drawn through it.
+  Memory is nearly linear in the batch size: each guess is where a line through the last two sizes
+  reaches the limit.
 
   Args:
-    needed: batch size -> bytes on a device; asked at most TRIES times.
+    needed: batch size -> bytes on a device; called at most TRIES times.
     known: a batch size and its bytes.
     limit: bytes of a device.
     most: images in the largest task; a larger batch would be padding.
-    multiple: what batch sizes are multiples of.
+    multiple: divides every batch size.
   """
   most = -(-most // multiple) * multiple
   (size, total), guess = known, 2 * known[0]
@@ -207,17 +173,17 @@ def largest_batch(
     guess = min(guess, most)
     if guess < multiple or guess == size or guess in fitting:
       break
-    found = needed(guess)
-    if found <= limit:
+    guess_total = needed(guess)
+    if guess_total <= limit:
       fitting.append(guess)
-    slope = max((found - total) / (guess - size), 1.0)
-    size, total = guess, found
+    slope = max((guess_total - total) / (guess - size), 1.0)
+    size, total = guess, guess_total
     guess = int(size + (limit - total) / slope) // multiple * multiple
   return max(fitting, default=None)
 
 
-def _seconds(setup: RunSetup, stages: list[ProgramCost], test: Cost) -> dict[str, float] | None:
-  """Returns the time of all steps, of all tests, and of passes between tasks."""
+def _seconds(setup: RunSetup, stages: list[Stage], test: Cost) -> dict[str, float] | None:
+  """Returns the seconds of all steps, of all tests, and of passes between tasks."""
   if None in (test.seconds, *(stage.step.seconds for stage in stages)):
     return None
   config, sequence, passes = setup.config, setup.sequence, setup.method.passes
@@ -236,56 +202,56 @@ def _seconds(setup: RunSetup, stages: list[ProgramCost], test: Cost) -> dict[str
   }
 
 
-def show(found: Estimate, console: Console) -> None:
-  """Prints what `estimate` returned, to a terminal or as plain text."""
+def show(cost: Estimate, console: Console) -> None:
+  """Prints an estimate, to a terminal or as plain text."""
   table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
   for i, name in enumerate(COLUMNS):
     table.add_column(name, justify="right" if i else "left", no_wrap=True)
-  for stage in found.stages:
+  for stage in cost.stages:
     more = f" to {stage.last + 1}" if stage.last > stage.first else ""
-    cells = _cells(stage.step, found.forward_gflops, found.config.batch_size)
+    cells = _cells(stage.step, cost.forward_flops, cost.config.batch_size)
     table.add_row(f"task {stage.first + 1}{more}", f"{stage.trained:,}", *cells)
-  table.add_row("test", "", *_cells(found.test, found.forward_gflops, found.config.eval_batch_size))
+  table.add_row("test", "", *_cells(cost.test, cost.forward_flops, cost.config.eval_batch_size))
   # one line a row, whatever the terminal's width
   Console(file=console.file, width=max(console.width, 140)).print(table)
-  for line in lines(found):
+  for line in lines(cost):
     console.print(Text(line), soft_wrap=True)
 
 
-def _cells(cost: Cost, forward_gflops: float, batch_size: int) -> list[str]:
+def _cells(step: Cost, forward_flops: float, batch_size: int) -> list[str]:
   speed = "does not fit", ""
-  if cost.seconds is not None:
-    speed = f"{cost.seconds * 1e3:.4g}", f"{batch_size / cost.seconds:,.1f}"
+  if step.seconds is not None:
+    speed = f"{step.seconds * 1e3:.4g}", f"{batch_size / step.seconds:,.1f}"
   return [
-    f"{cost.gflops:.4g}",
-    f"{cost.gflops / forward_gflops:.2f}",
-    *(f"{count / 2**20:,.1f}" for count in (*cost.bytes.values(), cost.total)),
+    f"{step.flops_as_written / 1e9:.4g}",
+    f"{step.flops_as_written / forward_flops:.2f}",
+    *(f"{count / 2**20:,.1f}" for count in (*step.bytes.values(), step.total)),
     *speed,
-    f"{cost.compiling:.1f}",
+    f"{step.compile_seconds:.1f}",
   ]
 
 
-def lines(found: Estimate) -> list[str]:
-  """Returns what the table does not say."""
-  batch, added = found.largest_batch, found.stored["per_task"]
+def lines(cost: Estimate) -> list[str]:
+  """Returns the lines below the table."""
+  batch, added = cost.largest_batch, cost.stored["per_task"]
   largest = f"{batch} is the largest found to fit" if batch else "none was found that fits"
-  if batch and batch >= found.largest_task:
+  if batch and batch >= cost.largest_task:
     largest = f"{batch} fits, the whole of a task"
   return [
-    f"memory     in MiB of one device, at most; it has {found.limit / 2**20:,.0f}",
-    f"batch      {largest}; config.batch_size is {found.config.batch_size}",
-    f"stored     {found.stored['shared'] + sum(added):,} parameters beside backbone and head; "
+    f"memory     in MiB of one device, at most; it has {cost.limit / 2**20:,.0f}",
+    f"batch      {largest}; config.batch_size is {cost.config.batch_size}",
+    f"stored     {cost.stored['shared'] + sum(added):,} parameters beside backbone and head; "
     f"added by each task: {' '.join(f'{count:,}' for count in added)}",
-    f"time       {_described_time(found)}",
-    *(f"caveat     {caveat}" for caveat in found.caveats),
+    f"time       {_described_time(cost)}",
+    *(f"caveat     {caveat}" for caveat in cost.caveats),
   ]
 
 
-def _described_time(found: Estimate) -> str:
-  if found.seconds is None:
+def _described_time(cost: Estimate) -> str:
+  if cost.seconds is None:
     return "unknown: what does not fit was not run"
-  kinds = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in found.seconds.items())
-  runs = max(1, len(found.config.seeds))
-  total = duration(runs * sum(found.seconds.values()))
+  kinds = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in cost.seconds.items())
+  runs = max(1, len(cost.config.seeds))
+  total = duration(runs * sum(cost.seconds.values()))
   seeds = f" for {runs} seeds; each" if runs > 1 else ""
   return f"about {total}{seeds} ({kinds}), and compilation; from steps timed here, on noise"

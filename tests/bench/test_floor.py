@@ -6,21 +6,22 @@ import jax
 import pytest
 
 from fmlora_jax.bench import floor
-from fmlora_jax.bench.lab import BenchSettings, Workload
+from fmlora_jax.bench.workload import BenchSettings, Workload
 
 
 def lowered(setting, task):
   """The step and the plain forward of abstract arrays: nothing is computed."""
-  lab = Workload(setting)
-  params = jax.eval_shape(lab.backbone.init, jax.random.key(0))
+  workload = Workload(setting)
+  params = jax.eval_shape(workload.backbone.init, jax.random.key(0))
 
   def arguments(params):
-    variables = lab.begin(params, lab.variables(params, 0), task)  # without the tasks between
-    return lab.arguments(params, variables, task)
+    # without the tasks between
+    variables = workload.begin(params, workload.variables(params, 0), task)
+    return workload.arguments(params, variables, task)
 
   shapes = jax.eval_shape(arguments, params)
-  step = jax.jit(lab.stepper(task).step).lower(*shapes)
-  return step, jax.jit(lab.backbone.apply).lower(params, shapes[-1].images)
+  step = jax.jit(workload.train_step(task).step).lower(*shapes)
+  return step, jax.jit(workload.backbone.apply).lower(params, shapes[-1].images)
 
 
 @pytest.mark.parametrize(("prompts", "most"), [(10, 2.15), (0, 2.03)])
@@ -50,8 +51,8 @@ def test_the_peak_is_known_of_some_chips_in_bfloat16():
 def test_what_the_backward_pass_must_find_is_counted_by_hand():
   # 16 patches, class token, 3 prompts; 10 widths and 6 x 2 ranks in 5 blocks, 3 widths in the last
   setting = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
-  assert floor.kept_bytes(setting) == 2 * 20 * (5 * (10 * 96 + 6 * 2 * 4) + 3 * 96) * 4
-  assert floor.kept_bytes(dataclasses.replace(setting, dtype="bfloat16")) == 2 * 20 * 5328 * 2
+  assert floor.residual_bytes(setting) == 2 * 20 * (5 * (10 * 96 + 6 * 2 * 4) + 3 * 96) * 4
+  assert floor.residual_bytes(dataclasses.replace(setting, dtype="bfloat16")) == 2 * 20 * 5328 * 2
 
 
 def test_the_least_time_is_that_of_the_products():

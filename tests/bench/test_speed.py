@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from fmlora_jax.bench import speed
-from fmlora_jax.bench.lab import BenchSettings
+from fmlora_jax.bench.workload import BenchSettings
 
 MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 
@@ -39,7 +39,7 @@ def test_the_result_is_json_and_a_table(monkeypatch, capsys):
     "versions": {"torch": "2"},
     "notes": ["timm is left out: no such module"],
   }
-  Console(width=140).print(speed.table(result))
+  Console(width=140).print(speed.speed_table(result))
   shown = capsys.readouterr().out
   for text in (
     "step at task 20 of 20",

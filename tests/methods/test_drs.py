@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmlora_jax import methods
-from fmlora_jax.bench.lab import BenchSettings, Workload
+from fmlora_jax.bench.workload import BenchSettings, Workload
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment.setup import build_setup
 from fmlora_jax.methods.fm_lora import drs
@@ -267,7 +267,7 @@ def test_the_selection_costs_at_most_1_3_epochs_of_training():
   alpha, rows = selection.selector.init({}, method="probabilities"), jnp.arange(2)
   seen = arguments[-1], rows  # a batch as it is
   programs = {
-    "step": jax.jit(lab.stepper(1).step).lower(*arguments),
+    "step": jax.jit(lab.train_step(1).step).lower(*arguments),
     "draw": selection.train_drawn.lower(
       probe, alpha, context, *seen, jax.random.key(0), augment=lambda batch, rows, key: batch
     ),

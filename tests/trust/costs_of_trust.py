@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from fmlora_jax import methods
-from fmlora_jax.bench.lab import BenchSettings, Workload
+from fmlora_jax.bench.workload import BenchSettings, Workload
 from fmlora_jax.experiment import guards, run
 from fmlora_jax.train import mesh, step
 from fmlora_jax.workdir import checkpoint, digest, lock
@@ -58,7 +58,7 @@ def of_a_step(batch: int, rounds: int) -> dict[str, float]:
   for kind, function in {"with": checked, "without": lambda tree: True}.items():
     step.is_finite = function
     state, *rest = lab.arguments(weights, lab.variables(weights, 1), 1)
-    program = jax.jit(lab.stepper(1).step, donate_argnums=0).lower(state, *rest).compile()
+    program = jax.jit(lab.train_step(1).step, donate_argnums=0).lower(state, *rest).compile()
     programs[kind] = [program, state, rest]
   step.is_finite = checked
   ratios = []
