@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from unittest import mock
@@ -86,6 +87,14 @@ def pytest_xdist_make_scheduler(config, log):
   from xdist.scheduler import LoadFileScheduling
 
   return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_freed():
+  """Drops the programs that a file compiled: no other file runs them, and they take gigabytes."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
