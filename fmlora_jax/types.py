@@ -12,13 +12,15 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
+AnyArray = jax.Array | np.ndarray  # on devices or on the host
 Params = dict[str, Any]  # nested dict of arrays
 Facts = dict[str, Any]  # JSON values by name
 
@@ -39,44 +41,40 @@ class FrozenError(RuntimeError):
   """Training changed what it must leave alone; the run stops and keeps its last checkpoint."""
 
 
-@flax.struct.dataclass
-class LowRank:
-  """A change of one projection in every layer: y += ((x·A)·core)·Bᵀ.
+class LowRank(flax.struct.PyTreeNode):
+  """A change of one projection, in every layer or in one: y += ((x·A)·core)·Bᵀ.
 
   Attributes:
     a: input factors.
     b: output factors.
-    core: what stands between them, [L, R, R], or its diagonal alone, [L, R]; None means the
-      identity.
+    core: between them, [*L, R, R], or its diagonal alone, [*L, R]; None means the identity.
   """
 
-  a: Float[Array, "L D_in R"]
-  b: Float[Array, "L D_out R"]
-  core: Float[Array, "L R *R"] | None = None
+  a: Float[Array, "*L D_in R"]
+  b: Float[Array, "*L D_out R"]
+  core: Float[Array, "... R"] | None = None
 
 
-@flax.struct.dataclass
-class Prefix:
+class Prefix(flax.struct.PyTreeNode):
   """Keys and values put before a layer's own; one for all samples (B = 1) or one for each."""
 
   key: Float[Array, "B P H d"]
   value: Float[Array, "B P H d"]
 
 
-@flax.struct.dataclass
-class Bottleneck:
-  """A narrow MLP in every layer: act(x·down + down_bias)·up + up_bias.
+class Bottleneck(flax.struct.PyTreeNode):
+  """A narrow MLP, in every layer or in one: act(x·down + down_bias)·up + up_bias.
 
   Attributes:
     activation: "relu" or "gelu".
     dropout_keys: of each layer; hidden units are then dropped with probability `dropout`.
   """
 
-  down: Float[Array, "L D M"]
-  down_bias: Float[Array, "L M"]
-  up: Float[Array, "L M D"]
-  up_bias: Float[Array, "L D"]
-  dropout_keys: PRNGKeyArray | None = None
+  down: Float[Array, "*L D M"]
+  down_bias: Float[Array, "*L M"]
+  up: Float[Array, "*L M D"]
+  up_bias: Float[Array, "*L D"]
+  dropout_keys: Key[Array, "*L"] | None = None
   dropout: float = flax.struct.field(pytree_node=False, default=0.0)
   activation: str = flax.struct.field(pytree_node=False, default="relu")
 
@@ -84,8 +82,7 @@ class Bottleneck:
 Deltas = Mapping[str, LowRank | tuple[LowRank, ...]]
 
 
-@flax.struct.dataclass
-class Adapters:
+class Adapters(flax.struct.PyTreeNode):
   """All that a method may add to the plain ViT; each part may be absent.
 
   Attributes:
@@ -109,8 +106,7 @@ class Adapters:
     return LayerAdapters(deltas=stacked[0], prefix=prefix, bottlenecks=stacked[1])
 
 
-@flax.struct.dataclass
-class LayerAdapters:
+class LayerAdapters(flax.struct.PyTreeNode):
   """The part of `Adapters` that one block sees; its arrays have no layer axis but for prefixes."""
 
   deltas: Deltas = flax.struct.field(default_factory=dict)
@@ -183,8 +179,7 @@ class Backbone:
   sizes: Sizes
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
   """What a model sees: augmented, normalised images; rows where `valid` is False are padding.
 
   Labels are positions in the class order of the sequence, in [0, C).
@@ -195,8 +190,7 @@ class Batch:
   valid: Bool[Array, " B"]
 
 
-@flax.struct.dataclass
-class Examples:
+class Examples(flax.struct.PyTreeNode):
   """Images of a task's split, or of some batches of it, padded to a fixed capacity n.
 
   Attributes:
@@ -206,10 +200,13 @@ class Examples:
     valid: False for padding rows.
   """
 
-  images: UInt8[Array, "n h w 3"]
-  sizes: Int[Array, "n 2"]
-  labels: Int[Array, " n"]
-  valid: Bool[Array, " n"]
+  images: UInt8[AnyArray, "n h w 3"]
+  sizes: Int[AnyArray, "n 2"]
+  labels: Int[AnyArray, " n"]
+  valid: Bool[AnyArray, " n"]
+
+
+Batches = Generator[tuple[Examples, Any], None, None]  # with the rows of each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +238,7 @@ class SequenceSpec:
     return len(set(self.class_ranges)) == 1 and self.num_tasks > 1
 
 
-@flax.struct.dataclass
-class Variables:
+class Variables(flax.struct.PyTreeNode):
   """The four groups; see the module docstring."""
 
   frozen: Params
@@ -255,8 +251,7 @@ class Variables:
     return self.replace(**{name: getattr(self, name) | new for name, new in groups.items()})
 
 
-@flax.struct.dataclass
-class TaskArrays:
+class TaskArrays(flax.struct.PyTreeNode):
   """The task a step belongs to, as data, so that one compiled step serves all tasks."""
 
   index: Int[Array, ""]
@@ -264,8 +259,7 @@ class TaskArrays:
   hi: Int[Array, ""]
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
   """What a training step needs: logits over the K slots of the current task, and a penalty."""
 
   logits: Float[Array, "B K"]
@@ -301,9 +295,9 @@ class TaskView:
   num_classes: int
   arrays: TaskArrays
   weights: Params
-  train_batches: Callable[[int], Iterator[tuple[Examples, Any]]]
-  val_batches: Callable[[int], Iterator[tuple[Examples, Any]]] | None
-  train_chunks: Callable[[int], Iterator[tuple[Examples, Any]]]
+  train_batches: Callable[[int], Batches]
+  val_batches: Callable[[int], Batches] | None
+  train_chunks: Callable[[int], Batches]
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
   gather: Callable[[Any], Any]
@@ -364,6 +358,7 @@ class Reported:
   column: tuple[str, str] | None = None
 
 
+@runtime_checkable
 class Method(Protocol):
   """A continual-learning method as the trainer sees it: pure functions over `Variables`.
 
@@ -385,12 +380,15 @@ class Method(Protocol):
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
     """Returns the variables before the first task, with `frozen` empty."""
+    ...
 
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Returns the variables that a task starts from, and facts of it."""
+    ...
 
   def freeze(self, weights: Params, variables: Variables) -> Params:
     """Returns the `frozen` group for training at the current task."""
+    ...
 
   def apply(
     self,
@@ -401,18 +399,23 @@ class Method(Protocol):
     valid: Bool[Array, " B"] | None = None,
   ) -> Output:
     """Returns logits and penalty of a training step; all images are valid unless told."""
+    ...
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Returns the variables that a task leaves behind, and facts of it."""
+    ...
 
   def fold(self, weights: Params, variables: Variables) -> Params:
     """Returns a pytree for inference, with all learned tasks folded in."""
+    ...
 
   def predict(self, model: Params, images: Float[Array, "B S S 3"]) -> Float[Array, "B C"]:
     """Returns the logits of all classes from a folded model; unseen ones are masked outside."""
+    ...
 
   def rules(self, task: int) -> Rules:
     """Returns the labels of the leaves of shared and cur: a name in `groups`, or "frozen"."""
+    ...
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Returns how many parameters the tasks with these facts leave behind, besides head and ViT.
@@ -420,3 +423,4 @@ class Method(Protocol):
     {"shared": n, "per_task": [n, ...]}, and "statistics": n where numbers computed from the data
     are stored too, such as means of features.
     """
+    ...

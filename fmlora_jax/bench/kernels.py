@@ -32,7 +32,7 @@ def trace(run: Callable[[], Any], top: int = 10) -> dict[str, Any]:
   }
 
 
-def read(data: jax.profiler.ProfileData) -> tuple[collections.Counter, collections.Counter]:
+def read(data: Any) -> tuple[collections.Counter, collections.Counter]:
   """Returns nanoseconds and calls of each kernel; XLA's copies of one differ in a number only.
 
   A GPU's lie in the lines of its streams, a TPU's in that of its operations, a CPU's in those of

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,10 @@ class Program:
     self._run = lowered.compile()
     self._arguments = arguments
     self.facts = {
-      "flops_per_image": self._run.cost_analysis()["flops"] / batch,
-      "flops_per_image_as_written": lowered.cost_analysis()["flops"] / batch,
+      "flops_per_image": (self._run.cost_analysis() or {})["flops"] / batch,
+      "flops_per_image_as_written": (lowered.cost_analysis() or {})["flops"] / batch,
       "compile_seconds": time.monotonic() - began,
-      "temp_bytes": self._run.memory_analysis().temp_size_in_bytes,
+      "temp_bytes": cast(Any, self._run.memory_analysis()).temp_size_in_bytes,
     }
 
   def __call__(self, steps: int) -> float:
@@ -166,9 +167,9 @@ class Workload:
       num_classes=TASK_CLASSES,
       arrays=self._arrays(task),
       weights=weights,
-      train_batches=lambda epoch: iter([(examples, rows)]),
-      val_batches=lambda epoch: iter([(examples, rows)]),
-      train_chunks=lambda first: iter([(examples, rows[None])]),
+      train_batches=lambda epoch: (item for item in [(examples, rows)]),
+      val_batches=lambda epoch: (item for item in [(examples, rows)]),
+      train_chunks=lambda first: (item for item in [(examples, rows[None])]),
       augment=self._augment,
       center=self._center,
       gather=mesh.gather_to_host,

@@ -60,16 +60,17 @@ def measure(
   programs |= {
     f"task_{task}": lab.training_step(weights, task - 1) for task in set(setting.measured)
   }
-  runners = programs | {"product": lab.large_product()}
+  product = lab.large_product()
+  runners: dict[str, Any] = programs | {"product": product}
   with contextlib.ExitStack() as stack:
     peers = None
     if variants:
-      peer = stack.enter_context(Peer(_request(setting, variants), peers_python))
+      peer = stack.enter_context(Peer(_request(setting, variants), str(peers_python)))
       peers = dict(peer.facts)
       runners = runners | {name: functools.partial(peer.run, name) for name in peers["variants"]}
     seconds = take_turns(runners, repeats)
   result = tables.circumstances(setting) | {
-    "floor": _floor(setting, runners["product"].facts, seconds["product"])
+    "floor": _floor(setting, product.facts, seconds["product"])
   }
   for name, program in programs.items():
     facts = tables.with_ratios(program.facts, programs["forward"].facts)
@@ -162,7 +163,7 @@ def table(result: Mapping[str, Any]) -> Table:
     *_timing(least["step_seconds"]["step"], setting, ""),
     f"{least['kept_bytes'] / 2**20:.0f}",
   )
-  peers = result.get("peers") or {"variants": []}
+  peers: dict[str, Any] = result.get("peers") or {"variants": []}
   for name in peers["variants"]:
     facts = peers[name]
     timing = _timing(facts["step_seconds"], setting, "")

@@ -7,6 +7,9 @@ scaled_dot_product_attention; in bfloat16 everything is bfloat16, which is faste
 float32 on CUDA TF32 is allowed, as JAX does.
 """
 
+# the peers are in an environment of their own
+# pyright: reportMissingImports=false
+
 import contextlib
 import importlib
 import json

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def measure_train_step(setup: RunSetup, variables: Variables, index: int, limit:
       "weights": _num_bytes((setup.weights, context.frozen)),
       "state": _num_bytes((state, variables)),
       "images": _num_bytes((examples, waiting)),
-      "temp": program.memory_analysis().temp_size_in_bytes,
+      "temp": _temp_bytes(program),
     },
     compiling=compiling,
   )
@@ -112,7 +112,7 @@ def measure_test_step(setup: RunSetup, variables: Variables, limit: int) -> Cost
       "weights": _num_bytes((setup.weights, model)),
       "state": _num_bytes(variables),
       "images": _num_bytes(examples),
-      "temp": program.memory_analysis().temp_size_in_bytes,
+      "temp": _temp_bytes(program),
     },
     compiling=compiling,
   )
@@ -131,7 +131,7 @@ def forward_gflops(config: Config, sizes: Sizes) -> float:
 
 
 def _gflops(lowered: jax.stages.Lowered, batch_size: int) -> float:
-  return lowered.cost_analysis()["flops"] / batch_size / 1e9
+  return (lowered.cost_analysis() or {})["flops"] / batch_size / 1e9
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -148,6 +148,12 @@ def _num_bytes(tree: Any) -> int:
   return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def _first(blocks: Iterator) -> Any:
+def _temp_bytes(program: jax.stages.Compiled) -> int:
+  analysis = program.memory_analysis()
+  assert analysis is not None  # of programs that XLA compiled
+  return analysis.temp_size_in_bytes
+
+
+def _first(blocks: Generator) -> Any:
   with contextlib.closing(blocks):
     return next(blocks)

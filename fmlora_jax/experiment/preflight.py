@@ -62,7 +62,7 @@ def _check_memory(config: Config, method: Method, backbone: Backbone, memory: in
       whole["head.num_centroids"] = config.head.num_centroids
     field, value = "tasks.num_tasks", config.tasks.num_tasks
     if whole:
-      field = max(whole, key=whole.get)
+      field = max(whole, key=lambda name: whole[name])
       value = whole[field]
     raise ConfigError(
       f"config.{field} is {value}: must be less, what {config.method.name} learns would take "

@@ -129,7 +129,7 @@ class TaskLoop:
     self._clock.add(progress.seconds)
     self._record("devices", provenance.devices(self._setup.mesh))
     self._record("code", provenance.code())
-    if self._session.variables is None:
+    if not self._session.variables.mem:
       self._begin()
     elif state is None:
       self._log.note(f"resumed after task {progress.task} of {self._num_tasks}")

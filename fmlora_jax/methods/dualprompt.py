@@ -124,7 +124,7 @@ class DualPrompt(AdaptedViT[Config]):
     self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
   ) -> Float[Array, ""]:
     del features
-    return -self.settings.pull * pull(inputs.query, variables.cur["key"], inputs.valid)
+    return -self.settings.pull * pull(inputs.class_tokens, variables.cur["key"], inputs.valid)
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     slot = {name: variables.cur[name] for name in SLOT} | {"learned": True}

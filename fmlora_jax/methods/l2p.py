@@ -83,7 +83,7 @@ class L2P(AdaptedViT[Config]):
     return similarities, prompts.choose(similarities, settings.top_n, batchwise=settings.batchwise)
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
-    return self.recall(variables.shared["pool"], inputs.query)
+    return self.recall(variables.shared["pool"], inputs.class_tokens)
 
   def recall(self, memory: Params, query: Float[Array, "B D"]) -> Adapters:
     _, chosen = self.match(memory, query)
@@ -92,6 +92,7 @@ class L2P(AdaptedViT[Config]):
   def read(
     self, backbone: Params, images: Float[Array, "B S S 3"], adapters: Adapters
   ) -> Float[Array, "B D"]:
+    assert adapters.prompt is not None
     tokens = self.backbone.tokens(backbone, images, adapters, 1 + adapters.prompt.shape[1])
     return tokens[:, 1:].astype(jnp.float32).mean(1)
 
@@ -99,7 +100,7 @@ class L2P(AdaptedViT[Config]):
     self, variables: Variables, inputs: StepInputs, features: Float[Array, "B D"]
   ) -> Float[Array, ""]:
     del features
-    matched = self.match(variables.shared["pool"], inputs.query)
+    matched = self.match(variables.shared["pool"], inputs.class_tokens)
     return -self.settings.pull * pull(*matched, inputs.valid)
 
   def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:
