@@ -53,9 +53,9 @@ def main() -> None:
 
 def help_text() -> str:
   """Returns the docstring above, and the commands with a line for each."""
-  lines = [inspect.cleandoc(__doc__), "", "Commands:"]
+  lines = [inspect.cleandoc(str(__doc__)), "", "Commands:"]
   for name, module in COMMANDS.items():
-    summary = importlib.import_module(module).__doc__.splitlines()[0]
+    summary = str(importlib.import_module(module).__doc__).splitlines()[0]
     lines.append(f"  {name:10} {summary}")
   return "\n".join(lines) + "\n"
 

@@ -12,13 +12,15 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import flax.struct
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
+AnyArray = jax.Array | np.ndarray  # on devices or on the host
 Images = Float[Array, "B S S 3"]
 Features = Float[Array, "B D"]
 Scalar = Float[Array, ""]
@@ -42,43 +44,40 @@ class FrozenError(RuntimeError):
   """Training changed a frozen leaf; the run stops, and its last checkpoint stays."""
 
 
-@flax.struct.dataclass
-class LowRank:
-  """A change of one projection in every layer: y += ((x·A)·core)·Bᵀ.
+class LowRank(flax.struct.PyTreeNode):
+  """A change of one projection, in every layer or in one: y += ((x·A)·core)·Bᵀ.
 
   Attributes:
     a: input factors.
     b: output factors.
-    core: the matrix between them, [L, R, R], or its diagonal, [L, R]; None is the identity.
+    core: the matrix between them, [*L, R, R], or its diagonal, [*L, R]; None is the identity.
   """
 
-  a: Float[Array, "L D_in R"]
-  b: Float[Array, "L D_out R"]
-  core: Float[Array, "L R *R"] | None = None
+  a: Float[Array, "*L D_in R"]
+  b: Float[Array, "*L D_out R"]
+  core: Float[Array, "... R"] | None = None
 
 
-@flax.struct.dataclass
-class Prefix:
+class Prefix(flax.struct.PyTreeNode):
   """Keys and values before those of a layer's tokens; for all samples (B = 1) or for each."""
 
   key: Float[Array, "B P H d"]
   value: Float[Array, "B P H d"]
 
 
-@flax.struct.dataclass
-class Bottleneck:
-  """A narrow MLP in every layer: act(x·down + down_bias)·up + up_bias.
+class Bottleneck(flax.struct.PyTreeNode):
+  """A narrow MLP, in every layer or in one: act(x·down + down_bias)·up + up_bias.
 
   Attributes:
     activation: "relu" or "gelu".
     dropout_keys: of each layer; hidden units are then dropped with probability `dropout`.
   """
 
-  down: Float[Array, "L D M"]
-  down_bias: Float[Array, "L M"]
-  up: Float[Array, "L M D"]
-  up_bias: Float[Array, "L D"]
-  dropout_keys: PRNGKeyArray | None = None
+  down: Float[Array, "*L D M"]
+  down_bias: Float[Array, "*L M"]
+  up: Float[Array, "*L M D"]
+  up_bias: Float[Array, "*L D"]
+  dropout_keys: Key[Array, "*L"] | None = None
   dropout: float = flax.struct.field(pytree_node=False, default=0.0)
   activation: str = flax.struct.field(pytree_node=False, default="relu")
 
@@ -86,8 +85,7 @@ class Bottleneck:
 Deltas = Mapping[str, LowRank | tuple[LowRank, ...]]
 
 
-@flax.struct.dataclass
-class Adapters:
+class Adapters(flax.struct.PyTreeNode):
   """The changes that a method may make to the plain ViT; each part may be absent.
 
   Attributes:
@@ -111,8 +109,7 @@ class Adapters:
     return LayerAdapters(deltas=stacked[0], prefix=prefix, bottlenecks=stacked[1])
 
 
-@flax.struct.dataclass
-class LayerAdapters:
+class LayerAdapters(flax.struct.PyTreeNode):
   """The part of `Adapters` that one block sees; its arrays have no layer axis but for prefixes."""
 
   deltas: Deltas = flax.struct.field(default_factory=dict)
@@ -185,8 +182,7 @@ class Backbone:
   sizes: Sizes
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
   """A model's input: augmented, normalised images; rows where `valid` is False are padding.
 
   Labels are positions in the class order of the sequence, in [0, C).
@@ -197,8 +193,7 @@ class Batch:
   valid: Bool[Array, " B"]
 
 
-@flax.struct.dataclass
-class Examples:
+class Examples(flax.struct.PyTreeNode):
   """Images of a task's split, or of some batches of it, padded to a fixed capacity n.
 
   Attributes:
@@ -208,10 +203,13 @@ class Examples:
     valid: False for padding rows.
   """
 
-  images: UInt8[Array, "n h w 3"]
-  sizes: Int[Array, "n 2"]
-  labels: Int[Array, " n"]
-  valid: Bool[Array, " n"]
+  images: UInt8[AnyArray, "n h w 3"]
+  sizes: Int[AnyArray, "n 2"]
+  labels: Int[AnyArray, " n"]
+  valid: Bool[AnyArray, " n"]
+
+
+Batches = Generator[tuple[Examples, Any], None, None]  # with the rows of each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,8 +241,7 @@ class SequenceSpec:
     return len(set(self.class_ranges)) == 1 and self.num_tasks > 1
 
 
-@flax.struct.dataclass
-class Variables:
+class Variables(flax.struct.PyTreeNode):
   """The four groups; see the module docstring."""
 
   frozen: Params
@@ -257,8 +254,7 @@ class Variables:
     return self.replace(**{name: getattr(self, name) | new for name, new in groups.items()})
 
 
-@flax.struct.dataclass
-class TaskArrays:
+class TaskArrays(flax.struct.PyTreeNode):
   """The task a step belongs to, as data, so that one compiled step serves all tasks."""
 
   index: Int[Array, ""]
@@ -266,8 +262,7 @@ class TaskArrays:
   hi: Int[Array, ""]
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
   """A method's output in training: logits over the K slots of the current task, and a penalty."""
 
   logits: Float[Array, "B K"]
@@ -303,9 +298,9 @@ class TaskView:
   num_classes: int
   arrays: TaskArrays
   weights: Params
-  train_batches: Callable[[int], Iterator[tuple[Examples, Any]]]
-  val_batches: Callable[[int], Iterator[tuple[Examples, Any]]] | None
-  train_chunks: Callable[[int], Iterator[tuple[Examples, Any]]]
+  train_batches: Callable[[int], Batches]
+  val_batches: Callable[[int], Batches] | None
+  train_chunks: Callable[[int], Batches]
   augment: Callable[..., Batch]
   center: Callable[..., Batch]
   gather: Callable[[Any], Any]

@@ -27,6 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import type_checks
+
+type_checks.install()
 
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files

@@ -32,7 +32,7 @@ def trace(run: Callable[[], Any], top: int = 10) -> dict[str, Any]:
   }
 
 
-def read(data: jax.profiler.ProfileData) -> tuple[collections.Counter, collections.Counter]:
+def read(data: Any) -> tuple[collections.Counter, collections.Counter]:
   """Returns the nanoseconds and the calls of each kernel; numbers at the end of names are dropped.
 
   A GPU's kernels are events of its streams, a TPU's of its line "XLA Ops", a CPU's of XLA's

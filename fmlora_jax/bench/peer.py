@@ -41,7 +41,7 @@ class Peer:
     # -P: modules beside the script must not hide Python's
     command = [python, "-P", str(script), json.dumps(request)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    self._process = subprocess.Popen(command, **pipes)
+    self._process: Any = subprocess.Popen(command, **pipes)
     self.facts = self._answer()
 
   def __enter__(self):

@@ -63,11 +63,11 @@ def measure(
     f"task_{task}": workload.training_step(weights, task - 1) for task in set(setting.measured)
   }
   product = workload.large_product()
-  runners = programs | {"product": product}
+  runners: dict[str, Any] = programs | {"product": product}
   with contextlib.ExitStack() as stack:
     peers = None
     if variants:
-      peer = stack.enter_context(Peer(_request(setting, variants), peers_python))
+      peer = stack.enter_context(Peer(_request(setting, variants), str(peers_python)))
       peers = dict(peer.facts)
       runners = runners | {name: functools.partial(peer.run, name) for name in peers["variants"]}
     seconds = take_turns(runners, repeats)
@@ -163,7 +163,7 @@ def speed_table(result: Mapping[str, Any]) -> Table:
     *_timing(least["step_seconds"]["step"], setting, ""),
     f"{least['kept_bytes'] / 2**20:.0f}",
   )
-  peers = result.get("peers") or {"variants": []}
+  peers: dict[str, Any] = result.get("peers") or {"variants": []}
   for name in peers["variants"]:
     facts = peers[name]
     timing = _timing(facts["step_seconds"], setting, "")

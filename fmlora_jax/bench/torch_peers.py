@@ -7,6 +7,9 @@ everything is bfloat16, which is faster than autocast. In float32 on CUDA TF32 i
 JAX.
 """
 
+# the peers are in an environment of their own
+# pyright: reportMissingImports=false
+
 import contextlib
 import importlib
 import json

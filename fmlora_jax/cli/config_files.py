@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 from ml_collections import config_dict
@@ -53,8 +53,7 @@ def paper(
     tasks=tasks,
     input={"source_size": source_size, "augmentation": "pilot", "normalisation": "zero_one"},
   )
-  if "split" in chosen:
-    tree.tasks.split = chosen["split"]
+  tree.update({"tasks": {"split": chosen["split"]}} if "split" in chosen else {})
   return tree
 
 
@@ -66,12 +65,12 @@ def _official(config: Config) -> dict[str, Any]:
       "recipe is 'official': must be unified, the official codes learn new classes in each task "
       f"(cil), and the scenario is {tasks.scenario}"
     )
-  known = getattr(methods.find(name), "OFFICIAL", {})
+  known: dict[str, Any] = getattr(methods.find(name), "OFFICIAL", {})
   if tasks.benchmark not in known:
     have = f"has none for {tasks.benchmark!r}, but for {', '.join(known)}" if known else "has none"
     raise ConfigError(f"recipe is 'official': must be unified, {name} {have}")
   groups = known[tasks.benchmark]
-  return groups(tasks.num_tasks) if callable(groups) else groups
+  return cast(dict, groups(tasks.num_tasks) if callable(groups) else groups)
 
 
 def merged(groups: dict, changes: dict) -> dict:

@@ -63,12 +63,13 @@ def load_values(text: str | None) -> ml_collections.ConfigDict:
   Raises:
     ConfigError: if there is no such file or it fails.
   """
-  path, (_, colon, variant) = config_path(text), text.partition(":")
+  path, (_, colon, variant) = config_path(text), str(text).partition(":")
   if path.suffix == ".json":
     if colon:
       raise ConfigError(f"--config is {text!r}: a config.json takes no :VARIANT; leave it out")
     return _read_json(path)
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -139,7 +140,9 @@ def change_config(values: ml_collections.ConfigDict, changes: Changes = ()) -> C
 
 def _applies(values: ml_collections.ConfigDict, old: str, new: str) -> bool:
   """Returns whether a field is more than a moved one that the method does not have."""
-  return old == new or not new.startswith("method.") or new.split(".")[1] in values.method
+  return (
+    old == new or not new.startswith("method.") or new.split(".")[1] in values.to_dict()["method"]
+  )
 
 
 def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:

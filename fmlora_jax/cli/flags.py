@@ -70,7 +70,7 @@ def describe(values: flags.FlagValues) -> str:
   for name in values:
     flag = values[name]
     has_default = flag.default not in (None, False, [])
-    default = f" Default: {flag.default_as_str.strip(chr(39))}." if has_default else ""
+    default = f" Default: {str(flag.default_as_str).strip(chr(39))}." if has_default else ""
     shown = f"--{name}" if flag.boolean else f"--{name}=VALUE"
     paragraphs.append((shown, f"{flag.help}{default}"))
     if name == "config":

@@ -47,11 +47,11 @@ def _benchmark(name: str) -> str:
 
 
 def _summary(module: types.ModuleType) -> str:
-  return inspect.cleandoc(module.__doc__).splitlines()[0]
+  return inspect.cleandoc(str(module.__doc__)).splitlines()[0]
 
 
 def _file_summary(path: pathlib.Path) -> str:
-  return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+  return str(ast.get_docstring(ast.parse(path.read_text()))).splitlines()[0]
 
 
 def _weights(entry: registry.Checkpoint) -> str:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -23,7 +23,7 @@ HELP = {"-h", "-help", "--help", "-helpfull", "--helpfull", "-helpshort", "--hel
 def start(
   main: Callable[[Arguments], None],
   define_flags: Callable[[flags.FlagValues], None],
-  argv: Sequence[str] | None = None,
+  argv: list[str] | None = None,
 ) -> None:
   """Parses the command line and calls `main` with it.
 
@@ -46,7 +46,7 @@ def start(
   def parse(argv):
     flags.FLAGS(argv[:1])  # of libraries, which may look at their flags
     if HELP & {*argv[1:]}:
-      print_help(inspect.getmodule(main).__doc__, values)
+      print_help(str(inspect.getmodule(main).__doc__), values)
       sys.exit(0)
     try:
       return flags_lib.parse(values, argv)
@@ -116,7 +116,7 @@ def enable_compilation_cache() -> None:
   import jax  # takes a second, which --help does without
 
   cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache, "fmlora_jax", "xla")))
   # small programs too: between tasks a run has hundreds
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

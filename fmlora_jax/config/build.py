@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fmlora_jax.config.checks import ConfigError
 from fmlora_jax.config.schema import MethodConfig
@@ -29,7 +29,7 @@ def build(
     ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
       dataclass refuses; the message starts with the field's full path.
   """
-  hints = typing.get_type_hints(cls)
+  hints: dict[str, Any] = typing.get_type_hints(cls)
   known = [field.name for field in dataclasses.fields(cls)]
   filled = {}
   for name, value in values.items():
@@ -42,9 +42,9 @@ def build(
       if not isinstance(value, dict):
         raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
       default = getattr(cls() if base is None else base, name)
-      if kind is MethodConfig:
+      if kind is MethodConfig and method_config is not None:
         kind, default = method_config(value.get("name", MethodConfig.name)), None
-      filled[name] = build(kind, value, f"{path}.{name}", default, method_config)
+      filled[name] = build(cast(type, kind), value, f"{path}.{name}", default, method_config)
     else:
       filled[name] = _convert(kind, value, f"{path}.{name}")
   try:

@@ -247,7 +247,7 @@ def _connect(host: str) -> None:
     port, key, *addresses = gather("")[0].split()
     connection = _reach([host] if host else addresses, int(port), bytes.fromhex(key))
     connection.send_bytes(str(jax.process_index()).encode())
-    connections = {0: connection}
+    connections: dict[int, Any] = {0: connection}
   else:
     address, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
     with multiprocessing.connection.Listener(address, backlog=count, authkey=key) as listener:
@@ -267,9 +267,7 @@ def _own_addresses() -> list[str]:
   return addresses
 
 
-def _reach(
-  addresses: Sequence[str], port: int, key: bytes
-) -> multiprocessing.connection.Connection:
+def _reach(addresses: Sequence[str], port: int, key: bytes) -> Any:
   """Returns a connection to the first of the addresses that can be reached."""
   *others, last = addresses
   for address in others:

@@ -27,7 +27,7 @@ class Clock:
   """
 
   def __init__(self, began: float):
-    self._seconds = dict.fromkeys(KINDS, 0.0)
+    self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     self._kind, self._since = "import", began
     self._switch("other")
     self._thread = threading.get_ident()
@@ -65,14 +65,16 @@ class Clock:
     self._seconds[self._kind] += now - self._since
     self._kind, self._since = kind, now
 
-  def _compiled(self, event: str, start: float, end: float, **facts) -> None:
-    del facts
+  def _compiled(self, event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
+    del kwargs
     if event not in COMPILE_EVENTS or threading.get_ident() != self._thread:
       return
-    seconds = end - start
-    while self._spans and self._spans[-1][0] >= start:  # tracing nests, and inner spans end first
+    seconds = end_time - start_time
+    while (
+      self._spans and self._spans[-1][0] >= start_time
+    ):  # tracing nests, and inner spans end first
       inner_start, inner_end = self._spans.pop()
       seconds -= inner_end - inner_start
-    self._spans.append((start, end))
+    self._spans.append((start_time, end_time))
     self._seconds["compile"] += seconds
     self._seconds[self._kind] -= seconds

@@ -90,7 +90,7 @@ def check_arguments(file: str | None, changes: Changes) -> None:
   fields = {field for field, _ in changes}
   if path.suffix == ".json":
     raise ConfigError(f"--config is {file!r}: must be a config file, which is read for each method")
-  if re.search(r"[:,]method=", file) or fields & {"method", "method.name"}:
+  if re.search(r"[:,]method=", str(file)) or fields & {"method", "method.name"}:
     raise ConfigError("--config names a method: they are given as --methods=NAME,NAME")
   for field in sorted(fields & {"seed", "seeds"}):
     raise ConfigError(f"--config.{field} is given: the seeds are given as --seeds=1993,1994")

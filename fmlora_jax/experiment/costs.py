@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -170,7 +170,7 @@ def forward_flops(setup: RunSetup) -> float:
 
 
 def _flops(program: jax.stages.Lowered | jax.stages.Compiled, batch_size: int) -> float:
-  return program.cost_analysis()["flops"] / batch_size
+  return (program.cost_analysis() or {})["flops"] / batch_size
 
 
 def _num_bytes(tree: Any) -> int:
@@ -179,6 +179,12 @@ def _num_bytes(tree: Any) -> int:
   return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def _first(blocks: Iterator) -> Any:
+def _temp_bytes(program: jax.stages.Compiled) -> int:
+  analysis = program.memory_analysis()
+  assert analysis is not None  # of programs that XLA compiled
+  return analysis.temp_size_in_bytes
+
+
+def _first(blocks: Generator) -> Any:
   with contextlib.closing(blocks):
     return next(blocks)

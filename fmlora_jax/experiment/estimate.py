@@ -184,11 +184,11 @@ def largest_batch(
 
 def _seconds(setup: RunSetup, stages: list[Stage], test: Cost) -> dict[str, float] | None:
   """Returns the seconds of all steps, of all tests, and of passes between tasks."""
-  if None in (test.seconds, *(stage.step.seconds for stage in stages)):
+  if test.seconds is None or None in [stage.step.seconds for stage in stages]:
     return None
   config, sequence, passes = setup.config, setup.sequence, setup.method.passes
   train = sum(
-    setup.trainer.num_steps(index) * stage.step.seconds
+    setup.trainer.num_steps(index) * (stage.step.seconds or 0.0)
     for stage in stages
     for index in range(stage.first, stage.last + 1)
   )

@@ -63,7 +63,7 @@ def _check_memory(config: Config, method: AdaptedViT, backbone: Backbone, memory
       sizes["head.num_centroids"] = config.head.num_centroids
     field, value = "tasks.num_tasks", config.tasks.num_tasks
     if sizes:
-      field = max(sizes, key=sizes.get)
+      field = max(sizes, key=lambda name: sizes[name])
       value = sizes[field]
     raise ConfigError(
       f"config.{field} is {value}: must be less, what {config.method.name} learns would take "

@@ -70,13 +70,13 @@ class Session:
 
   Attributes:
     progress: of the run.
-    variables: of the method; None before the run has begun.
+    variables: of the method; empty before the run has begun.
   """
 
   def __init__(self, store: checkpoint.CheckpointStore):
     self._store = store
     self.progress = Progress()
-    self.variables: Variables | None = None
+    self.variables = Variables(frozen={}, shared={}, cur={}, mem={})
 
   def restore(self, init_state: Callable[[Variables, int], TrainState]) -> TrainState | None:
     """Restores progress and variables from the newest checkpoint, if there is one.

@@ -37,7 +37,7 @@ class RunSetup:
     method: to train.
     sequence: the tasks.
     weights: the pre-trained backbone, float32, on the devices of the mesh.
-    info: of the weights; None for those of no registry.
+    info: of the weights.
     sizes: of the ViT.
     normalisation: of pixels.
     mesh: devices.
@@ -53,7 +53,7 @@ class RunSetup:
   method: AdaptedViT
   sequence: TaskSequence
   weights: Params
-  info: registry.WeightsInfo | None
+  info: registry.WeightsInfo
   sizes: Sizes
   normalisation: str
   mesh: jax.sharding.Mesh
@@ -93,7 +93,7 @@ def build_setup(
   sizes: Sizes,
   normalisation: str,
   mesh: jax.sharding.Mesh,
-  info: registry.WeightsInfo | None = None,
+  info: registry.WeightsInfo = registry.UNKNOWN,
   is_streaming: bool = False,
 ) -> RunSetup:
   """Returns the setup of a run; arguments as of `RunSetup`.
@@ -145,7 +145,7 @@ class SetupCache:
   def __init__(self, *, keeps_images: bool = False):
     self._keeps_images = keeps_images
     self._weights: dict[Any, tuple[Params, Sizes, registry.WeightsInfo]] = {}
-    self._sources: dict[Any, tasks.Source] = {}
+    self._sources: dict[Any, tasks.DataSource] = {}
     self._setups: dict[Any, RunSetup] = {}
 
   def setup(self, config: Config, kind: Callable = contextlib.nullcontext) -> RunSetup:
@@ -165,6 +165,7 @@ class SetupCache:
       sequence, mode = self._load_tasks(config, config.input.source_size or sizes.image_size)
     normalisation = config.input.normalisation or info.normalisation
     augment.check(config.input.augmentation, normalisation)
+    assert normalisation is not None
     key = dataclasses.replace(config, seed=Config.seed), sequence.spec, mode
     if key in self._setups:
       setup = self._setups[key].with_sequence(sequence, config.seed)
@@ -190,9 +191,9 @@ class SetupCache:
     """Returns the weights, on the devices, and the facts of `registry.load`."""
     key = config.weights, config.input.image_size, config.mesh
     if key not in self._weights:
-      weights, *facts = registry.load(config.weights, config.input.image_size)
+      weights, sizes, info = registry.load(config.weights, config.input.image_size)
       weights = mesh_lib.place(weights, mesh_lib.fsdp_sharding(mesh, weights))
-      self._weights[key] = weights, *facts
+      self._weights[key] = weights, sizes, info
     return self._weights[key]
 
   def _load_tasks(self, config: Config, source_size: int) -> tuple[TaskSequence, str]:

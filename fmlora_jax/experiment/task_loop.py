@@ -116,7 +116,7 @@ class TaskLoop:
           self._save_within_task()
           raise
         except NonFiniteError as error:
-          self._log.not_finite(error.found)
+          self._log.not_finite(error.details)
           raise
         state = self._unsaved = None
         self._save(trainer.steps_before(index + 1))
@@ -129,7 +129,7 @@ class TaskLoop:
     self._clock.add(progress.seconds)
     self._record("devices", provenance.devices(self._setup.mesh))
     self._record("code", provenance.code())
-    if self._session.variables is None:
+    if not self._session.variables.mem:
       self._begin()
     elif state is None:
       self._log.note(f"resumed after task {progress.task} of {self._num_tasks}")

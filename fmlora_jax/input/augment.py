@@ -53,7 +53,7 @@ NORMALISATIONS = {  # (mean, standard deviation) of pixels in [0, 1]
 }
 
 
-def check(augmentation: str, normalisation: str) -> None:
+def check(augmentation: str, normalisation: str | None) -> None:
   """Raises a ConfigError if either name is unknown."""
   for field, name, known in (
     ("augmentation", augmentation, PRESETS),
@@ -156,7 +156,7 @@ def random_box(
   """
   height, width = extent[0], extent[1]
   draws = jax.random.uniform(key, (2 * TRIES + 3,))
-  area = height * width * _between(draws[:TRIES], *preset.scale)
+  area = height * width * _between(draws[:TRIES], *(preset.scale or (1.0, 1.0)))
   lo, hi = preset.ratio
   ratio = jnp.exp(_between(draws[TRIES : 2 * TRIES], math.log(lo), math.log(hi)))
   widths, heights = _rint(jnp.sqrt(area * ratio)), _rint(jnp.sqrt(area / ratio))
@@ -240,5 +240,5 @@ def _batch(gathered: Examples, views, normalisation: str, dtype) -> Batch:
   return Batch(
     images=images.astype(dtype),
     labels=jnp.where(gathered.valid, gathered.labels, 0),
-    valid=gathered.valid,
+    valid=jnp.asarray(gathered.valid),
   )

@@ -5,6 +5,7 @@ A checkpoint holds the position in the data as the number of the step.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int
@@ -51,6 +52,9 @@ class Chunks:
 
   def __len__(self) -> int:
     return len(self.bounds) - 1
+
+  def __iter__(self) -> Iterator[Int[np.ndarray, "K B"]]:
+    return (self[index] for index in range(len(self)))
 
   def __getitem__(self, index: int) -> Int[np.ndarray, "K B"]:
     """Returns the rows of the steps of chunk `index`; those of missing steps are -1."""

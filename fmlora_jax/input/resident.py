@@ -193,7 +193,9 @@ def read_blocks(
     yield put(examples), rows
 
 
-def cache_decoded(sequence: TaskSequence, records: Sequence[int]) -> TaskSequence:
+def cache_decoded(
+  sequence: TaskSequence, records: Sequence[int] | Int[np.ndarray, " n"]
+) -> TaskSequence:
   """Returns the sequence with a source that decodes each of `records` once, and no other record.
 
   A source with such a cache, which several runs share, stays as it is.

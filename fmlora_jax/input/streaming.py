@@ -12,8 +12,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
@@ -29,6 +29,7 @@ from fmlora_jax.tasks.sequence import TaskSequence
 from fmlora_jax.types import Examples
 
 
+@runtime_checkable
 class Blocks(Protocol):
   """A sequence of blocks of one shape: rows to visit, -1 is padding. Can be pickled."""
 
@@ -77,7 +78,7 @@ class StreamingReader:
       finally:
         thread.submit(items.close)
 
-  def _items(self, blocks: Blocks) -> Iterator[tuple[Examples, Rows]]:
+  def _items(self, blocks: Blocks) -> Generator[tuple[Examples, Rows], None, None]:
     """Yields the items of `read`; runs in a thread."""
     data = grain.MapDataset.source(_Decoded(self.sequence, self.indices, blocks, self.shard))
     made = _in_processes(data, self.workers) if self.workers else _in_a_thread(data)
@@ -102,14 +103,14 @@ class _Decoded:
     return resident.load_block(self.sequence, self.indices, self.blocks[index], self.shard)
 
 
-def _in_a_thread(data: grain.MapDataset) -> Iterator:
+def _in_a_thread(data: grain.MapDataset) -> Generator:
   """Yields the items of `data`; the next one is decoded while the caller has one."""
   ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
   with contextlib.closing(iter(data.to_iter_dataset(ahead))) as items:
     yield from items
 
 
-def _in_processes(data: grain.MapDataset, workers: int) -> Iterator:
+def _in_processes(data: grain.MapDataset, workers: int) -> Generator:
   """Yields the items of `data`, decoded by processes, each several items ahead; blocks Ctrl-C.
 
   Raises:
@@ -118,10 +119,10 @@ def _in_processes(data: grain.MapDataset, workers: int) -> Iterator:
   if not flags.FLAGS.is_parsed():  # grain reads its own to start a process
     flags.FLAGS.mark_as_parsed()
   processes = grain.MultiprocessingOptions(num_workers=min(workers, len(data)))
-  data = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  data = data.mp_prefetch(processes, _end_with_parent)
+  in_order = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  ahead = in_order.mp_prefetch(processes, _end_with_parent)
   try:
-    with contextlib.closing(iter(data)) as items:
+    with contextlib.closing(iter(ahead)) as items:
       items.get_state()  # makes the iterators of all processes, so that all are closed
       # the processes inherit the mask: Ctrl-C ends this process, which ends them
       signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -149,7 +150,8 @@ def _end_with_parent(index: int, count: int) -> None:
   parent = multiprocessing.parent_process()
 
   def wait():
-    parent.join()
+    if parent is not None:
+      parent.join()
     os._exit(1)
 
   threading.Thread(target=wait, daemon=True).start()

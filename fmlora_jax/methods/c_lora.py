@@ -100,7 +100,9 @@ class CLoRA(AdaptedViT[Config]):
   def total_overlap(self, variables: Variables) -> Scalar:
     """Returns the overlap of the current change with the earlier ones over all targets."""
     merged, deltas = variables.mem["merged"], low_rank.deltas_of(variables.cur["lora"])
-    return sum(overlap(merged[name], low_rank.dense(new)) for name, new in deltas.items())
+    return sum(
+      (overlap(merged[n], low_rank.dense(new)) for n, new in deltas.items()), jnp.zeros(())
+    )
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     facts = {"penalty": self.settings.penalty_weight * float(self.total_overlap(variables))}

@@ -105,7 +105,7 @@ class CODAPrompt(AdaptedViT[Config]):
     return base.put_slot(variables.mem["components"], task, variables.cur["components"])
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
-    return self.recall(self.slots_of_all_tasks(variables, inputs.task.index), inputs.query)
+    return self.recall(self.slots_of_all_tasks(variables, inputs.task.index), inputs.class_tokens)
 
   def recall(self, memory: Params, query: Features) -> Adapters:
     prefixes = prefix_prompts(memory, query)
@@ -118,7 +118,7 @@ class CODAPrompt(AdaptedViT[Config]):
     used = jnp.arange(self.spec.num_tasks * self.num_slots)
     used = used < (inputs.task.index + 1) * self.num_slots
     kinds = (prompts.orthogonality(joined(kind), used) for kind in components.values())
-    return self.settings.orthogonality * sum(kinds)
+    return self.settings.orthogonality * sum(kinds, jnp.zeros(()))
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     stacks = self.slots_of_all_tasks(variables, view.index)

@@ -122,7 +122,7 @@ class DualPrompt(AdaptedViT[Config]):
 
   def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del features
-    return -self.settings.pull * pull(inputs.query, variables.cur["key"], inputs.valid)
+    return -self.settings.pull * pull(inputs.class_tokens, variables.cur["key"], inputs.valid)
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     slot = {name: variables.cur[name] for name in SLOT} | {"learned": True}

@@ -81,19 +81,20 @@ class L2P(AdaptedViT[Config]):
     return similarities, prompts.choose(similarities, settings.top_n, batchwise=settings.batchwise)
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
-    return self.recall(variables.shared["pool"], inputs.query)
+    return self.recall(variables.shared["pool"], inputs.class_tokens)
 
   def recall(self, memory: Params, query: Features) -> Adapters:
     _, chosen = self.match(memory, query)
     return Adapters(prompt=rearrange(memory["prompt"][chosen], "b n p d -> b (n p) d"))
 
   def read(self, backbone: Params, images: Images, adapters: Adapters) -> Features:
+    assert adapters.prompt is not None
     tokens = self.backbone.tokens(backbone, images, adapters, 1 + adapters.prompt.shape[1])
     return tokens[:, 1:].astype(jnp.float32).mean(1)
 
   def penalty(self, variables: Variables, inputs: StepInputs, features: Features) -> Scalar:
     del features
-    matched = self.match(variables.shared["pool"], inputs.query)
+    matched = self.match(variables.shared["pool"], inputs.class_tokens)
     return -self.settings.pull * pull(*matched, inputs.valid)
 
   def folded(self, weights: Params, variables: Variables) -> tuple[Params, Params]:

@@ -95,7 +95,7 @@ class FLoRA(nn.Module):
       deltas = between(bases, cores)
       deltas = {name: low_rank.orthonormalise(delta) for name, delta in deltas.items()}
       bases = {name: {"a": delta.a, "b": delta.b} for name, delta in deltas.items()}
-      cores = {name: delta.core for name, delta in deltas.items()}
+      cores = {name: delta.core for name, delta in deltas.items() if delta.core is not None}
       self.put_variable("shared", "bases", bases)
     stacks = {
       name: stack.at[task].set(low_rank.pad_core(cores[name], self.max_rank))

@@ -118,7 +118,7 @@ def start(head: Head, mem: Params, spec: SequenceSpec, task: int, key) -> Params
 
 
 def imprint(
-  rows: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"], task: TaskArrays
+  rows: Params, sums: Float[Array, "C D"], counts: Float[Array, " C"], task: TaskArrays
 ) -> Params:
   """Returns `rows` as the nearest-mean classifier of the task's classes, from sums of features.
 
@@ -140,7 +140,7 @@ def commit(mem: Params, cur: Params, spec: SequenceSpec, task: int) -> Params:
   return mem | {name: mem[name].at[lo:hi].set(leaf[: hi - lo]) for name, leaf in cur.items()}
 
 
-def add_means(mem: Params, sums: Float[Array, "C D"], counts: Int[Array, " C"]) -> Params:
+def add_means(mem: Params, sums: Float[Array, "C D"], counts: Float[Array, " C"]) -> Params:
   """Returns `mem` with the class means updated by sums of features and numbers of images."""
   count = mem["count"] + counts
   total = mem["mean"] * mem["count"][:, None] + sums

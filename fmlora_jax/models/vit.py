@@ -7,15 +7,26 @@ DINOv2 (arXiv:2304.07193). Equal to timm's and Hugging Face's forward pass (test
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.models import bottleneck, low_rank, products
-from fmlora_jax.types import Adapters, Backbone, Deltas, LayerAdapters, LowRank, Prefix, Sizes
+from fmlora_jax.types import (
+  Adapters,
+  Backbone,
+  Deltas,
+  LayerAdapters,
+  LowRank,
+  Params,
+  Prefix,
+  Sizes,
+)
 
 PROJECTIONS = ("query", "key", "value", "out", "fc1", "fc2")
 
@@ -37,7 +48,7 @@ class LayerNorm(nn.Module):
   the one timm computes.
   """
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -49,7 +60,7 @@ class LayerNorm(nn.Module):
     return (centred * (rate * scale) + bias).astype(self.dtype)
 
 
-def dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+def dense(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
   """Returns nn.Dense with `products.multiply` as its product over the input's last axis."""
 
   def product(x, kernel, dimensions, precision):
@@ -63,7 +74,7 @@ class AdaptedDense(nn.Module):
   """A dense layer that low-rank deltas may shift; without one it is plain."""
 
   features: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(
@@ -113,7 +124,7 @@ class Attention(nn.Module):
   """
 
   num_heads: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(
@@ -153,7 +164,7 @@ class Block(nn.Module):
   """
 
   sizes: Sizes
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(
@@ -198,7 +209,7 @@ class ViT(nn.Module):
   """
 
   sizes: Sizes
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -229,22 +240,26 @@ class ViT(nn.Module):
     return LayerNorm(self.dtype, name="norm")(x), inputs
 
 
-def make_vit(sizes: Sizes, dtype: jnp.dtype = jnp.float32) -> Backbone:
+def make_vit(sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Backbone:
   """Returns the ViT of the given sizes as pure functions; compute in `dtype`, features float32."""
   module = ViT(sizes, dtype)
 
+  def forward(params, images, adapters, num_queries) -> Any:
+    return module.apply({"params": params}, images, adapters, num_queries)
+
   def tokens(params, images, adapters=None, num_queries=None):
-    return module.apply({"params": params}, images, adapters, num_queries)[0]
+    return forward(params, images, adapters, num_queries)[0]
 
   def apply(params, images, adapters=None):
     return tokens(params, images, adapters, num_queries=1)[:, 0].astype(jnp.float32)
 
   def attention_inputs(params, images, adapters=None):
-    return jnp.stack(module.apply({"params": params}, images, adapters, num_queries=1)[1])
+    _, inputs = forward(params, images, adapters, 1)
+    return jnp.stack(inputs)
 
-  def init(key):
+  def init(key: PRNGKeyArray) -> Params:
     image = jnp.zeros((1, sizes.image_size, sizes.image_size, 3), dtype)
-    return module.init(key, image)["params"]
+    return dict(module.init(key, image)["params"])
 
   return Backbone(
     apply=apply, tokens=tokens, attention_inputs=attention_inputs, init=init, sizes=sizes

@@ -8,6 +8,7 @@ import functools
 import itertools
 import pathlib
 import string
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -76,7 +77,7 @@ def pool(
     letter = CLASSES[labels[i]][rng.integers(len(CLASSES[labels[i]]))]
     glyph = _glyph(faces[rng.integers(len(faces))], letter, int(rng.integers(STROKES)))
     bent = _bend(glyph, rng, turned=rng.random() < quarter_turns)
-    images[i] = _reduce(bent, rng, coarse=rng.random() < coarse)
+    images[i] = np.asarray(_reduce(bent, rng, coarse=rng.random() < coarse))
   return images, labels
 
 
@@ -92,7 +93,7 @@ def _glyph(face: str, letter: str, stroke: int) -> Image.Image:
   image = Image.new("L", (3 * GLYPH_SIZE, 3 * GLYPH_SIZE))
   corner = (GLYPH_SIZE, GLYPH_SIZE)
   ImageDraw.Draw(image).text(corner, letter, fill=255, font=font, stroke_width=stroke)
-  left, top, right, bottom = image.getbbox()
+  left, top, right, bottom = cast(tuple[int, int, int, int], image.getbbox())
   return image.crop((left - 1, top - 1, right + 1, bottom + 1))
 
 

@@ -13,7 +13,8 @@ Examples:
 """
 
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -76,7 +77,9 @@ def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
     plots.plot_accuracy_over_tasks(group(results), options.plot)
 
 
-def _report_on_paper(results: Iterable[dict], notes: Iterable[str], html: str | None) -> None:
+def _report_on_paper(
+  results: Iterable[Mapping[str, Any]], notes: Iterable[str], html: str | None
+) -> None:
   from rich.console import Console
 
   from fmlora_jax.report import paper, paper_markdown, tables

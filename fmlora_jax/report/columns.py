@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -35,8 +36,8 @@ def _score(name: str, field: str, ranked: bool = False) -> Column:
 
 def _reported(fact: Reported) -> Column:
   """Returns the column of a fact that only some methods report."""
-  name, form = fact.column
-  return Column(name, lambda runs: FORMATS[form]([r.get(fact.field) for r in runs]))
+  name, form = cast(tuple[str, str], fact.column)
+  return Column(name, lambda runs: FORMATS[form]([r.get(str(fact.field)) for r in runs]))
 
 
 def columns(groups: Groups) -> list[Column]:
@@ -59,8 +60,8 @@ def columns(groups: Groups) -> list[Column]:
 def declared(groups: Groups) -> list[Reported]:
   """Returns the facts with a column that the methods of some runs declare, one for each header."""
   names = dict.fromkeys(run["method"] for runs in groups.values() for run in runs)
-  facts = [fact for name in names for fact in methods.reports(name) if fact.column]
-  return list({fact.column[0]: fact for fact in facts}.values())
+  facts = [fact for name in names for fact in methods.reports(name)]
+  return list({fact.column[0]: fact for fact in facts if fact.column}.values())
 
 
 LEGEND = (

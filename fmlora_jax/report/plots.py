@@ -39,15 +39,16 @@ def write_plots(result: RunResult, workdir: str | os.PathLike) -> list[Path]:
   paths = {name: folder / f"{name}.png" for name in ("accuracy_matrix", "accuracy_over_tasks")}
   plot_accuracy_matrix(result, paths["accuracy_matrix"])
   plot_accuracy_over_tasks({title(result): {"": [result]}}, paths["accuracy_over_tasks"])
-  facts = [fact for fact in methods.reports(result["method"]) if result.get(fact.field) is not None]
-  by_task = [fact for fact in facts if not fact.is_final]
-  if by_task:
-    paths["by task"] = folder / f"{by_task[0].field}.png"
-    plot_by_task(result, by_task, paths["by task"])
-  for fact in facts:
+  reports = {fact.field or "": fact for fact in methods.reports(result["method"])}
+  facts = {field: fact for field, fact in reports.items() if result.get(field) is not None}
+  by_task = {field: fact for field, fact in facts.items() if not fact.is_final}
+  for field in [*by_task][:1]:
+    paths[field] = folder / f"{field}.png"
+    plot_by_task(result, by_task, paths[field])
+  for field, fact in facts.items():
     if fact.is_final:
-      paths[fact.field] = folder / f"{fact.field}.png"
-      plot_pairs(result, fact, paths[fact.field])
+      paths[field] = folder / f"{field}.png"
+      plot_pairs(result, field, fact, paths[field])
   return list(paths.values())
 
 
@@ -63,9 +64,9 @@ def plot_accuracy_matrix(result: RunResult, path: Target) -> None:
   _save(figure, axes, title(result), path)
 
 
-def plot_pairs(result: RunResult, fact: Reported, path: Target) -> None:
+def plot_pairs(result: RunResult, field: str, fact: Reported, path: Target) -> None:
   """Draws a fact about each pair of tasks, in [-1, 1]."""
-  values = np.array(result[fact.field], float)
+  values = np.array(result[field], float)
   figure, axes = _square(len(values))
   image = axes.imshow(values, cmap="PuOr", vmin=-1, vmax=1)
   _numbers(axes, image, values, "{:.2f}" if len(values) <= 12 else "{:.1f}")
@@ -91,13 +92,13 @@ def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None
   _write(figure, path)
 
 
-def plot_by_task(result: RunResult, facts: Sequence[Reported], path: Target) -> None:
+def plot_by_task(result: RunResult, facts: Mapping[str, Reported], path: Target) -> None:
   """Draws facts about each task as bars, one panel below the other."""
   width = min(max(4.8, 0.5 * len(result["task_names"]) + 2), 14)
   figure = Figure(figsize=(width, 1.2 + 1.9 * len(facts)), dpi=150, layout="constrained")
   panels = figure.subplots(len(facts), 1, squeeze=False, sharex=True)[:, 0]
-  for axes, fact, colour in zip(panels, facts, COLOURS, strict=False):
-    values, form = np.array(result[fact.field], float), "{:g}" if fact.kind is int else "{:.2f}"
+  for axes, (field, fact), colour in zip(panels, facts.items(), COLOURS, strict=False):
+    values, form = np.array(result[field], float), "{:g}" if fact.kind is int else "{:.2f}"
     bars = axes.bar(np.arange(len(values)), np.nan_to_num(values), color=colour, width=0.7)
     if len(values) <= NUMBERS_UP_TO:
       labels = ["" if np.isnan(v) else form.format(v) for v in values]

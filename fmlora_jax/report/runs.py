@@ -88,7 +88,9 @@ def mean_std(values: Numbers) -> str:
   average = mean(values)
   if np.isnan(average):
     return "-"
-  return f"{average:.2f} ± " + (f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "   -")
+  return f"{average:.2f} ± " + (
+    f"{np.std(np.asarray(values, float), ddof=1):.2f}" if len(values) > 1 else "   -"
+  )
 
 
 def mean(values: Numbers) -> float:

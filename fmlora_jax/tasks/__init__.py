@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import types
 from collections.abc import Sequence
+from typing import cast
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import task_file
@@ -47,7 +48,7 @@ def make(
   is_first_use = source is None
   if source is None:
     check(config)
-    source = find(config.benchmark).make(config, source_size)
+    source = cast(DataSource, find(config.benchmark).make(config, source_size))
   if config.task_file is not None:
     sequence = task_file.read_task_file(config.task_file, source, config)
   else:

@@ -262,7 +262,7 @@ def _split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   Published splits are taken. A missing one is drawn from the training images, per class and domain:
   first test, then val. The draw of a class depends on split_seed and on that class alone.
   """
-  if source.split_name is not None:
+  if source.split_name is not None and source.split is not None:
     return source.split
   codes = np.full(len(source.labels), TRAIN, np.int8)
   if source.split is not None:

@@ -96,6 +96,7 @@ def listed(*, train: str, test: str, source: str) -> SplitRule:
   """
 
   def rule(records: Records) -> SplitCodes:
+    assert records.names is not None
     rows = {name: row for row, name in enumerate(records.names())}
     codes = np.full(len(rows), -1, np.int8)
     for code, file in ((TRAIN, train), (TEST, test)):

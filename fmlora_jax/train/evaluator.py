@@ -77,7 +77,7 @@ def allowed_classes(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]
 
 
 def iterate_batches(
-  read: Callable, sizes: Sequence[int], batch_size: int, replicate: Callable
+  read: Callable, sizes: Sequence[int] | Int[np.ndarray, " T"], batch_size: int, replicate: Callable
 ) -> Iterator[tuple[Examples, Int[Array, " B"]]]:
   """Yields the batches of test sets that lie one after the other in the images of `read`.
 

@@ -3,7 +3,8 @@
 Source: AdamW with cosine annealing is FM-LoRA's (arXiv:2504.08823) Sec. 4.1; the groups are ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
 
 import jax
 import optax
@@ -29,8 +30,9 @@ def make_optimizer(
       rate, decay = optim.head_learning_rate, optim.head_weight_decay
     return _group(config, rate * group.lr_scale, decay * group.decays)
 
-  transforms = {name: transform(group) for name, group in groups.items()}
-  grouped = optax.multi_transform(transforms | {"frozen": optax.set_to_zero()}, labels)
+  transforms: dict[Hashable, optax.GradientTransformation] = {"frozen": optax.set_to_zero()}
+  transforms |= {name: transform(group) for name, group in groups.items()}
+  grouped = optax.multi_transform(transforms, labels)
   if optim.clip_norm is None:
     return grouped
   return optax.chain(optax.clip_by_global_norm(optim.clip_norm), grouped)
@@ -64,4 +66,4 @@ def _scheduled(factor: schedules.Schedule) -> optax.GradientTransformationExtraA
     now = factor(progress, epoch)
     return jax.tree.map(lambda leaf: leaf * now, updates), state
 
-  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), cast(Any, update))

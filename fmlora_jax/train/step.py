@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import flax.struct
 import jax
@@ -19,8 +20,7 @@ from fmlora_jax.train.rng import named_key
 from fmlora_jax.types import Batch, Examples, Params, Rules, TaskArrays, Variables
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """State of training: all that a step changes, donated to it.
 
   Attributes:
@@ -34,8 +34,7 @@ class TrainState:
   step: Int[Array, ""]
 
 
-@flax.struct.dataclass
-class StepContext:
+class StepContext(flax.struct.PyTreeNode):
   """Inputs that all steps of a task share and none changes.
 
   Attributes:
@@ -94,7 +93,7 @@ class TrainStep:
       "epoch": state.step // (context.total_steps // self.config.epochs),
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
-    updates, _ = partition(updates, labels)
+    updates, _ = partition(cast(Params, updates), labels)
     trained = optax.apply_updates(trained, updates)
     before, _ = partition(state.params, labels)
     trained, opt_state, step = jax.lax.cond(

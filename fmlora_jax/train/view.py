@@ -2,8 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from fmlora_jax.input import order
 from fmlora_jax.input.loader import TaskLoader
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.rng import named_key
-from fmlora_jax.types import Examples, Params, TaskArrays, TaskView
+from fmlora_jax.types import Batches, Params, TaskArrays, TaskView
 
 
 class TaskViews:
@@ -70,20 +69,20 @@ class TaskViews:
 
   # The order of the data has a seed of its own: all methods of a seed see the same batches.
 
-  def _train_batches(self, read: Callable, index: int, epoch: int) -> Iterator:
+  def _train_batches(self, read: Callable, index: int, epoch: int) -> Batches:
     config, num = self._config, len(self._loader.sequence.tasks[index].train)
     return _until_stopped(
       read(order.epoch_indices(num, config.batch_size, config.seed, task=index, epoch=epoch))
     )
 
-  def _val_batches(self, read: Callable, index: int, epoch: int) -> Iterator:
+  def _val_batches(self, read: Callable, index: int, epoch: int) -> Batches:
     self.val_read = True
     config, num = self._config, len(self._loader.sequence.tasks[index].val)
     return _until_stopped(
       read(order.epoch_indices(num, config.batch_size, config.seed + 1, task=index, epoch=epoch))
     )
 
-  def _train_chunks(self, read: Callable, index: int, start: int) -> Iterator:
+  def _train_chunks(self, read: Callable, index: int, start: int) -> Batches:
     config, num = self._config, len(self._loader.sequence.tasks[index].train)
     size = self._loader.chunk_steps
     end = config.epochs * -(-num // config.batch_size)
@@ -98,7 +97,7 @@ class TaskViews:
     return _until_stopped(read(chunks))
 
 
-def _until_stopped(batches: Iterator[tuple[Examples, Any]]) -> Iterator[tuple[Examples, Any]]:
+def _until_stopped(batches: Batches) -> Batches:
   """Yields the items of a generator and closes it; raises Stopped if the program is to stop."""
   with contextlib.closing(batches):
     for batch in batches:

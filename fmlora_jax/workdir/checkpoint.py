@@ -126,7 +126,7 @@ class CheckpointStore:
     record |= {"digests": digest.tree_digests(arrays)}
     with files.explain_full_disk(target, num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
-      ocp.save(target, arrays, overwrite=True, custom_metadata=metadata)
+      ocp.save(str(target), arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
         files.fsync_tree(target)
     try:
@@ -187,10 +187,11 @@ class CheckpointStore:
       reason = f"it can't be read ({type(error).__name__}: {message[:300]})"
     if reason := next(filter(None, hosts.gather(reason)), ""):
       raise DamagedError(f"checkpoint {path} is unusable: {reason}")
+    assert snapshot is not None
     return snapshot
 
   def _verified(self, step: int, path: pathlib.Path) -> Snapshot:
-    metadata = ocp.metadata(path).custom_metadata or {}
+    metadata: Any = ocp.metadata(str(path)).custom_metadata or {}
     record = {name: value for name, value in metadata.items() if name != "sha256"}
     if "digests" not in record or "sha256" not in metadata:
       raise DamagedError("it has no digests, so it can't be verified")
@@ -202,7 +203,7 @@ class CheckpointStore:
       raise DamagedError(f"it is that of step {record['step']}")
     digests = record["digests"]
     template = {name: digest.abstract_array(text, self._sharding) for name, text in digests.items()}
-    arrays = ocp.load(path, template)
+    arrays = ocp.load(str(path), template)
     actual = digest.tree_digests(arrays)
     if wrong := sorted(name for name in digests if actual[name] != digests[name]):
       more = f" and {len(wrong) - 3} others" if len(wrong) > 3 else ""

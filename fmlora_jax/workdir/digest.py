@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-LANES = np.uint32((0, 0x9E3779B9))  # independent sums, which make a digest of 64 bits
+LANES = np.array((0, 0x9E3779B9), np.uint32)  # independent sums, which make a digest of 64 bits
 HOST_SIZE = 2**17  # elements; the host digests smaller arrays, a device would compile each shape
 
 

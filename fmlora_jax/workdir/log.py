@@ -72,7 +72,9 @@ class RunLog:
   def __init__(self, workdir: Path, console: Console, writes: bool = True):
     self.console, self._writes = console, writes
     self._workdir = workdir
-    self._events = self._plan = self._bar = None
+    self._events: Events | None = None
+    self._bar: Progress | None = None
+    self._plan: TaskPlan
     self._began = self._last_time = 0.0
     self._last_done = 0
     if writes:

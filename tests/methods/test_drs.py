@@ -161,7 +161,7 @@ def real_digits(second_domain: str) -> TaskSequence:
     domains = ["plain" if row < count else second_domain for row in rows]
     records = [row % count for row in rows]
     images = [
-      digits_dil._render(digits.enlarge(pixels[record], 32), domain, record)
+      digits_dil._render(digits.enlarge(pixels[record], 32), domain, int(record))
       for record, domain in zip(records, domains, strict=True)
     ]
     return digits.pack(images, 32)

@@ -1,6 +1,6 @@
 """SD-LoRA's directions and magnitudes, against NumPy; what a late step costs."""
 
-import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from fmlora_jax.config import ConfigError
 from fmlora_jax.models import heads, vit
 from fmlora_jax.train.labels import label_leaves
 from fmlora_jax.train.step import StepContext, TrainStep
-from fmlora_jax.types import Batch, SequenceSpec, Sizes, TaskArrays
+from fmlora_jax.types import Batch, SequenceSpec, Sizes, TaskArrays, TaskView
 
 RANK = {"rank": 3}
 
@@ -165,7 +165,7 @@ def full_size(name, num_tasks=20, depth=12, **changes):
     class_ranges=tuple((lo, lo + 10) for lo in range(0, 10 * num_tasks, 10)),
   )
   method = methods.make_method(config, backbone, spec)
-  view = types.SimpleNamespace(index=0, key=lambda name: jax.random.key(0))
+  view = mock.Mock(TaskView, index=0, key=lambda name: jax.random.key(0))
   weights = jax.eval_shape(backbone.init, jax.random.key(0))
 
   def begin(weights):

@@ -84,7 +84,7 @@ def made(make_lab):
 
 def learner_of(made):
   rows = class_statistics.Rows(made.spec)
-  learner = task_identity.Learner(made.config, made.backbone, rows)
+  learner = task_identity.Learner(made.config, made.config.method.identity, made.backbone, rows)
   identity = task_identity.fresh(jax.random.key(0), 16, len(rows))
   return learner, identity, class_statistics.empty(len(rows), 2, 16)
 

@@ -75,9 +75,9 @@ def test_gradients_are_those_of_the_chain_rule():
 
 def test_dropout_drops_its_share_of_hidden_units_and_keeps_their_mean():
   ones = Bottleneck(
-    down=jnp.zeros((8, 500)), down_bias=jnp.ones(500), up=jnp.eye(500), up_bias=jnp.zeros(500)
+    down=jnp.zeros((500, 500)), down_bias=jnp.ones(500), up=jnp.eye(500), up_bias=jnp.zeros(500)
   )
-  x = jnp.zeros((20, 8))
+  x = jnp.zeros((20, 500))
   np.testing.assert_array_equal(bottleneck.apply(x, ones.replace(dropout=0.2)), 1)
   noisy = ones.replace(dropout=0.2, dropout_keys=jax.random.key(0))
   got = np.asarray(bottleneck.apply(x, noisy))

@@ -175,7 +175,7 @@ def test_a_class_of_one_image_has_it_as_its_mean_and_one_without_has_none():
 
 def test_rows_beyond_a_task_are_no_copy_of_the_next_class():
   sums, task = draw(6, WIDTH), task_arrays(CIL, 0)  # two of three rows
-  rows = heads.imprint({"kernel": jnp.ones((3, WIDTH))}, sums, jnp.full(6, 4), task)
+  rows = heads.imprint({"kernel": jnp.ones((3, WIDTH))}, sums, jnp.full(6, 4.0), task)
   np.testing.assert_allclose(rows["kernel"][:2], 10 / WIDTH * sums[:2] / 4, rtol=1e-6)
   assert not np.asarray(rows["kernel"][2]).any()
 

@@ -304,7 +304,8 @@ def test_the_drawn_curve_is_the_pooled_accuracy():
 def test_any_name_can_stand_in_a_picture(name):
   names = [name] * 5
   costly = result(task_names=names, benchmark=names[0], complexity=[None, 0.1, 0.2, 0.3, 0.4])
-  facts = [fact for fact in methods.reports("fm_lora") if fact.field in ("ranks", "complexity")]
+  reports = {fact.field: fact for fact in methods.reports("fm_lora")}
+  facts = {field: reports[field] for field in ("ranks", "complexity")}
   by_task = functools.partial(plots.plot_by_task, facts=facts)
   for draw in (plots.plot_accuracy_matrix, by_task):
     draw(costly, path=(picture := io.BytesIO()))

@@ -1,4 +1,5 @@
 import dataclasses
+from unittest import mock
 
 import jax
 import numpy as np
@@ -139,10 +140,6 @@ def test_tasks_of_different_size_have_arrays_of_one_shape(make_lab):
 @pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
 def test_a_batch_that_devices_can_not_share_is_refused(make_lab, field):
   made = make_lab(method={"name": "linear_probe"})
-
-  class FourDevices:
-    size = 4
-
   config = dataclasses.replace(made.config, **{field: 6})
   message = f"config.{field} is 6: must be a multiple of the number of devices, 4"
   with pytest.raises(ConfigError, match=message):
@@ -151,7 +148,7 @@ def test_a_batch_that_devices_can_not_share_is_refused(make_lab, field):
       made.sequence,
       made.weights,
       made.setup.programs,
-      mesh=FourDevices(),
+      mesh=mock.Mock(jax.sharding.Mesh, size=4),
       root=made.root,
     )
 

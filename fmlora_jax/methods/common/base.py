@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError, MethodConfig
@@ -49,8 +50,7 @@ BATCH_VOTE = (
 Settings = TypeVar("Settings", bound=MethodConfig)
 
 
-@flax.struct.dataclass
-class StepInputs:
+class StepInputs(flax.struct.PyTreeNode):
   """A training step's inputs besides variables and images.
 
   Attributes:
@@ -65,6 +65,12 @@ class StepInputs:
   key: PRNGKeyArray
   valid: Bool[Array, " B"]
   query: Features | None = None
+
+  @property
+  def class_tokens(self) -> Float[Array, "B D"]:
+    """The query of a method that always has one."""
+    assert self.query is not None
+    return self.query
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +103,7 @@ class AdaptedViT(Generic[Settings]):
 
   @property
   def settings(self) -> Settings:
-    return self.run.method
+    return cast(Settings, self.run.method)
 
   @property
   def dtype(self) -> jnp.dtype:  # of the ViT's matrices and activations
@@ -220,7 +226,7 @@ class AdaptedViT(Generic[Settings]):
     return counts | ({"statistics": alignment.num_stored} if alignment else {})
 
 
-def cast_kernels(backbone: Params, dtype: jnp.dtype) -> Params:
+def cast_kernels(backbone: Params, dtype: DTypeLike) -> Params:
   """Returns the backbone with its matrices in `dtype`; vectors stay as they are."""
   return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, backbone)
 

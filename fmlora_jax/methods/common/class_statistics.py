@@ -88,7 +88,9 @@ def centroids(
   num = min(most, len(np.unique(features, axis=0)))
   if num == 0:
     return features[:0], features[:0]
-  cluster = KMeans(num, n_init=1, random_state=seed).fit(features).labels_
+  # scikit-learn declares n_init as text
+  means = KMeans(num, n_init=1, random_state=seed)  # pyright: ignore[reportArgumentType]
+  cluster = np.asarray(means.fit(features).labels_)
   # from the labels alone: the sums inside K-means depend on its threads
   clusters = [features[cluster == i].astype(np.float64) for i in np.unique(cluster)]
   return np.stack([c.mean(0) for c in clusters]), np.stack([c.var(0) for c in clusters])

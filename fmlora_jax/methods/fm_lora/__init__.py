@@ -8,7 +8,7 @@ a task starts, so neither a training step nor the folded model costs more with m
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -100,7 +100,7 @@ class FMLoRA(AdaptedViT[Config]):
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
     variables = super().init(key, weights)
-    flora = self.flora.init({}, self.settings.bases.max_rank, key)
+    flora: Any = self.flora.init({}, self.settings.bases.max_rank, key)
     variables = variables.update(shared=flora["shared"], mem=flora["mem"])
     if self.prompt:
       key = jax.random.fold_in(key, len(self.settings.bases.targets))
@@ -140,24 +140,28 @@ class FMLoRA(AdaptedViT[Config]):
       mask: of the rank.
       images: of a batch.
     """
-    deltas = self.flora.apply({"shared": fixed, "cur": params}, mask, method="masked")
+    deltas = self.call({"shared": fixed, "cur": params}, mask, method="masked")
     adapters = Adapters(deltas=deltas, prompt=self.tokens(fixed))
     features = self.backbone.apply(fixed["backbone"], images, adapters)
     return self.head.layer.logits(params["head"], features)
 
   def tokens(self, shared: Params) -> Float[Array, "P D"] | None:
     """Returns the meta-prompt's tokens, None without it."""
-    return self.prompt.apply({"shared": shared}) if self.prompt else None
+    return cast(Array, self.prompt.apply({"shared": shared})) if self.prompt else None
+
+  def call(self, groups: dict[str, Params], *arguments: Any, **how: Any) -> Any:
+    """Returns what `flora` makes of the groups of variables."""
+    return self.flora.apply(groups, *arguments, **how)
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     del inputs
-    deltas = self.flora.apply(collections(variables))
+    deltas = self.call(collections(variables))
     return Adapters(deltas=deltas, prompt=self.tokens(variables.shared))
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Writes the core to `mem`; after task 1 the bases may become orthonormal."""
     orthonormalise = view.index == 0 and self.settings.bases.orthonormalise == "svd"
-    _, changed = self.flora.apply(
+    _, changed = self.call(
       collections(variables),
       view.index,
       orthonormalise,
@@ -165,12 +169,12 @@ class FMLoRA(AdaptedViT[Config]):
       mutable=["shared", "mem"],
     )
     variables = variables.replace(**changed)
-    interference = self.flora.apply(collections(variables), method="interference")
+    interference = self.call(collections(variables), method="interference")
     variables, facts = super().end_task(variables, view)
     return variables, {"interference": interference.tolist()} | facts
 
   def past(self, weights: Params, variables: Variables) -> Params:
-    deltas = self.flora.apply(collections(variables), method="past")
+    deltas = self.call(collections(variables), method="past")
     return low_rank.fold_deltas(weights, deltas)
 
   def folded(self, weights: Params, variables: Variables) -> tuple[Params, Adapters]:

@@ -8,6 +8,7 @@ same task choose among the candidates. Only the choice leaves the selection. Sou
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -18,20 +19,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.methods.common import base
+from fmlora_jax.methods.fm_lora.settings import Config as Settings
 from fmlora_jax.models import heads, rank_selector
 from fmlora_jax.types import Facts, NonFiniteError, Params, TaskArrays, TaskView
 
 
-@flax.struct.dataclass
-class Probe:
+class Probe(flax.struct.PyTreeNode):
   """Cores and a head at r_max, in preliminary training."""
 
   params: Params
   opt_state: optax.OptState
 
 
-@flax.struct.dataclass
-class Context:
+class Context(flax.struct.PyTreeNode):
   """Read-only inputs of a step besides its batch; passed, so that none is compiled in."""
 
   fixed: Params
@@ -47,7 +47,8 @@ class RankSelection:
   """
 
   def __init__(self, config: Config, logits: Callable[..., Float[Array, "B K"]]):
-    self.drs, self.max_rank = config.method.drs, config.method.bases.max_rank
+    settings = cast(Settings, config.method)
+    self.drs, self.max_rank = settings.drs, settings.bases.max_rank
     self._logits = logits
     self.selector = rank_selector.RankSelector(
       self.drs.candidate_ranks, self.max_rank, self.drs.tau
@@ -93,7 +94,7 @@ class RankSelection:
   def _by_gumbel(self, params, context, view):
     """Returns the likeliest candidate, its loss, and all probabilities."""
     probe = _like_a_step(Probe(params, self.optimizer.init(params)), view)
-    state, apply = self.selector.init({}, method="probabilities"), self.selector.apply
+    state: Any = self.selector.init({}, method="probabilities")
     for epoch in range(self.drs.epochs):
       for batch, key in _steps(view, epoch):
         probe = self.train_drawn(probe, state, context, *batch, key, augment=view.augment)
@@ -106,8 +107,11 @@ class RankSelection:
         num_classes=view.num_classes,
       )
       state = self._learn(state, costs, jax.random.fold_in(view.key("drs alpha"), epoch))
-    index = int(apply(state, method="choice"))
-    return index, losses[index], apply(state, method="probabilities")
+    index, chances = (self._select(state, method=name) for name in ("choice", "probabilities"))
+    return int(index), losses[int(index)], chances
+
+  def _select(self, state, method: str) -> Any:
+    return self.selector.apply(state, method=method)
 
   def _by_validation(self, params, context, view):
     """Returns the smallest candidate that is accurate enough, its loss, and all accuracies."""
@@ -132,7 +136,8 @@ class RankSelection:
   def _update(self, probe, mask, context, batch):
     grads = jax.grad(self._loss)(probe.params, mask, context, batch)
     updates, opt_state = self.optimizer.update(grads, probe.opt_state, probe.params)
-    return Probe(optax.apply_updates(probe.params, updates), opt_state)
+    params = cast(Params, optax.apply_updates(probe.params, updates))
+    return Probe(params, opt_state)
 
   def _train_drawn(self, probe, state, context, examples, rows, key, *, augment):
     """One training step at a rank drawn with P = softmax(alpha): Eq. (11)."""
@@ -165,7 +170,7 @@ class RankSelection:
       self.validate_all(params, self.masks, context, *batch, center=view.center)
       for batch in view.val_batches(0)
     ]
-    totals = sum(sums for sums, _ in parts) / sum(count for _, count in parts)
+    totals = sum((sums for sums, _ in parts), jnp.zeros(())) / sum(count for _, count in parts)
     return totals[:, 0], totals[:, 1]
 
 

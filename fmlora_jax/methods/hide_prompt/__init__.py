@@ -127,7 +127,7 @@ class HiDePrompt(AdaptedViT[Config]):
 
   @functools.cached_property
   def learner(self) -> task_identity.Learner:
-    return task_identity.Learner(self.run, self.backbone, self.rows)
+    return task_identity.Learner(self.run, self.settings.identity, self.backbone, self.rows)
 
   @functools.cached_property
   def prefixed_alignment(self) -> HeadAlignment:
@@ -242,8 +242,8 @@ def mixed(
   """
   count = jnp.sum(seen)
   mean = jnp.einsum("t,t...->...", seen.astype(slot.dtype), past) / jnp.maximum(count, 1)
-  share = jnp.where(count > 0, share, 0)
-  return (1 - share) * slot + share * mean
+  used = jnp.where(count > 0, share, 0)
+  return (1 - used) * slot + used * mean
 
 
 @jax.default_matmul_precision("highest")  # differences of large numbers, exponentiated

@@ -112,13 +112,14 @@ class Learner:
   """Trains the task classifier before each task; its programs compile once per run.
 
   Args:
-    config: the run's; `method.identity` and `optim.clip_norm` are used.
+    config: the run's; `optim.clip_norm` is used.
+    settings: of the training.
     backbone: the ViT.
     rows: the classes of all tasks.
   """
 
-  def __init__(self, config: Config, backbone: Backbone, rows: Rows):
-    self.settings, self._rows, self._features = config.method.identity, rows, backbone.apply
+  def __init__(self, config: Config, settings: IdentityConfig, backbone: Backbone, rows: Rows):
+    self.settings, self._rows, self._features = settings, rows, backbone.apply
     adam = optax.adam(self.settings.learning_rate)
     self._optimizer = optax.chain(base.clipping(config), adam)
     self._step = jax.jit(self._train_step, static_argnames="augment")
@@ -145,7 +146,7 @@ class Learner:
     statistics = view.replicate(
       class_statistics.add(statistics, self._rows, view.index, features, labels, view.seed)
     )
-    facts = {"identity_loss": loss}
+    facts: Facts = {"identity_loss": loss}
     if view.index:
       seen, num_old = self._rows.task <= view.index, int(self._rows.first[view.index])
       identity, facts["identity_alignment_loss"] = self._aligner.align(

@@ -195,6 +195,9 @@ class WeightsInfo:
   ignored: tuple[str, ...] = ()
 
 
+UNKNOWN = WeightsInfo(tag="unknown", file=None, sha256=None, normalisation=None)
+
+
 def load(config: WeightsConfig, image_size: int | None = None) -> tuple[Params, Sizes, WeightsInfo]:
   """Returns (params as float32 NumPy arrays, sizes of the ViT, facts about them).
 
@@ -300,7 +303,7 @@ def _draw(config: WeightsConfig, image_size: int | None) -> tuple[Params, Sizes,
 def _sizes(config: WeightsConfig, source: Checkpoint, image_size: int | None) -> Sizes:
   """Returns the sizes of the architecture at this image size and the config's depth."""
   name = source.architecture or config.architecture
-  if name not in vit.ARCHITECTURES:
+  if name is None or name not in vit.ARCHITECTURES:
     raise ConfigError(
       f"config.weights.architecture is {name!r}: must be one of {sorted(vit.ARCHITECTURES)}"
     )
@@ -385,12 +388,12 @@ def _published(tag: str) -> pathlib.Path:
 
 def _local(config: WeightsConfig) -> pathlib.Path:
   """Returns the config's path; refuses one that is no file."""
-  path = pathlib.Path(config.path).expanduser()
+  path = pathlib.Path(str(config.path)).expanduser()
   if path.is_file():
     return path
   fault = f"no such file; {WEIGHTS[config.tag].where}" if config.tag else "no such file"
   if path.is_dir():
     fault = f"a folder; name the file in it, such as {path / 'model.safetensors'}"
-  if "://" in config.path:
+  if "://" in str(config.path):
     fault = "must be a local file or gs://BUCKET/FILE; download it and name the copy"
   raise ConfigError(f"config.weights.path is {config.path!r}: {fault}")

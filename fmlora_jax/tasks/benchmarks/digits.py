@@ -25,7 +25,9 @@ def load() -> tuple[UInt8[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
   From the file that sklearn.datasets.load_digits reads: scikit-learn and SciPy take longer to
   import than the rest of a run's start.
   """
-  (package,) = importlib.util.find_spec("sklearn").submodule_search_locations
+  spec = importlib.util.find_spec("sklearn")
+  assert spec is not None and spec.origin is not None
+  package = pathlib.Path(spec.origin).parent
   table = np.loadtxt(pathlib.Path(package, "datasets/data/digits.csv.gz"), delimiter=",")
   images, labels = table[:, :-1], table[:, -1]
   return np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels.astype(np.int32)

@@ -123,7 +123,7 @@ def _walk(root: pathlib.Path) -> tuple[list[RelativePath], list[RelativePath]]:
   """Returns the image files, by their extensions, and the empty folders; both sorted."""
   known = images.extensions()
   files, empty, ignored = [], [], collections.Counter()
-  pending = [()]
+  pending: list[RelativePath] = [()]
   while pending:
     path = pending.pop()
     folders, others = _entries(root, path)
@@ -287,7 +287,7 @@ def _decode(
   """Returns the records `rows` of `files` on canvases, and their sizes."""
 
   def pixels(index):
-    file = files[rows[index]]
+    file = files[int(rows[index])]
     try:
       image = reader.pixels(file)
       if image.shape[:2] != tuple(sizes[rows[index]]):

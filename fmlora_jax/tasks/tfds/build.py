@@ -7,8 +7,10 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import checksums
 
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
@@ -22,7 +24,7 @@ BUILD_PACKAGES = {
   "cv2": "opencv-python-headless",
 }  # module -> package
 
-UrlInfo = tfds.download.checksums.UrlInfo
+UrlInfo = checksums.UrlInfo
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class DownloadFile:
     if self.local is None:
       return self.info
     _log.info("  checking %s", self.local)
-    info = tfds.download.checksums.compute_url_info(self.local)
+    info = checksums.compute_url_info(self.local)
     if info != self.info and not unverified:
       raise ConfigError(
         f"--archives: {self.local} has {int(info.size)} bytes and sha256 {info.checksum}, "
@@ -75,7 +77,7 @@ def required_files(
   """Returns the files that a builder downloads, as far as published checksums name them."""
   files = {}
   for url, info in url_infos(builder).items():
-    local = archives / info.filename if archives else None
+    local = archives / str(info.filename) if archives else None
     file = DownloadFile(url=url, info=info, local=local if local and local.is_file() else None)
     files.setdefault(info.filename, file)  # some are listed under two addresses
   return list(files.values())
@@ -85,8 +87,8 @@ def url_infos(builder: tfds.core.DatasetBuilder) -> dict[str, UrlInfo]:
   """Returns the published size and hash of each file that `builder` may download."""
   if builder.name != "domainnet":
     return dict(builder.url_infos or {})
-  domain = builder.builder_config.name
-  infos = tfds.download.checksums.load_url_infos(CHECKSUMS)
+  domain = cast(tfds.core.BuilderConfig, builder.builder_config).name
+  infos = checksums.load_url_infos(CHECKSUMS)
   names = (f"{domain}.zip", f"{domain}_train.txt", f"{domain}_test.txt")
   return {url: info for url, info in infos.items() if info.filename in names}
 
@@ -186,7 +188,7 @@ def _check_space(root: pathlib.Path, files: Sequence[DownloadFile]) -> None:
     )
 
 
-def _size(num_bytes: int) -> str:
+def _size(num_bytes: float) -> str:
   for unit in ("B", "KiB", "MiB"):
     if num_bytes < 1024:
       return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -64,13 +64,13 @@ class RecordIndex:
 
   def digests(self) -> dict[str, str]:
     """Returns the sha256 hex of each array."""
-    return {name: hashlib.sha256(array).hexdigest() for name, array in self.arrays().items()}
+    return {name: hashlib.sha256(array.data).hexdigest() for name, array in self.arrays().items()}
 
 
 def to_npz(index: RecordIndex) -> bytes:
   """Returns the contents of an .npz file."""
   file = io.BytesIO()
-  np.savez_compressed(file, **index.arrays())
+  np.savez_compressed(file, allow_pickle=False, **index.arrays())
   return file.getvalue()
 
 

@@ -78,7 +78,9 @@ class Manifest:
     Raises:
       ConfigError: if it has.
     """
-    facts = {split: int(np.sum(codes == code)) for split, code in SPLIT_CODES.items()}
+    facts: dict[str, Any] = {
+      split: int(np.sum(codes == code)) for split, code in SPLIT_CODES.items()
+    }
     facts["sha256"] = hashlib.sha256(codes.astype(np.int8).tobytes()).hexdigest()
     stored = self._facts["split_rules"].setdefault(rule, facts)
     if stored is facts:

@@ -8,11 +8,12 @@ import dataclasses
 import difflib
 import io
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8, UInt16
+from tensorflow_datasets.core import constants
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
@@ -29,7 +30,7 @@ def data_root(data_dir: str | None) -> pathlib.Path:
   """
   if data_dir:
     return pathlib.Path(data_dir).expanduser()
-  return pathlib.Path(tfds.core.constants.DATA_DIR).expanduser() / "array_record"
+  return pathlib.Path(constants.DATA_DIR).expanduser() / "array_record"
 
 
 def get_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.DatasetBuilder:
@@ -142,12 +143,15 @@ class PreparedData:
     self.manifest = Manifest(self._root, name, self.version)
     self._image = self._feature(tfds.features.Image, "image")
     self._label = self._feature(tfds.features.ClassLabel, "label")
-    self.class_names = tuple(self.builder.info.features[self._label].names)
+    self.class_names = tuple(cast(Any, self._features[self._label]).names)
+
+  @property
+  def _features(self) -> tfds.features.FeaturesDict:
+    return cast(tfds.features.FeaturesDict, self.builder.info.features)
 
   def _feature(self, kind: type, usual: str) -> str:
     """Returns the name of the feature that images or labels are taken from."""
-    features = self.builder.info.features
-    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    names = [name for name, feature in self._features.items() if isinstance(feature, kind)]
     if usual in names:
       return usual
     if len(names) == 1:
@@ -194,11 +198,11 @@ class PreparedData:
   def _open(self, name: str, files: index.SplitFiles) -> Any:
     raw = {
       key: tfds.decode.SkipDecoding()
-      for key, feature in self.builder.info.features.items()
+      for key, feature in self._features.items()
       if isinstance(feature, tfds.features.Image)
     }
     try:
-      data = self.builder.as_data_source(name, decoders=raw)
+      data = cast(Any, self.builder).as_data_source(name, decoders=raw)  # declared without split
       num = len(data)
     except Exception as error:  # array_record raises errors of its C++ code
       raise self._damaged(files, error) from None
