@@ -413,7 +413,7 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
   (code, shown, errors), (_, quiet, _) = processes.ended([first, second])
   assert time.monotonic() - killed < 30
   assert code == hosts.PEER_LOST and "devices    2 x cpu (cpu), 2 processes" in shown
-  assert errors.startswith("error: process 1 ended") and errors.count("\n") == 1
+  assert errors.startswith("error: process 1 exited early") and errors.count("\n") == 1
   assert not [line for line in quiet.splitlines() if "Gloo" not in line]
   assert not (workdir / "result.json").exists()
 

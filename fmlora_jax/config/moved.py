@@ -39,5 +39,5 @@ def upgrade_config(values: Mapping[str, Any], method_fields: Collection[str]) ->
     if new_group != "method" or new_name in method_fields:
       target = upgraded.setdefault(new_group, {})
       both_groups = isinstance(value, Mapping) and isinstance(target.get(new_name), Mapping)
-      target[new_name] = {**value, **target[new_name]} if both_groups else value
+      target[new_name] = {**target[new_name], **value} if both_groups else value
   return upgraded

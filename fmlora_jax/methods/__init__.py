@@ -14,8 +14,6 @@ from typing import Any
 
 from fmlora_jax import config as config_lib
 from fmlora_jax.config import Config, MethodConfig
-from fmlora_jax.methods.common.base import AdaptedViT
-from fmlora_jax.types import Backbone, Reported, SequenceSpec
 
 
 def names() -> list[str]:
@@ -66,13 +64,13 @@ def variants(name: str) -> tuple[dict, ...]:
   return getattr(find(name), "VARIANTS", ({},))
 
 
-def reports(name: str) -> tuple[Reported, ...]:
+def reports(name: str) -> tuple[Any, ...]:  # of Reported, whose module imports jax
   """Returns the facts that the method `name` declares; none of a method of another version."""
   return find(name).METHOD.reports if name in names() else ()
 
 
-def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> AdaptedViT:
-  """Returns the method that `config.method.name` names.
+def make_method(config: Config, backbone: Any, spec: Any) -> Any:
+  """Returns the AdaptedViT that `config.method.name` names, for a Backbone and a SequenceSpec.
 
   Raises:
     ConfigError: if its settings do not fit the backbone or the sequence.

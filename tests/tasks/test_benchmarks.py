@@ -86,7 +86,8 @@ def test_a_config_makes_its_tasks_and_its_method(prepared, name, variant, num_ta
 
 def test_without_validation_images_no_rank_is_selected(prepared, tmp_path):
   chosen = settings("imagenet_r", "split=slice80", prepared)
-  chosen = dataclasses.replace(chosen, drs=config.DrsConfig(candidate_ranks=(2, 4)))
+  drs = dataclasses.replace(chosen.method.drs, strategy="gumbel", candidate_ranks=(2, 4))
+  chosen = dataclasses.replace(chosen, method=dataclasses.replace(chosen.method, drs=drs))
   with pytest.raises(config.ConfigError, match=r"no validation images: .*drs.strategy=fixed"):
     run(chosen, tmp_path)
 

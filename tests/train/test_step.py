@@ -110,8 +110,8 @@ def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, ste
   made, _, state, fixed, batch = ready
   epochs, seen = 50, []
 
-  def recorded(config, labels):
-    chosen = original(config, labels)
+  def recorded(*arguments):
+    chosen = original(*arguments)
 
     def update(updates, state, params, *, progress, epoch):
       seen.append((progress, epoch))

@@ -1,6 +1,5 @@
 """NaN or infinity in an input, a weight or a gradient ends the run at that very step."""
 
-import dataclasses
 import json
 
 import jax
@@ -47,7 +46,7 @@ def spoiled(make_lab):
   What is spoiled and when is data to one compiled step; a step of -1 spoils nothing.
   """
   made = make_lab(method={"name": "lora", "rank": 2}, epochs=3, input={"steps_per_dispatch": 4})
-  step, apply = TrainStep.step, made.method.apply
+  step = TrainStep.step
 
   def spoiled_step(self, state, fixed, batch):
     plan = fixed.mem["plan"]
@@ -56,11 +55,12 @@ def spoiled(make_lab):
     state = state.replace(params=spoil_first(state.params, now["weight"]))
     return step(self, state, fixed.replace(mem=fixed.mem | {"plan": now["gradient"]}), batch)
 
-  def spoiled_apply(variables, *arguments):
-    cur = spoil_first(variables.cur, variables.mem["plan"], spoil_gradient)
-    return apply(variables.replace(cur=cur), *arguments)
+  class Spoiled(type(made.method)):
+    def apply(self, variables, *arguments):
+      cur = spoil_first(variables.cur, variables.mem["plan"], spoil_gradient)
+      return super().apply(variables.replace(cur=cur), *arguments)
 
-  made.setup.programs.method = dataclasses.replace(made.method, apply=spoiled_apply)
+  made.setup.programs.method = Spoiled(made.config, made.backbone, made.spec)
   view = made.view(0)
   variables, _ = made.method.begin_task(made.variables, view)
 
