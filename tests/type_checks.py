@@ -6,8 +6,9 @@ import flax.struct
 import jax
 import jaxtyping
 import numpy as np
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
+CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
 ARRAYS_AND_META = (jax.Array, np.ndarray, float, str)
 
 
@@ -23,7 +24,7 @@ def check(function: Callable) -> Callable:
   A record is made with shardings, shapes, axes or None for arrays when jax maps over it, and is
   then not checked.
   """
-  checked = beartype(function)
+  checked = beartype(function, conf=CONF)
   if function.__name__ != "__init__":
     return checked
 

@@ -65,9 +65,9 @@ def variants(name: str) -> tuple[dict, ...]:
   return getattr(find(name), "VARIANTS", ({},))
 
 
-def reports(name: str) -> tuple[Reported, ...]:
+def reports(name: str | None) -> tuple[Reported, ...]:
   """Returns the facts that the method `name` declares; none of a method of another version."""
-  return find(name).METHOD.reports if name in names() else ()
+  return find(name).METHOD.reports if name and name in names() else ()
 
 
 def make_method(config: Config, backbone: Backbone, spec: SequenceSpec) -> Method:
