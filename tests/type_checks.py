@@ -8,6 +8,7 @@ import jaxtyping
 import numpy as np
 from beartype import BeartypeConf, beartype
 
+CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
 ARRAYS_AND_META = (jax.Array, np.ndarray, float, str)
 
 CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float too

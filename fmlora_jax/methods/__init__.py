@@ -64,9 +64,9 @@ def variants(name: str) -> tuple[dict, ...]:
   return getattr(find(name), "VARIANTS", ({},))
 
 
-def reports(name: str) -> tuple[Any, ...]:  # of Reported, whose module imports jax
+def reports(name: str | None) -> tuple[Any, ...]:  # of Reported, whose module imports jax
   """Returns the facts that the method `name` declares; none of a method of another version."""
-  return find(name).METHOD.reports if name in names() else ()
+  return find(name).METHOD.reports if name and name in names() else ()
 
 
 def make_method(config: Config, backbone: Any, spec: Any) -> Any:

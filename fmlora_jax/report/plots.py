@@ -4,6 +4,7 @@ Drawn from the fields of result.json with matplotlib's object API: no pyplot, no
 display. Colours are safe for the colour-blind: Okabe and Ito's, viridis, PuOr for signed values.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from fmlora_jax.report.runs import Groups, RunResult
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Reported
 
-Target = str | os.PathLike | IO[bytes]  # where a PNG goes
+Target = str | os.PathLike | IO[bytes] | io.BytesIO  # where a PNG goes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
