@@ -11,8 +11,6 @@ from beartype import BeartypeConf, beartype
 CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
 ARRAYS_AND_META = (jax.Array, np.ndarray, float, str)
 
-CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float too
-
 
 def install() -> None:
   """Has all modules of the package checked that are imported from now on."""
