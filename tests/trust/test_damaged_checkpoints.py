@@ -1,6 +1,7 @@
 """No changed value is restored, and nothing else is taken for a checkpoint."""
 
 import json
+import pathlib
 import random
 import shutil
 
@@ -228,8 +229,8 @@ def test_what_the_disk_does_not_give_back_stops_the_run_and_replaces_nothing(
 
   def rot(arrays_path, *args, save=checkpoint.ocp.save, **kwargs):
     save(arrays_path, *args, **kwargs)
-    shutil.rmtree(arrays_path / "state" / "d")
-    shutil.rmtree(arrays_path / "state" / "ocdbt.process_0")
+    shutil.rmtree(pathlib.Path(arrays_path, "state", "d"))
+    shutil.rmtree(pathlib.Path(arrays_path, "state", "ocdbt.process_0"))
 
   opened.save(11, Snapshot(arrays=ARRAYS, record={}), keep=False)
   monkeypatch.setattr(checkpoint.ocp, "save", rot)

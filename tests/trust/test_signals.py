@@ -26,7 +26,7 @@ def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[i
 
 def assert_same_run(workdir, result, whole, expected):
   for name in stopping.SAME:
-    assert result[name] == expected[name], name
+    assert result.get(name) == expected.get(name), name
   assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 

@@ -6,7 +6,7 @@ import io
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def image_bytes(record: Mapping[str, Any], image: str) -> bytes:
 
 
 def index_records(
-  files: SplitFiles, data: Sequence[Mapping[str, Any]], keys: tuple[str, str], max_pixels: int
+  files: SplitFiles, data: Any, keys: tuple[str, str], max_pixels: int
 ) -> RecordIndex:
   """Returns the index of a split, from the bytes and the header of each image's file.
 
