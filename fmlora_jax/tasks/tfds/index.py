@@ -111,6 +111,7 @@ def index_records(
   """Returns the index of a split, from the bytes and the header of each image's file.
 
   Args:
+    data: sequence of records; reading an item reads its file.
     keys: of the image and of the label in a record.
 
   Raises:
