@@ -1,12 +1,13 @@
 """The accuracy matrix is what counting by hand gives, to the last image."""
 
-import types
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fmlora_jax.input import resident, streaming
+from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.train import metrics
 from fmlora_jax.train.evaluator import Evaluator, allowed_classes, iterate_batches
 from fmlora_jax.types import Batch, Examples, SequenceSpec
@@ -60,7 +61,7 @@ def counted(tests, model, learned, batch_size, hosts=1, scenario="cil"):
       sizes = np.full((len(rows), 2), 2, np.int32)
       yield Examples(images=pixels, sizes=sizes, labels=truth, valid=valid), rows
 
-  evaluator = Evaluator(types.SimpleNamespace(predict=logits_of), center)
+  evaluator = Evaluator(mock.Mock(AdaptedViT, predict=logits_of), center)
   batches = iterate_batches(read, SIZES[: learned + 1], batch_size, lambda rows: rows)
   return evaluator.correct(model, batches, masks)
 
