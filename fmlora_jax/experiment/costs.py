@@ -78,7 +78,7 @@ class Program:
     self.cost = Cost(
       flops=_flops(self._compiled, batch_size),
       flops_as_written=_flops(step or lowered, batch_size),
-      bytes=num_bytes | {"temp": self._compiled.memory_analysis().temp_size_in_bytes},
+      bytes=num_bytes | {"temp": _temp_bytes(self._compiled)},
       compile_seconds=compile_seconds,
     )
 
