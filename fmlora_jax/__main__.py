@@ -37,7 +37,9 @@ def main() -> None:
   command, *arguments = sys.argv[1:] or ["--help"]
   if command in COMMANDS:
     module = importlib.import_module(COMMANDS[command])
-    program.start(module.main, module.define_flags, [f"fmlora_jax {command}", *arguments])
+    argv = [f"fmlora_jax {command}", *arguments]
+    with program.running(module.__doc__, module.define_flags(), argv) as parsed:
+      module.main(parsed)
   elif command in ("--version", "-version"):
     sys.stdout.write(f"fmlora_jax {fmlora_jax.__version__}\n")
   elif command in ("--list", "-list"):

@@ -27,13 +27,15 @@ from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags."""
+  values = flags.FlagValues()
   flags_lib.define_run(values)
   text = "NAME or NAME:FIELD=VALUE..., separated by commas."
   flags.DEFINE_string("methods", "all", text, flag_values=values)
   text = "Separated by commas."
   flags.DEFINE_list("seeds", ["1993", "1994", "1995"], text, flag_values=values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -59,4 +61,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

@@ -16,6 +16,7 @@ Examples:
 """
 
 import dataclasses
+import functools
 
 from absl import flags
 
@@ -25,13 +26,15 @@ from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags."""
+  values = flags.FlagValues()
   flags_lib.define_run(values)
   text = "Compile the run and time some steps: memory, FLOPs, parameters, time. Nothing is trained."
   flags.DEFINE_bool("estimate", False, text, flag_values=values)
   text = "Print methods, benchmarks, config files, weights, and every setting."
   flags.DEFINE_bool("list", False, text, flag_values=values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -53,7 +56,7 @@ def main(arguments: Arguments) -> None:
   program.join_hosts()
   config = config_flag.read_config(options.config, arguments.changes)
   workdir = program.resolve_workdir(
-    options.workdir, lambda: config_flag.workdir_name(options.config, config)
+    options.workdir, functools.partial(config_flag.workdir_name, options.config, config)
   )
   if options.dry_run:
     program.write_lines(plan.describe(config, workdir))
@@ -80,4 +83,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

@@ -22,8 +22,9 @@ from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags."""
+  values = flags.FlagValues()
   text = "Folder to build in. Default: the one that main reads without tasks.data_dir."
   flags.DEFINE_string("data_dir", None, text, flag_values=values)
   text = "Folder with archives that you already have, under their published names."
@@ -32,6 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_bool("unverified", False, text, flag_values=values)
   flags.DEFINE_list("domains", [], "Of domainnet: only these.", flag_values=values)
   flags_lib.define_dry_run(values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -56,4 +58,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import processes
 import pytest
-from absl import flags
 from PIL import Image
 
 from fmlora_jax import config, main
@@ -127,8 +126,7 @@ REFUSED = {
 
 def parse(*arguments) -> flags_lib.Arguments:
   """Returns what main makes of a command line."""
-  values = flags.FlagValues()
-  main.define_flags(values)
+  values = main.define_flags()
   flags_lib.define_shared(values)
   return flags_lib.parse(values, ["main", *arguments])
 
@@ -237,7 +235,8 @@ def guarded():
     def fail():
       raise error
 
-    errors.guard(fail, **options)
+    with errors.guard(**options):
+      fail()
 
   return call
 

@@ -14,7 +14,6 @@ import zlib
 import numpy as np
 import pytest
 import yaml
-from absl import flags
 from PIL import Image
 
 import fmlora_jax
@@ -102,9 +101,8 @@ def parsed(module, arguments):
   """Returns the options of a program, as it parses its command line."""
   is_package = (ROOT / module.replace(".", "/")).is_dir()
   program = importlib.import_module(f"{module}.__main__" if is_package else module)
-  values = flags.FlagValues()
+  values = program.define_flags()
   flags_lib.define_shared(values)
-  program.define_flags(values)
   return flags_lib.parse(values, [module, *arguments])
 
 

@@ -30,8 +30,9 @@ from fmlora_jax.cli import program
 from fmlora_jax.cli.flags import Arguments
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the flags; those of `BenchSettings` have its defaults."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags; those of `BenchSettings` have its defaults."""
+  values = flags.FlagValues()
   flags.DEFINE_string("architecture", "vit_b16", "A name in models/vit.py.", flag_values=values)
   flags.DEFINE_integer("batch", 8, "Images in a step.", lower_bound=1, flag_values=values)
   types = ("float32", "bfloat16")
@@ -58,6 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_string("json", None, "File for all numbers.", flag_values=values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -91,4 +93,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

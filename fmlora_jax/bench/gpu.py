@@ -24,8 +24,9 @@ from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the flags."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags."""
+  values = flags.FlagValues()
   text = "Folder for gpu.json, gpu.txt and the whole run."
   flags.DEFINE_string("out", None, text, flag_values=values)
   text = "The Python that has torch. Default: this one."
@@ -38,6 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
   types = ("float32", "bfloat16")
   flags.DEFINE_enum("dtype", "bfloat16", types, "Type of the products.", flag_values=values)
   flags.DEFINE_integer("epochs", 30, "Of the whole run.", lower_bound=1, flag_values=values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -67,4 +69,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

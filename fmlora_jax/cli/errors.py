@@ -9,22 +9,23 @@ import pathlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NoReturn
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.distributed import hosts, stop
 
 
-def guard(call: Callable[[], None], *, debug: bool = False, workdir: str | None = None) -> None:
-  """Calls `call`; an error or a stop ends the program with one line and its exit code.
+@contextlib.contextmanager
+def guard(*, debug: bool = False, workdir: str | None = None) -> Iterator[None]:
+  """Ends the program at an error or a stop, with one line and its exit code.
 
   Args:
     debug: lets errors through.
     workdir: where the traceback of a bug is written, if a run is there.
   """
   try:
-    call()
+    yield
     hosts.barrier()
   except stop.Stopped as stopped:
     hosts.barrier()  # several processes stop together

@@ -1,14 +1,15 @@
 """Start of a program: its flags, its log, its processes, its cache and its workdir."""
 
+import contextlib
 import inspect
 import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 
 from fmlora_jax.cli import errors
@@ -20,46 +21,40 @@ from fmlora_jax.distributed import hosts, stop
 HELP = {"-h", "-help", "--help", "-helpfull", "--helpfull", "-helpshort", "--helpshort"}
 
 
-def start(
-  main: Callable[[Arguments], None],
-  define_flags: Callable[[flags.FlagValues], None],
-  argv: list[str] | None = None,
-) -> None:
-  """Parses the command line and calls `main` with it.
+@contextlib.contextmanager
+def running(
+  doc: str | None, values: flags.FlagValues, argv: Sequence[str] | None = None
+) -> Iterator[Arguments]:
+  """The context in which a program runs, entered with its parsed command line.
 
-  The log of the package is shown as plain lines, errors as one line. --help prints the docstring of
-  the module of `main` and its flags.
+  The log of the package is shown as plain lines, errors as one line. --help prints `doc` and the
+  flags.
 
   Args:
-    define_flags: defines the program's flags in what it is given.
+    doc: usage and examples, the docstring of the program's module.
+    values: the program's flags.
     argv: None takes that of the process.
   """
+  absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   log = logging.getLogger("fmlora_jax")
   log.setLevel(logging.INFO)
   log.addHandler(logging.StreamHandler(sys.stdout))
   log.propagate = False
-  values = flags.FlagValues()
-  define_flags(values)
   flags_lib.define_shared(values)
-
-  def parse(argv):
-    flags.FLAGS(argv[:1])  # of libraries, which may look at their flags
-    if HELP & {*argv[1:]}:
-      print_help(str(inspect.getmodule(main).__doc__), values)
-      sys.exit(0)
-    try:
-      return flags_lib.parse(values, argv)
-    except ConfigError as error:
-      errors.fail(str(error))
-
-  def guarded(arguments):
-    options = arguments.options
-    workdir = getattr(options, "workdir", None)
-    errors.guard(lambda: main(arguments), debug=options.debug, workdir=workdir)
-
-  with stop.caught():
-    app.run(guarded, argv=argv, flags_parser=parse)
+  argv = sys.argv if argv is None else argv
+  flags.FLAGS(argv[:1])  # of libraries, which may look at their flags
+  if HELP & {*argv[1:]}:
+    print_help(doc or "", values)
+    sys.exit(0)
+  try:
+    arguments = flags_lib.parse(values, argv)
+  except ConfigError as error:
+    errors.fail(str(error))
+  options = arguments.options
+  workdir = getattr(options, "workdir", None)
+  with stop.caught(), errors.guard(debug=options.debug, workdir=workdir):
+    yield arguments
 
 
 def print_help(doc: str, values: flags.FlagValues) -> None:

@@ -5,7 +5,6 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from fmlora_jax.config.checks import ConfigError
@@ -17,13 +16,13 @@ def build(
   values: dict,
   path: str = "config",
   base: Any = None,
-  method_config: Callable[[str], type[MethodConfig]] | None = None,
+  method_config: type[MethodConfig] | None = None,
 ) -> Any:
   """Returns `cls` filled from nested dicts; absent fields keep their defaults.
 
   Args:
     base: a record with the default of each field; None takes the defaults of `cls`.
-    method_config: name of a method -> its settings class, which a MethodConfig field is built as.
+    method_config: the settings class of the method, which a MethodConfig field is built as.
 
   Raises:
     ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
@@ -43,7 +42,7 @@ def build(
         raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
       default = getattr(cls() if base is None else base, name)
       if kind is MethodConfig and method_config is not None:
-        kind, default = method_config(value.get("name", MethodConfig.name)), None
+        kind, default = method_config, None
       filled[name] = build(cast(type, kind), value, f"{path}.{name}", default, method_config)
     else:
       filled[name] = _convert(kind, value, f"{path}.{name}")

@@ -6,6 +6,7 @@ early leaves the others waiting in a collective for ever, so each has a connecti
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing.connection
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -168,6 +169,18 @@ def run_on_first(decide: Callable[[], Any]) -> Any:
   if "error" in answer:
     raise ConfigError(answer["error"])
   return answer["value"]
+
+
+@contextlib.contextmanager
+def entered_on_first(context: contextlib.AbstractContextManager) -> Iterator[None]:
+  """Holds a context in the first process, for all.
+
+  Raises:
+    ConfigError: in all processes, if entering the context raises it in the first one.
+  """
+  with contextlib.ExitStack() as stack:
+    run_on_first(functools.partial(stack.enter_context, context))
+    yield
 
 
 def gather(text: str) -> list[str]:

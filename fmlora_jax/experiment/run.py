@@ -49,7 +49,8 @@ def run(
   """
   workdir = pathlib.Path(workdir)
   hosts.run_on_first(functools.partial(identity_lib.check_folder, workdir))
-  with Clock(time.monotonic() if began is None else began) as clock, lock.lock_on_first(workdir):
+  locked = hosts.entered_on_first(lock.hold_lock(workdir))
+  with Clock(time.monotonic() if began is None else began) as clock, locked:
     setup = (cache or SetupCache()).setup(config, clock.kind)
     task_text = task_file.dump_task_file(setup.sequence)
     identity = {

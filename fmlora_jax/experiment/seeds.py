@@ -53,7 +53,7 @@ def run_each(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
     )
-  with lock.lock_on_first(workdir):
+  with hosts.entered_on_first(lock.hold_lock(workdir)):
     results = _run_each(config, workdir, console, began)
     if hosts.is_first():
       text = json.dumps(files.jsonable(summary(results), SUMMARY), indent=1)

@@ -47,8 +47,10 @@ def build_config(values: Mapping[str, Any]) -> Config:
   Raises:
     ConfigError: if a field is unknown or a value invalid, with the field's full path.
   """
-  upgraded = upgrade_config({"method": {"name": MethodConfig.name}, **values})
-  return config_lib.build(Config, upgraded, method_config=config_class)
+  upgraded = upgrade_config({"method": {}, **values})
+  method = upgraded["method"]
+  name = method.get("name", MethodConfig.name) if isinstance(method, dict) else MethodConfig.name
+  return config_lib.build(Config, upgraded, method_config=config_class(name))
 
 
 def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from fmlora_jax.cli.flags import Arguments
 _log = logging.getLogger("fmlora_jax.pretrain")  # __name__ is __main__ here
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags."""
+  values = flags.FlagValues()
   flags.DEFINE_string("config", "pretrain_letters", "The recipe.", flag_values=values)
   flags.DEFINE_string("output", None, "File to write, .safetensors.", flag_values=values)
   flags_lib.define_dry_run(values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -63,4 +65,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

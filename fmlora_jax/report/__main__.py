@@ -23,8 +23,9 @@ from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the program's flags."""
+def define_flags() -> flags.FlagValues:
+  """Returns the program\'s flags."""
+  values = flags.FlagValues()
   text = "Print Markdown instead of a table."
   flags.DEFINE_bool("markdown", False, text, flag_values=values)
   text = "PNG file to draw the accuracy over tasks into."
@@ -33,6 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_bool("paper", False, text, flag_values=values)
   text = "With --paper: HTML file for tables and pictures."
   flags.DEFINE_string("html", None, text, flag_values=values)
+  return values
 
 
 def main(arguments: Arguments) -> None:
@@ -93,4 +95,5 @@ def _report_on_paper(
 
 
 if __name__ == "__main__":
-  program.start(main, define_flags)
+  with program.running(__doc__, define_flags()) as arguments:
+    main(arguments)

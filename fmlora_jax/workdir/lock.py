@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import filelock
 
 from fmlora_jax.config import ConfigError
-from fmlora_jax.distributed import hosts
 from fmlora_jax.workdir.files import refuse_links
 
 FILE = ".lock"
@@ -24,18 +23,6 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errn
 WAIT_S = 0.1  # for a holder that is just leaving
 
 _log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def lock_on_first(folder: pathlib.Path) -> Iterator[None]:
-  """Holds the lock of a folder in the first process, for all.
-
-  Raises:
-    ConfigError: in all processes, where `hold_lock` raises it in the first.
-  """
-  with contextlib.ExitStack() as stack:
-    hosts.run_on_first(lambda: stack.enter_context(hold_lock(folder)))
-    yield
 
 
 @contextlib.contextmanager

@@ -45,8 +45,7 @@ def test_an_unknown_flag_is_refused_with_a_near_one():
 @pytest.mark.parametrize("command", top.COMMANDS)
 def test_help_is_usage_examples_and_our_flags(command, capsys):
   module = importlib.import_module(top.COMMANDS[command])
-  made = absl_flags.FlagValues()
-  module.define_flags(made)
+  made = module.define_flags()
   flags.define_shared(made)
   program.print_help(module.__doc__, made)
   shown = capsys.readouterr().out

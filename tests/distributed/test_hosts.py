@@ -50,7 +50,8 @@ def main(argv):
   if argv[1] == "wrong":
     time.sleep(60)  # away from any exchange
 
-errors.guard(lambda: main(sys.argv))
+with errors.guard():
+  main(sys.argv)
 """
 
 

@@ -104,5 +104,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   from fmlora_jax.distributed import stop
 
-  with stop.caught():
-    errors.guard(lambda: main(sys.argv))
+  with stop.caught(), errors.guard():
+    main(sys.argv)

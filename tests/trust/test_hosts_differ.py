@@ -74,8 +74,8 @@ def test_processes_that_differ_are_refused_within_30_seconds(tmp_path, capsys):
 
   workdir, other = tmp_path / "run", tmp_path / "other"
   for moment in ("save", "training"):
-    with stop.caught(), stopping.sent_at(moment), pytest.raises(SystemExit):
-      guard(lambda: run(stopping.settings(**CHEAP), workdir))
+    with stop.caught(), stopping.sent_at(moment), pytest.raises(SystemExit), guard():
+      run(stopping.settings(**CHEAP), workdir)
   capsys.readouterr()
   shutil.copytree(workdir, other)
   *_, newest = saved(other)

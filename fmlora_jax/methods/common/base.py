@@ -112,7 +112,7 @@ class AdaptedViT(Generic[Settings]):
   @functools.cached_property
   def head(self) -> TrainedHead:
     width = self.backbone.sizes.width
-    return TrainedHead(self.run.head, self.spec, width, self.fold, self.features)
+    return TrainedHead(self.run.head, self.spec, width, self.features)
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:
@@ -131,7 +131,8 @@ class AdaptedViT(Generic[Settings]):
 
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Returns the variables that a task starts from, and facts of it."""
-    return variables.update(cur={"head": self.head.begin_task(variables, view)}), {}
+    model = self.fold(view.weights, variables) if self.head.starts_at_means(view.index) else None
+    return variables.update(cur={"head": self.head.begin_task(variables, view, model)}), {}
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     """Returns the adapters of a training step."""
@@ -145,7 +146,8 @@ class AdaptedViT(Generic[Settings]):
 
   def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Returns the variables that a task leaves behind, and facts of it."""
-    return self.head.end_task(variables, view)
+    model = self.fold(view.weights, variables) if self.head.reads_features else None
+    return self.head.end_task(variables, view, model)
 
   def past(self, weights: Params, variables: Variables) -> Params:
     """Returns the float32 ViT under a task's adapters, with the earlier tasks folded in."""

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.types import Features, Params, SequenceSpec, TaskView
 
+Sums = tuple[Float[Array, "C D"], Float[Array, " C"]]  # of features, and numbers of images
+
 FLOOR = 1e-4  # added to the variances of drawn features
 
 
@@ -59,6 +61,27 @@ def make_collector(features: Callable[..., Features]) -> Callable:
     return gathered[valid], labels[valid]
 
   return collect
+
+
+def make_class_sums(features: Callable[..., Features], num_classes: int) -> Callable[..., Sums]:
+  """Returns the function (model, view) -> sums of features [C, D], numbers of images [C].
+
+  They are of each class in the view's training images, as at test time; `features` is a function of
+  (model, images).
+  """
+
+  @functools.partial(jax.jit, static_argnames="center")
+  def batch_sums(model, examples, rows, *, center):
+    batch = center(examples, rows)
+    one_hot = jax.nn.one_hot(batch.labels, num_classes) * batch.valid[:, None]
+    sums = jnp.matmul(one_hot.T, features(model, batch.images), precision="highest")
+    return sums, one_hot.sum(0)
+
+  def class_sums(model, view: TaskView):
+    totals = [batch_sums(model, *batch, center=view.center) for batch in view.train_batches(0)]
+    return jax.tree.map(lambda *parts: sum(parts), *totals)
+
+  return class_sums
 
 
 def add(

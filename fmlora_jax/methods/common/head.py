@@ -5,15 +5,13 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from fmlora_jax.config import AlignmentConfig, HeadConfig
+from fmlora_jax.methods.common import class_statistics
 from fmlora_jax.methods.common.alignment import HeadAlignment
 from fmlora_jax.models import heads
 from fmlora_jax.types import Facts, Features, Params, SequenceSpec, TaskView, Variables
-
-ClassSums = tuple[Float[Array, "C D"], Float[Array, " C"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,14 +22,12 @@ class TrainedHead:
     config: of the head.
     spec: sizes of the task sequence.
     width: D.
-    fold: (weights, variables) -> the folded model.
     features: (folded model, images) -> [B, D].
   """
 
   config: HeadConfig
   spec: SequenceSpec
   width: int
-  fold: Callable[..., Params]
   features: Callable[..., Features]
 
   @functools.cached_property
@@ -67,9 +63,9 @@ class TrainedHead:
     )
 
   @functools.cached_property
-  def class_sums(self) -> Callable[..., ClassSums]:
+  def class_sums(self) -> Callable[..., class_statistics.Sums]:
     """(folded model, view) -> sums of features and numbers of images by class."""
-    return make_class_sums(self.features, self.spec.num_classes)
+    return class_statistics.make_class_sums(self.features, self.spec.num_classes)
 
   @property
   def _starts_at_means(self) -> bool:
@@ -85,51 +81,44 @@ class TrainedHead:
     mem = {"head": self.layer.init(_fold_in(key, 0))}
     return mem | ({"head_statistics": self.alignment.empty()} if self.alignment else {})
 
-  def begin_task(self, variables: Variables, view: TaskView) -> Params:
-    """Returns the rows that the task trains."""
+  def starts_at_means(self, task: int) -> bool:
+    """Whether the rows of a task, from 0, start at the means of its features."""
+    return self._starts_at_means and not (self.spec.shares_classes and task)
+
+  @property
+  def reads_features(self) -> bool:
+    """Whether a task's end needs the features of its images."""
+    return self.layer.needs_means or self.alignment is not None
+
+  def begin_task(self, variables: Variables, view: TaskView, model: Params | None) -> Params:
+    """Returns the rows that the task trains.
+
+    Args:
+      model: the folded one, needed where `starts_at_means`.
+    """
     mem, key = variables.mem["head"], _fold_in(view.key("init"), 1)
     rows = heads.start(self.layer, mem, self.spec, view.index, key)
-    if self._starts_at_means and not (self.spec.shares_classes and view.index):
-      sums = self.class_sums(self.fold(view.weights, variables), view)
-      rows = heads.imprint(rows, *sums, view.arrays)
+    if self.starts_at_means(view.index):
+      rows = heads.imprint(rows, *self.class_sums(model, view), view.arrays)
     return rows
 
-  def end_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Writes the trained rows to `mem`, updates class means and aligns the head."""
+  def end_task(
+    self, variables: Variables, view: TaskView, model: Params | None
+  ) -> tuple[Variables, Facts]:
+    """Writes the trained rows to `mem`, updates class means and aligns the head.
+
+    Args:
+      model: the folded one, needed where `reads_features`.
+    """
     head = heads.commit(variables.mem["head"], variables.cur["head"], self.spec, view.index)
-    variables = variables.update(mem={"head": head})
     if self.layer.needs_means:
-      sums = self.class_sums(self.fold(view.weights, variables), view)
-      variables = variables.update(mem={"head": heads.add_means(head, *sums)})
-    if not self.alignment:
-      return variables, {}
-    mem, model = variables.mem, self.fold(view.weights, variables)
-    head, statistics, facts = self.alignment.after(mem["head"], mem["head_statistics"], model, view)
+      head = heads.add_means(head, *self.class_sums(model, view))
+    if self.alignment is None or model is None:
+      return variables.update(mem={"head": head}), {}
+    statistics = variables.mem["head_statistics"]
+    head, statistics, facts = self.alignment.after(head, statistics, model, view)
     return variables.update(mem={"head": head, "head_statistics": statistics}), facts
 
 
 def _fold_in(key: PRNGKeyArray, purpose: int) -> PRNGKeyArray:
   return jax.random.fold_in(key, 7 + purpose)
-
-
-def make_class_sums(
-  features: Callable[..., Features], num_classes: int
-) -> Callable[..., ClassSums]:
-  """Returns the function (model, view) -> sums of features [C, D], numbers of images [C].
-
-  They are of each class in the view's training images, as at test time; `features` is a function of
-  (model, images).
-  """
-
-  @functools.partial(jax.jit, static_argnames="center")
-  def batch_sums(model, examples, rows, *, center):
-    batch = center(examples, rows)
-    one_hot = jax.nn.one_hot(batch.labels, num_classes) * batch.valid[:, None]
-    sums = jnp.matmul(one_hot.T, features(model, batch.images), precision="highest")
-    return sums, one_hot.sum(0)
-
-  def class_sums(model, view: TaskView):
-    totals = [batch_sums(model, *batch, center=view.center) for batch in view.train_batches(0)]
-    return jax.tree.map(lambda *parts: sum(parts), *totals)
-
-  return class_sums

@@ -24,7 +24,6 @@ from fmlora_jax.models.meta_prompt import MetaPrompt
 from fmlora_jax.types import (
   Adapters,
   Facts,
-  Images,
   OptimizerGroup,
   Params,
   Reported,
@@ -89,7 +88,8 @@ class FMLoRA(AdaptedViT[Config]):
 
   @functools.cached_property
   def selection(self) -> drs.RankSelection:
-    return drs.RankSelection(self.run, self.masked_logits)
+    parts = self.flora, self.prompt, self.backbone, self.head.layer
+    return drs.RankSelection(self.run, drs.make_logits(*parts))
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:
@@ -124,26 +124,6 @@ class FMLoRA(AdaptedViT[Config]):
     fixed = variables.shared | self.freeze(view.weights, variables)
     params = {"core": self.flora.new_core(bases.max_rank), "head": variables.cur["head"]}
     return self.selection.select(params, fixed, view)
-
-  def masked_logits(
-    self,
-    params: Params,
-    fixed: Params,
-    mask: Float[Array, " R"],
-    images: Images,
-  ) -> Float[Array, "B K"]:
-    """Returns the logits of the model in rank selection, at the rank of a mask.
-
-    Args:
-      params: core at r_max and head.
-      fixed: the group `shared` and the backbone.
-      mask: of the rank.
-      images: of a batch.
-    """
-    deltas = self.call({"shared": fixed, "cur": params}, mask, method="masked")
-    adapters = Adapters(deltas=deltas, prompt=self.tokens(fixed))
-    features = self.backbone.apply(fixed["backbone"], images, adapters)
-    return self.head.layer.logits(params["head"], features)
 
   def tokens(self, shared: Params) -> Float[Array, "P D"] | None:
     """Returns the meta-prompt's tokens, None without it."""

@@ -21,7 +21,17 @@ from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.methods.common import base
 from fmlora_jax.methods.fm_lora.settings import Config as Settings
 from fmlora_jax.models import heads, rank_selector
-from fmlora_jax.types import Facts, NonFiniteError, Params, TaskArrays, TaskView
+from fmlora_jax.models.flora import FLoRA
+from fmlora_jax.models.meta_prompt import MetaPrompt
+from fmlora_jax.types import (
+  Adapters,
+  Backbone,
+  Facts,
+  NonFiniteError,
+  Params,
+  TaskArrays,
+  TaskView,
+)
 
 
 class Probe(flax.struct.PyTreeNode):
@@ -172,6 +182,23 @@ class RankSelection:
     ]
     totals = sum((sums for sums, _ in parts), jnp.zeros(())) / sum(count for _, count in parts)
     return totals[:, 0], totals[:, 1]
+
+
+def make_logits(
+  flora: FLoRA, prompt: MetaPrompt | None, backbone: Backbone, layer: heads.Head
+) -> Callable[..., Float[Array, "B K"]]:
+  """Returns the function (params, fixed, core mask [R], images) -> logits of the adapted model.
+
+  `params` are core at r_max and head, `fixed` the group `shared` and the backbone.
+  """
+
+  def logits(params, fixed, mask, images):
+    deltas: Any = flora.apply({"shared": fixed, "cur": params}, mask, method="masked")
+    tokens: Any = prompt.apply({"shared": fixed}) if prompt else None
+    features = backbone.apply(fixed["backbone"], images, Adapters(deltas=deltas, prompt=tokens))
+    return layer.logits(params["head"], features)
+
+  return logits
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
