@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -21,6 +22,10 @@ from fmlora_jax import methods, tasks
 from fmlora_jax.cli import config_flag, methods_flag
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.experiment import comparison
+from fmlora_jax.tasks import task_file
+from fmlora_jax.workdir.identity import IDENTITY
+from fmlora_jax.workdir.log import METRICS
+from fmlora_jax.workdir.result_file import RESULT
 
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/**/README.md"))]
@@ -201,6 +206,22 @@ def test_commands_run_in_their_order(place):
       seen.add(tuple(command))
       run_in(place, command)
   assert len(seen) > 12
+
+
+def test_the_files_of_a_run_have_these_names():
+  text = (ROOT / "configs" / "README.md").read_text()
+  named = re.findall(r"^\| `(\w+\.jsonl?)`", text, re.MULTILINE)
+  assert sorted(named) == sorted([IDENTITY, METRICS, RESULT, task_file.FILE])
+
+
+def test_the_method_of_the_readme_learns(lab, tmp_path, monkeypatch):
+  (block,) = fenced(METHODS, "python")
+  (tmp_path / "value_lora.py").write_text(block)
+  monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+  learned = lab("value_lora")
+  assert all(stage.losses[-1] < stage.losses[0] for stage in learned.stages)
+  stored = learned.method.stored([stage.facts for stage in learned.stages])
+  assert stored["shared"] == sum(leaf.size for leaf in jax.tree.leaves(learned.variables.shared))
 
 
 @pytest.mark.tier(2)

@@ -170,9 +170,10 @@ class OptimConfig:
     momentum: of sgd.
     learning_rate: peak, for all parameters except the head.
     weight_decay: for all parameters except the head and those that a method exempts.
-    head_learning_rate, head_weight_decay: the same for the linear head. AdamW moves each weight by
-      about the rate at each step, and a logit by up to the rate times the sum of |features|: 1e-2
-      is 4 nats at a ViT-S, and destroys what the head knows of other domains and tasks.
+    head_learning_rate: peak, for the head. AdamW moves each weight by about the rate at each step,
+      and a logit by up to the rate times the sum of |features|: 1e-2 is 4 nats at a ViT-S, and
+      destroys what the head knows of other domains and tasks.
+    head_weight_decay: for the head.
     schedule: cosine (to 0, by steps, without warm-up), constant, steps (times `decay` at each epoch
       in `milestones`), coda_cosine or timm_cosine; see fmlora_jax/train/schedules.py.
     milestones: epochs at which schedule steps multiplies the rate by `decay`, ascending.

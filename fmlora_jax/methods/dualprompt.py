@@ -32,8 +32,10 @@ class Config(config_lib.MethodConfig):
   """Settings of DualPrompt.
 
   Attributes:
-    general_layers, expert_layers: numbers of blocks, from 0, that see the one and the other.
-    general_length, expert_length: tokens before the keys of a block, and before its values.
+    general_layers: numbers of blocks, from 0, that see the general prefixes.
+    general_length: general tokens before the keys of a block, and before its values.
+    expert_layers: numbers of blocks, from 0, that see the prefixes of the task.
+    expert_length: tokens of the task before the keys of a block, and before its values.
     pull: lambda, weight of the cosine between a query and the key of its task.
     batchwise: at test time all samples of a batch get the expert that most of them chose; training
       uses the expert of the task either way.

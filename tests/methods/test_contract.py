@@ -356,11 +356,12 @@ def test_stored_parameters_are_those_of_the_formula(case):
     scenario="cil", num_tasks=3, num_classes=6, class_ranges=((0, 2), (2, 4), (4, 6))
   )
   method = methods.make_method(config, vit.make_vit(Sizes()), spec)
-  assert method.stored(cases.FACTS) == case.stored
-
-
-def test_every_method_has_a_case():
-  assert {case.name for case in cases.ALL} == set(methods.names())
+  found = method.stored(cases.FACTS)
+  advice = f"tests/cases.py has no entry: add Case(name={case.name!r}, stored=...), and work out "
+  assert case.stored is not None, (
+    f"{advice} by hand what three tasks store; the method says {found}"
+  )
+  assert found == case.stored
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)

@@ -52,8 +52,9 @@ class DrsConfig:
     tau: temperature of the Gumbel-Softmax, > 0.
     tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
     epochs: length of the preliminary training.
-    selector_steps, selector_learning_rate: of gradient descent on the selector's logits, after each
-      epoch of the preliminary training.
+    selector_steps: of gradient descent on the selector's logits, after each epoch of the
+      preliminary training.
+    selector_learning_rate: of the same descent.
   """
 
   strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"

@@ -38,9 +38,10 @@ class Config(config_lib.MethodConfig):
 
   Attributes:
     rank: columns of A_t and B_t.
-    threshold, final_threshold: share of the inputs' moment that is remembered after the first task
-      and, going up by the same step at each task, after one that would follow the last. Of fourth
+    threshold: share of the inputs' moment that is remembered after the first task. Of fourth
       powers: see `dualgpm.py`.
+    final_threshold: the same after a task that would follow the last; in between it goes up by the
+      same step at each task.
     retain: whether a layer whose earlier tasks span more than half of its inputs remembers the free
       space instead (DualGPM). False is plain GPM: the same directions, more numbers stored.
   """

@@ -244,10 +244,10 @@ def test_every_mutated_file_is_refused_in_one_line(tmp_path, tiny_tag, peak):
     path = tmp_path / f"{i}.bin"
     path.write_bytes(make(tmp_path))
     peak()
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
       registry.load(WeightsConfig(tag=tag, path=str(path)))
-    slowest = max(slowest, time.monotonic() - began)
+    slowest = max(slowest, time.process_time() - began)
     most = max(most, peak())
     message = str(caught.value)
     assert str(path) in message and expected in message, (name, message)
