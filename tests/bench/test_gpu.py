@@ -31,6 +31,7 @@ def plan(monkeypatch, tmp_path):
   )
 
 
+@pytest.mark.tier(2)  # the parts are tested one by one
 def test_all_parts_are_on_disk_though_one_fails(plan):
   parts = gpu.measure(plan)
   assert json.loads((plan.out / "gpu.json").read_text()) == parts
