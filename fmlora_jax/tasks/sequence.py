@@ -178,7 +178,7 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
     ConfigError: if the source has no such tasks, or a class of a task no train or no test image.
   """
   order_seed = seed if config.order_seed is None else config.order_seed
-  codes = _split(source, config)
+  codes = make_split(source, config)
   make_tasks = _domain_tasks if config.scenario == "dil" else _class_tasks
   class_order, members = make_tasks(source, config, order_seed)
   labels = np.argsort(class_order)[source.labels].astype(np.int32)
@@ -198,10 +198,10 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
     scenario=config.scenario,
     class_order=class_order,
     labels=labels,
-    split_id=_split_id(source, config),
-    manifest_sha256=_manifest(source, codes),
+    split_id=make_split_id(source, config),
+    manifest_sha256=make_manifest(source, codes),
   )
-  _refuse_empty_classes(sequence)
+  refuse_empty_classes(sequence)
   return sequence
 
 
@@ -213,10 +213,14 @@ def _class_tasks(source, config, seed):
 
   def members(labels):
     for lo in range(0, count, size):
-      name = f"class {lo}" if size == 1 else f"classes {lo}-{lo + size - 1}"
-      yield name, lo, lo + size, (labels >= lo) & (labels < lo + size)
+      yield positions(lo, lo + size), lo, lo + size, (labels >= lo) & (labels < lo + size)
 
   return make_order(count, config.order, seed), members
+
+
+def positions(lo: int, hi: int) -> str:
+  """Returns "classes 0-4", positions in the class order: the name of a task in a task file."""
+  return f"class {lo}" if hi - lo == 1 else f"classes {lo}-{hi - 1}"
 
 
 def check_divides(num_tasks: int, num_classes: int, name: str) -> None:
@@ -256,7 +260,7 @@ def _has_split(source: DataSource, code: int) -> bool:
   return source.split is not None and bool(np.any(source.split == code))
 
 
-def _split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
+def make_split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   """Returns TRAIN, VAL or TEST of each record.
 
   Published splits are taken. A missing one is drawn from the training images, per class and domain:
@@ -313,7 +317,8 @@ def _draw(
   return allowed & np.isin(group, np.concatenate(drawn))
 
 
-def _split_id(source: DataSource, config: TasksConfig) -> str:
+def make_split_id(source: DataSource, config: TasksConfig) -> str:
+  """Returns the name of `make_split`: what the data have of their own, what was drawn, and how."""
   if source.split_name is not None:
     return f"{source.name}/{source.split_name}"
   val = "own" if _has_split(source, VAL) else f"{config.val_fraction:g}"
@@ -322,7 +327,9 @@ def _split_id(source: DataSource, config: TasksConfig) -> str:
   return f"{source.name}/val{val}-test{test}{seed}"
 
 
-def _manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
+def make_manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
+  """Returns the sha256 hex of the data and the split of each record, TRAIN, VAL or TEST."""
+
   def sha256(values):
     if values is None:
       return None
@@ -339,7 +346,8 @@ def _manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refuse_empty_classes(sequence: TaskSequence) -> None:
+def refuse_empty_classes(sequence: TaskSequence) -> None:
+  """Raises ConfigError if a class of a task has no image for training or none for test."""
   for task in sequence.tasks:
     for split in ("train", "test"):
       counts = np.bincount(sequence.labels[getattr(task, split)], minlength=sequence.num_classes)
@@ -347,6 +355,6 @@ def _refuse_empty_classes(sequence: TaskSequence) -> None:
       if empty:
         raise ConfigError(
           f"{sequence.source.name}: no {split} image of class {', '.join(map(repr, empty[:10]))}"
-          f"{' ...' if len(empty) > 10 else ''} in task {task.index} ({task.name}): every class "
-          "needs one for training and one for test; add images, or remove the class"
+          f"{' ...' if len(empty) > 10 else ''} in task {task.index + 1} ({task.name}): every "
+          "class needs one for training and one for test; add images, or remove the class"
         )

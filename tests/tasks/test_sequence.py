@@ -210,7 +210,7 @@ def test_impossible_tasks_are_refused(fields, message):
 
 def test_a_class_without_train_or_test_image_is_named():
   config = TasksConfig(num_tasks=1)
-  with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 0"):
+  with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 1 "):
     sequence.make_sequence(make_source([0, 0, 0, 1]), config, seed=0)
   split = np.array([0, 2, 2, 2], np.int8)
   with pytest.raises(ConfigError, match="no train image of class 'c1'"):
