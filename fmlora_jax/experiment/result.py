@@ -50,7 +50,7 @@ def build_result(
     "statistics_bytes": statistics,
     "protocol": _protocol(setup, progress, statistics),
     "passes": dataclasses.asdict(method.passes),
-    "caveats": list(method.caveats),
+    "caveats": setup.caveats,
     "weights": {"tag": setup.info.tag, "sha256": setup.info.sha256},
     "normalisation": setup.normalisation,
     "augmentation": config.input.augmentation,

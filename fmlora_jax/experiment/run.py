@@ -90,7 +90,7 @@ def _describe(setup: RunSetup, workdir: pathlib.Path, log: writer.RunLog) -> Non
   log.note(f"input      {provenance.images(setup.loader)}")
   log.note(f"method     {config.method.name}, workdir {workdir}")
   log.note(f"passes     {provenance.passes(setup.method.passes)}")
-  for caveat in setup.method.caveats:
+  for caveat in setup.caveats:
     log.note(f"caveat     {caveat}")
 
 

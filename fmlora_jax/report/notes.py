@@ -38,8 +38,11 @@ def warnings(groups: Groups) -> list[str]:
     twice = ", ".join(map(str, repeated_seeds(runs)))
     if twice:
       lines.append(f"{label} has several runs of seed {twice}: ± is not over seeds alone")
-    lines += [f"{label}: {n}" for n in dict.fromkeys(n for run in runs for n in run["caveats"])]
-  return lines
+  caveats = collections.defaultdict(dict)  # an ordered set of the labels of each
+  for label, runs in groups.items():
+    for caveat in (caveat for run in runs for caveat in run["caveats"]):
+      caveats[caveat][label] = None
+  return lines + [f"{', '.join(labels)}: {caveat}" for caveat, labels in caveats.items()]
 
 
 def protocols(groups: Groups) -> list[str]:

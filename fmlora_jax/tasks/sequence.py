@@ -105,6 +105,27 @@ class TaskSequence:
       has_val=all(len(task.val) for task in self.tasks),
     )
 
+  @property
+  def caveats(self) -> tuple[str, ...]:
+    """What a reader of results on these tasks must know, one line each."""
+    return tuple(text for text in (_one_class(self.spec),) if text)
+
+
+def _one_class(spec: SequenceSpec) -> str | None:
+  """Returns what it means that tasks have one class; None if none has."""
+  alone = sum(hi - lo == 1 for lo, hi in spec.class_ranges)
+  if not alone:
+    return None
+  advice = "add classes"
+  if spec.num_classes > 1 and not spec.shares_classes:
+    fewer = max(n for n in range(1, spec.num_classes) if spec.num_classes % n == 0)
+    advice = f"set config.tasks.num_tasks to {fewer} or less, for two classes a task or more"
+  return (
+    f"{alone} of {spec.num_tasks} tasks have one class, in which cross-entropy is 0: their steps "
+    "learn nothing from images, and a method ends as linear_probe with the same head does; "
+    f"{advice} (config.head.alignment.epochs > 0 trains the head, and the head alone)"
+  )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copies:

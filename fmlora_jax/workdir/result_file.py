@@ -36,7 +36,7 @@ FIELDS = {  # every result has these, and those that its method declares
   "statistics_bytes": "bytes of statistics of the data that the method stores",
   "protocol": "facts about how the numbers came about",
   "passes": "forward passes of an image in a training step, at test time, between tasks",
-  "caveats": "what makes the method differ from its publication",
+  "caveats": "what a reader must know of the method or the tasks, one line each",
   "weights": "tag and sha256 of the pre-trained weights",
   "normalisation": "of pixels",
   "augmentation": "its name",

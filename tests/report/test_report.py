@@ -179,6 +179,8 @@ def test_caveats_stand_below_the_table_once():
   text = text_of([result(), *odd])
   assert text.count("warning: hide: the batch votes\n") == 1
   assert "> warning: hide: the batch votes" in tables.markdown([result(), *odd])
+  both = [*odd, result("l2p", caveats=["the batch votes"])]
+  assert text_of(both).count("warning: hide, l2p: the batch votes\n") == 1
 
 
 def test_costs_are_three_lines():

@@ -188,6 +188,25 @@ def test_til_has_the_data_of_cil():
     np.testing.assert_array_equal(one.test, other.test)
 
 
+@pytest.mark.parametrize("scenario", ["cil", "til"])
+@pytest.mark.parametrize(("num_tasks", "says"), [(2, False), (4, True)])
+def test_tasks_of_one_class_are_a_caveat_with_advice(scenario, num_tasks, says):
+  source = make_source(np.repeat(np.arange(4), 5))
+  config = TasksConfig(scenario=scenario, num_tasks=num_tasks)
+  caveats = sequence.make_sequence(source, config, seed=0).caveats
+  assert len(caveats) == says
+  if says:
+    assert "4 of 4 tasks have one class, in which cross-entropy is 0" in caveats[0]
+    assert "set config.tasks.num_tasks to 2 or less" in caveats[0]
+
+
+def test_domains_of_one_class_are_a_caveat_too():
+  source = with_domains(np.zeros(20, int), np.repeat([0, 1], 10))
+  made = sequence.make_sequence(source, TasksConfig(scenario="dil", num_tasks=2), seed=0)
+  (caveat,) = made.caveats
+  assert "2 of 2 tasks have one class" in caveat and "; add classes" in caveat
+
+
 REFUSALS = [
   ({"num_tasks": 3}, "config.tasks.num_tasks is 3.* 10 classes of digits.* 1, 2, 5, 10"),
   ({"scenario": "dil"}, "config.tasks.scenario is 'dil': digits has no domains"),
