@@ -43,6 +43,8 @@ def build_result(
     "manifest_sha256": sequence.manifest_sha256,
     "seed": config.seed,
     "class_order": sequence.class_order,
+    "class_names": sequence.class_names,
+    "class_ranges": sequence.spec.class_ranges,
     "task_names": [task.name for task in sequence.tasks],
     **metrics.summarise(progress.counts(len(n_test)), n_test, before=ahead, baseline=baseline),
     **reported(method.reports, progress.facts),

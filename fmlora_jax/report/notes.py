@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Mapping
 
-from fmlora_jax.cli.text import duration
+from fmlora_jax.cli.text import duration, task_list
 from fmlora_jax.report.columns import bytes_text, count_text, passes_text
 from fmlora_jax.report.runs import Groups, RunResult, repeated_seeds, weights
 
@@ -43,6 +43,17 @@ def warnings(groups: Groups) -> list[str]:
     for caveat in (caveat for run in runs for caveat in run["caveats"]):
       caveats[caveat][label] = None
   return lines + [f"{', '.join(labels)}: {caveat}" for caveat, labels in caveats.items()]
+
+
+def tasks(groups: Groups) -> list[str]:
+  """Returns one line for each order of tasks in a table: the seeds of its runs, and the tasks."""
+  seeds = collections.defaultdict(set)
+  for run in (run for runs in groups.values() for run in runs):
+    seeds[tuple(run["task_names"])].add(run["seed"])
+  return [
+    f"tasks of seed {', '.join(map(str, sorted(of_order)))}: {task_list(names)}"
+    for names, of_order in seeds.items()
+  ]
 
 
 def protocols(groups: Groups) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int, Int8, UInt8
@@ -13,6 +13,7 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.types import SequenceSpec
 
 TRAIN, VAL, TEST = 0, 1, 2
+NAMED = 3  # classes of a task whose names are its name
 SPLIT_CODES = {"train": TRAIN, "val": VAL, "test": TEST}
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,12 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """One task: ascending record indices (int64) of its splits, and its label positions lo..hi-1."""
+  """One task: ascending record indices (int64) of its splits, and its label positions lo..hi-1.
+
+  Attributes:
+    index: from 0.
+    name: of its domain, or of its classes as `task_name` has them.
+  """
 
   index: int
   name: str
@@ -109,6 +115,13 @@ class TaskSequence:
   def caveats(self) -> tuple[str, ...]:
     """What a reader of results on these tasks must know, one line each."""
     return tuple(text for text in (_one_class(self.spec),) if text)
+
+
+def task_name(class_names: Sequence[str]) -> str:
+  """Returns the name of a task of new classes: "cat, dog", or "ant ... zebra (20 classes)"."""
+  if len(class_names) <= NAMED:
+    return ", ".join(class_names)
+  return f"{class_names[0]} ... {class_names[-1]} ({len(class_names)} classes)"
 
 
 def _one_class(spec: SequenceSpec) -> str | None:
@@ -232,16 +245,14 @@ def _class_tasks(source, config, seed):
   check_divides(config.num_tasks, count, source.name)
   size = count // config.num_tasks
 
+  order = make_order(count, config.order, seed)
+
   def members(labels):
     for lo in range(0, count, size):
-      yield positions(lo, lo + size), lo, lo + size, (labels >= lo) & (labels < lo + size)
+      name = task_name([source.class_names[c] for c in order[lo : lo + size]])
+      yield name, lo, lo + size, (labels >= lo) & (labels < lo + size)
 
-  return make_order(count, config.order, seed), members
-
-
-def positions(lo: int, hi: int) -> str:
-  """Returns "classes 0-4", positions in the class order: the name of a task in a task file."""
-  return f"class {lo}" if hi - lo == 1 else f"classes {lo}-{hi - 1}"
+  return order, members
 
 
 def check_divides(num_tasks: int, num_classes: int, name: str) -> None:

@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from fmlora_jax.tasks.sequence import (
   make_manifest,
   make_split,
   make_split_id,
-  positions,
   refuse_empty_classes,
+  task_name,
 )
 
 FILE = "task_file.json"
@@ -36,6 +36,7 @@ DRAWN = re.compile(  # the last part of a split_id of which something was drawn
 
 def dump_task_file(sequence: TaskSequence) -> str:
   """Returns the file's text; on the same data `to_sequence` makes the same sequence of it."""
+  is_dil = sequence.scenario == "dil"
   fields = {
     "benchmark": sequence.source.name,
     "source_sha256": sequence.source.digest,
@@ -46,13 +47,18 @@ def dump_task_file(sequence: TaskSequence) -> str:
     "class_order": sequence.class_order,
     "class_names": sequence.class_names,
     "tasks": [
-      {"name": task.name, "lo": task.lo, "hi": task.hi}
+      {"name": task.name if is_dil else _positions(task.lo, task.hi), "lo": task.lo, "hi": task.hi}
       | {split: getattr(task, split).tolist() for split in SPLIT_CODES}
       for task in sequence.tasks
     ],
   }
   lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
   return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _positions(lo: int, hi: int) -> str:
+  """Returns "classes 0-4": the file names a task of new classes by positions in class_order."""
+  return f"class {lo}" if hi - lo == 1 else f"classes {lo}-{hi - 1}"
 
 
 def load(config: TasksConfig) -> dict[str, Any]:
@@ -152,12 +158,17 @@ def _sequence(fields: Mapping[str, Any], source: DataSource, config: TasksConfig
   order, count, listed = fields["class_order"], len(source.class_names), fields["tasks"]
   if not _are_integers(order) or sorted(order) != list(range(count)):
     raise ValueError(f"class_order must hold each of 0..{count - 1} once")
-  _check_ranges([(task["lo"], task["hi"]) for task in listed], count, config.scenario)
+  ranges = [(task["lo"], task["hi"]) for task in listed]
+  _check_ranges(ranges, count, config.scenario)
+  names = [task["name"] for task in listed]
+  _check_names(names, ranges, source if config.scenario == "dil" else None)
+  if config.scenario != "dil":
+    names = [task_name([source.class_names[c] for c in order[lo:hi]]) for lo, hi in ranges]
   labels = np.argsort(order)[source.labels].astype(np.int32)
   codes = make_split(source, config)
   sequence = TaskSequence(
     source=source,
-    tasks=tuple(_task(i, task, len(labels)) for i, task in enumerate(listed)),
+    tasks=tuple(_tasks(names, ranges, listed, len(labels))),
     scenario=config.scenario,
     class_order=order,
     labels=labels,
@@ -191,28 +202,40 @@ def _check_ranges(ranges: Sequence[tuple[Any, Any]], count: int, scenario: str) 
     raise ValueError(f"lo and hi of the tasks are {_short(ranges)}: must {rule} 0, {count}")
 
 
-def _task(index: int, fields: Mapping[str, Any], num_records: int) -> Task:
-  rows = {split: _rows(fields[split], num_records) for split in SPLIT_CODES}
-  return Task(index=index, name=fields["name"], lo=fields["lo"], hi=fields["hi"], **rows)
+def _check_names(
+  names: Sequence[Any], ranges: Sequence[tuple[int, int]], source: DataSource | None
+) -> None:
+  """Raises ValueError unless the names are those of the ranges or, in dil, domains of a source."""
+  wanted, rule = [_positions(*span) for span in ranges], ""
+  if source is not None:
+    wanted = [name for name in dict.fromkeys(names) if name in source.domain_names]
+    rule = f"distinct domains, of {_short([*source.domain_names])}"
+  if names != wanted:
+    raise ValueError(f"names of the tasks are {_short(names)}: must be {rule or _short(wanted)}")
+
+
+def _tasks(
+  names: Sequence[str],
+  ranges: Sequence[tuple[int, int]],
+  listed: Sequence[Mapping[str, Any]],
+  num_records: int,
+) -> Iterator[Task]:
+  for index, (name, (lo, hi), fields) in enumerate(zip(names, ranges, listed, strict=True)):
+    rows = {split: _rows(fields[split], num_records) for split in SPLIT_CODES}
+    yield Task(index=index, name=name, lo=lo, hi=hi, **rows)
 
 
 def _check_records(sequence: TaskSequence, codes: Int8[np.ndarray, " n"]) -> None:
-  """Raises ValueError unless each task has its name, and all records of its classes or domain.
+  """Raises ValueError unless each task has all records of its classes or domain, and no others.
 
   Args:
     codes: TRAIN, VAL or TEST of each record.
   """
-  source, names = sequence.source, [task.name for task in sequence.tasks]
-  in_order = [positions(task.lo, task.hi) for task in sequence.tasks]
-  if sequence.scenario == "dil":
-    in_order = [name for name in dict.fromkeys(names) if name in source.domain_names]
-  if names != in_order:
-    rule = "distinct domains of the data" if sequence.scenario == "dil" else _short(in_order)
-    raise ValueError(f"names of the tasks are {_short(names)}: must be {rule}")
-  for task, name in zip(sequence.tasks, names, strict=True):
+  source = sequence.source
+  for task in sequence.tasks:
     mask = (sequence.labels >= task.lo) & (sequence.labels < task.hi)
     if sequence.scenario == "dil" and source.domains is not None:
-      mask = source.domains == source.domain_names.index(name)
+      mask = source.domains == source.domain_names.index(task.name)
     for split, code in SPLIT_CODES.items():
       rows, expected = getattr(task, split), np.flatnonzero(mask & (codes == code))
       if not np.array_equal(rows, expected):

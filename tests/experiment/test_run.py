@@ -1,13 +1,17 @@
 """Whole runs on real digits with the tiny ViT: resumed equals uninterrupted, scenarios, results."""
 
 import dataclasses
+import io
 import json
+import re
 import threading
 import time
 
 import cases
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.distributed import memory
@@ -493,6 +497,25 @@ def test_the_task_is_known_at_test_time_in_til_only(tmp_path):
   assert til["accuracy"][1][0] > cil["accuracy"][1][0]
   assert til["accuracy"][1][1] > cil["accuracy"][1][1]
   assert til["accuracy"][1][0] == til["accuracy"][0][0]  # a frozen ViT and a head of its own
+
+
+def test_own_photos_are_named_wherever_a_run_shows_them(tmp_path):
+  rng = np.random.default_rng(0)
+  for name in ("2", "10"):
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    for i in range(6):
+      pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+      Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+  console = Console(file=io.StringIO(), width=80)
+  photos = {"benchmark": "image_folder", "data_dir": str(tmp_path / "photos"), "order": "natural"}
+  result = run(small("linear_probe", tasks=photos), tmp_path / "run", console)
+  text = console.file.getvalue()
+  assert (result["class_names"], result["class_ranges"]) == (("10", "2"), ((0, 1), (1, 2)))
+  assert result["task_names"] == ["10", "2"]
+  assert "tasks      10; 2\n" in text and "task 1/2 (10): 1 classes" in text
+  assert re.search(r"\n +1  10 .*\n +2  2 ", text)  # rows of the matrix
+  (caveat,) = result["caveats"]
+  assert caveat.startswith("2 of 2 tasks have one class") and f"caveat     {caveat}\n" in text
 
 
 @pytest.mark.parametrize("kind", ["cosine", "class_mean"])

@@ -183,6 +183,22 @@ def test_caveats_stand_below_the_table_once():
   assert text_of(both).count("warning: hide, l2p: the batch votes\n") == 1
 
 
+def test_the_tasks_of_each_seed_stand_below_the_table():
+  of_seed = {1993: ["4, 2", "7, 6"], 1994: ["2, 1", "a\nb" + "c" * 90]}
+  runs = [
+    result(name, seed, tasks=2, ranks=None, task_names=of_seed[seed])
+    for name in ("lora", "l2p")
+    for seed in of_seed
+  ]
+  text = text_of(runs)
+  assert text.count("\ntasks of seed 1993: 4, 2; 7, 6\n") == 1
+  assert f"\ntasks of seed 1994: 2, 1; a b{'c' * 16}...{'c' * 18}\n" in text
+  assert "> tasks of seed 1993: 4, 2; 7, 6" in tables.markdown(runs)
+  assert notes.tasks({"lora": [result(tasks=12, ranks=None)]}) == [
+    "tasks of seed 1993: " + "; ".join(f"task {i}" for i in range(9)) + "; ...; task 11"
+  ]
+
+
 def test_costs_are_three_lines():
   assert notes.costs(result(tasks=2)) == [
     "parameters 346k trained in the last task, 1.23M stored beside the backbone; added by each "
@@ -287,6 +303,24 @@ def test_a_run_with_everything_gets_all_pictures(tmp_path, tasks):
   assert paths == [tmp_path / "plots" / f"{name}.png" for name in names]
   for path in paths:
     assert imread(path)[..., :3].std() > 0.01  # not a blank page
+
+
+@pytest.mark.parametrize("tasks", [5, 20])
+def test_pictures_show_the_names_of_tasks(monkeypatch, tasks):
+  drawn = []
+  monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.append(figure.axes[0]))
+  names = [f"n{i:04} ... n0212 (100 classes)" for i in range(tasks)]
+  run = result(tasks=tasks, ranks=None, task_names=names)
+  plots.plot_accuracy_matrix(run, "a.png")
+  plots.plot_accuracy_over_tasks({"one": {"": [run]}}, "b.png")
+  plots.plot_accuracy_over_tasks({"two": {"": [run, {**run, "task_names": names[::-1]}]}}, "c.png")
+  matrix, one, two = drawn
+  labels = [f"{i + 1}: n{i:04} ... n0212 (100 classes)" for i in range(tasks)]
+  assert [label.get_text() for label in matrix.get_yticklabels()] == labels
+  below = [label.get_text() for label in matrix.get_xticklabels()]
+  assert below == (labels if tasks == 5 else [str(i + 1) for i in range(tasks)])
+  assert (labels == [label.get_text() for label in one.get_xticklabels()]) == (tasks == 5)
+  assert not any("n0" in label.get_text() for label in two.get_xticklabels())
 
 
 def test_a_run_without_ranks_gets_the_pictures_that_it_can(tmp_path):

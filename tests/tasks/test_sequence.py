@@ -77,6 +77,7 @@ def test_tasks_are_blocks_of_positions_with_ascending_rows():
   made = tasks.make(config, seed=1993, source_size=8)
   assert made.class_order == np.random.RandomState(1993).permutation(10).tolist()
   assert made.class_names[0] == str(made.class_order[0])
+  assert [task.name for task in made.tasks] == ["4, 2", "7, 6", "0, 3", "5, 8", "9, 1"]
   assert made.spec.class_ranges == ((0, 2), (2, 4), (4, 6), (6, 8), (8, 10))
   for task in made.tasks:
     for rows in (task.train, task.val, task.test):
@@ -86,6 +87,17 @@ def test_tasks_are_blocks_of_positions_with_ascending_rows():
   assert made.split_id == "digits/val0.125-test0.2-seed0"
   sizes = {split: len(rows) for split, rows in splits_of(made).items()}
   assert sizes == {"train": 1259, "val": 179, "test": 359}  # 70/10/20
+
+
+def test_a_task_of_many_classes_is_named_by_its_first_and_its_last():
+  made = tasks.make(TasksConfig(num_tasks=2), seed=1993, source_size=8)
+  assert [task.name for task in made.tasks] == ["4 ... 0 (5 classes)", "3 ... 1 (5 classes)"]
+  names = [str(i) for i in range(4)]
+  assert [sequence.task_name(names[:n]) for n in (1, 3, 4)] == [
+    "0",
+    "0, 1, 2",
+    "0 ... 3 (4 classes)",
+  ]
 
 
 def test_split_does_not_move_with_the_order_of_classes_or_the_number_of_tasks():
@@ -229,7 +241,7 @@ def test_impossible_tasks_are_refused(fields, message):
 
 def test_a_class_without_train_or_test_image_is_named():
   config = TasksConfig(num_tasks=1)
-  with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 1 "):
+  with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 1 .c1, c0.:"):
     sequence.make_sequence(make_source([0, 0, 0, 1]), config, seed=0)
   split = np.array([0, 2, 2, 2], np.int8)
   with pytest.raises(ConfigError, match="no train image of class 'c1'"):

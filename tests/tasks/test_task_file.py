@@ -45,6 +45,14 @@ def test_another_seed_and_split_replay_the_same(kind, tmp_path):
     assert_same(make(seed=7, split_seed=4, **kind), original)
 
 
+def test_the_file_names_tasks_by_positions_as_earlier_versions_did():
+  fields = json.loads(task_file.dump_task_file(make(num_tasks=5)))
+  assert [task["name"] for task in fields["tasks"]][:2] == ["classes 0-1", "classes 2-3"]
+  assert fields["class_names"][:2] == ["4", "2"]
+  one = json.loads(task_file.dump_task_file(make(num_tasks=10)))
+  assert one["tasks"][3]["name"] == "class 3"
+
+
 def pack(rows):
   """Returns record numbers as version 1 wrote them."""
   steps = np.diff(np.asarray(rows, np.int64), prepend=0).astype("<i4")
@@ -182,8 +190,8 @@ def test_no_field_of_a_file_is_believed(tmp_path, change, message):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda tasks: tasks[0].update(name=tasks[1]["name"]), "must be distinct domains of the data"),
-    (lambda tasks: tasks[0].update(name="none"), "must be distinct domains of the data"),
+    (lambda tasks: tasks[0].update(name=tasks[1]["name"]), "must be distinct domains, of .'plain'"),
+    (lambda tasks: tasks[0].update(name="none"), "must be distinct domains, of .'plain'"),
     (lambda tasks: tasks.reverse() or tasks[0].update(lo=1), "must each be 0, 10"),
     (
       lambda tasks: exchange([*tasks, tasks[0]], "name", "name"),
