@@ -69,7 +69,9 @@ def _protocol(run: RunResult) -> str:
   card, copies = run["protocol"], run["protocol"]["copies"]
   num_copies = "not counted"
   if copies is not None:
-    num_copies = str(sum(n for n in copies.values() if isinstance(n, int)))
+    num_copies = str(sum(n for name, n in copies.items() if name.endswith(("_train", "_val"))))
+    if copies.get("in_two_classes"):
+      num_copies += f", images in two classes {copies['in_two_classes']}"
   read = "read" if card["validation_read_by_method"] else "not read"
   return "; ".join(
     [

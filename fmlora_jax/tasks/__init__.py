@@ -10,10 +10,14 @@ from typing import cast
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import task_file
 from fmlora_jax.tasks.sequence import (
+  TEST,
+  TRAIN,
+  VAL,
   DataSource,
   Task,
   TaskSequence,
   check_divides,
+  check_test_from,
   make_sequence,
   report_copies,
 )
@@ -71,6 +75,8 @@ def check(config: TasksConfig) -> None:
   wanted = [] if config.split is None else [config.split]
   check_names(config.benchmark, "SPLITS", wanted, "config.tasks.split is")
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
+  if getattr(find(config.benchmark), "SPLITS", ()):
+    check_test_from(config, {TRAIN, VAL, TEST})  # each of these splits has test images
   count = num_classes(config.benchmark)
   if count and config.scenario != "dil":
     check_divides(config.num_tasks, count, config.benchmark)

@@ -29,7 +29,7 @@ from fmlora_jax.tasks.sequence import (
 FILE = "task_file.json"
 NUMBER = r"[\d.e+-]+"
 DRAWN = re.compile(  # the last part of a split_id of which something was drawn
-  rf"val(own|(?P<val_fraction>{NUMBER}))-test(own|(?P<test_fraction>{NUMBER}))"
+  rf"val(own|(?P<val_fraction>{NUMBER}))-test(own|(?P<test_from>val)|(?P<test_fraction>{NUMBER}))"
   r"(-seed(?P<split_seed>\d+))?"
 )
 
@@ -98,13 +98,15 @@ def with_division(
     ConfigError: if they are out of range.
   """
   division = str(fields.get("split_id")).rpartition("/")[2]
-  changes: dict[str, Any] = {}
+  changes: dict[str, Any] = {"test_from": "train"}
   if division in split_names:
     changes["split"] = division
   elif match := DRAWN.fullmatch(division):
     for name in ("val_fraction", "test_fraction"):  # an id has six digits of them
       if match[name] not in (None, f"{getattr(config, name):g}"):
         changes[name] = float(match[name])
+    if match["test_from"]:
+      changes["test_from"] = "val"
     if match["split_seed"]:
       changes["split_seed"] = int(match["split_seed"])
   try:

@@ -230,6 +230,11 @@ REFUSALS = [
   ),
   ({"order_seed": -1}, "order_seed is -1: must be >= 0 and <= 4294967295"),
   ({"split_seed": 2**32}, "split_seed is 4294967296"),
+  ({"test_from": "val"}, "test_from is 'val': must be 'train', digits has no validation images"),
+  (
+    {"test_from": "val", "benchmark": "cub200"},
+    "test_from is 'val': must be 'train', cub200 has test images of its own",
+  ),
 ]
 
 
