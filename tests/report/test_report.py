@@ -49,6 +49,15 @@ def test_settings_that_change_no_number_do_not_split_a_row():
   assert {label: len(group) for label, group in groups.items()} == {"fm_lora": 3}
 
 
+def test_a_setting_newer_than_a_run_has_its_default_there():
+  runs = [result(seed=1), result(seed=2, config={"tasks.test_from": "train"})]
+  (groups,) = group([*runs, result(seed=3, config={"tasks.test_from": "val"})]).values()
+  assert {label: len(runs) for label, runs in groups.items()} == {
+    "fm_lora tasks.test_from=train": 2,
+    "fm_lora tasks.test_from=val": 1,
+  }
+
+
 def test_accuracies_on_validation_images_have_their_own_table():
   val = {"tasks.evaluate_on": "val"}
   headings = list(group([result(), result(config=val)]))
