@@ -66,7 +66,7 @@ class TasksConfig:
       hyper-parameters, the test images are never read. The rank selector reads the validation
       images too.
     broken_files: refuse the whole folder, or skip the file with a warning.
-    copies: report or refuse files that are in two splits. Published sets have some.
+    copies: report or refuse files that are in two splits or two classes. Published sets have some.
     max_pixels: larger images are refused before they are decoded (decompression bombs).
   """
 
