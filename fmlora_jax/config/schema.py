@@ -54,16 +54,19 @@ class TasksConfig:
     split: name of a split into train, val and test; None takes the benchmark's first.
     domains: of benchmarks with domains: only these; () takes all.
     task_file: the task file of a run, for the same images in the same tasks. Then order,
-      order_seed, split and the fractions below have no effect.
+      order_seed, split, test_from and the fractions below have no effect.
     val_fraction: share of the training images held out for validation, per class. A validation
       split of the data is used instead.
     test_fraction: share held out for test, per class, where the data have no test split.
+    test_from: where test images come from if the data have training and validation images alone:
+      train draws test_fraction of the training images; val takes the validation images, as is usual
+      for ImageNet, and those for validation are drawn from training.
     split_seed: seed of the two splits above; independent of the run's seed.
     evaluate_on: split that fills the accuracy matrix. With "val", which is for choosing
       hyper-parameters, the test images are never read. The rank selector reads the validation
       images too.
     broken_files: refuse the whole folder, or skip the file with a warning.
-    copies: report or refuse files that are in two splits. Published sets have some.
+    copies: report or refuse files that are in two splits or two classes. Published sets have some.
     max_pixels: larger images are refused before they are decoded (decompression bombs).
   """
 
@@ -78,6 +81,7 @@ class TasksConfig:
   task_file: str | None = None
   val_fraction: float = 0.125  # of what is not test: 70/10/20 with test_fraction 0.2
   test_fraction: float = 0.2
+  test_from: Literal["train", "val"] = "train"
   split_seed: int = 0
   evaluate_on: Literal["test", "val"] = "test"
   broken_files: Literal["refuse", "skip"] = "refuse"

@@ -65,7 +65,7 @@ class Estimate:
     largest_batch: largest batch size that fits; None where none was found.
     largest_task: training images of the largest task.
     seconds: of one seed, by kind, without compilation; None where a program was not run.
-    caveats: facts that only the run can tell.
+    caveats: facts that only the run can tell, and what a reader of its results must know.
   """
 
   config: Config
@@ -116,7 +116,7 @@ def estimate(config: Config) -> Estimate:
     largest_batch=largest_batch(needed, known, limit=limit, most=most, multiple=multiple),
     largest_task=most,
     seconds=_seconds(setup, stages, test),
-    caveats=config.method.largest()[1],
+    caveats=[*config.method.largest()[1], *setup.sequence.caveats],
   )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fmlora_jax.cli.text import task_list
 from fmlora_jax.config import OWN_FIELDS, Config, ConfigError
 from fmlora_jax.distributed import hosts
 from fmlora_jax.experiment import provenance
@@ -87,10 +88,11 @@ def _describe(setup: RunSetup, workdir: pathlib.Path, log: writer.RunLog) -> Non
   log.note(f"backbone   {info.tag}, sha256 {info.sha256}, {setup.sizes.depth} blocks")
   log.note(f"benchmark  {sequence.split_id}, manifest {sequence.manifest_sha256[:16]}")
   log.note(f"scenario   {sequence.scenario}, {len(sequence.tasks)} tasks, seed {config.seed}")
+  log.note(f"tasks      {task_list([task.name for task in sequence.tasks])}")
   log.note(f"input      {provenance.images(setup.loader)}")
   log.note(f"method     {config.method.name}, workdir {workdir}")
   log.note(f"passes     {provenance.passes(setup.method.passes)}")
-  for caveat in setup.method.caveats:
+  for caveat in setup.caveats:
     log.note(f"caveat     {caveat}")
 
 

@@ -74,6 +74,11 @@ class RunSetup:
     for name, value in {"root": root, "views": views, "trainer": trainer}.items():
       object.__setattr__(self, name, value)  # the dataclass is frozen
 
+  @property
+  def caveats(self) -> list[str]:
+    """What a reader of the results must know, one line each."""
+    return [*self.method.caveats, *self.sequence.caveats]
+
   def with_sequence(self, sequence: TaskSequence, seed: int | None = None) -> "RunSetup":
     """Returns the setup of a run on other tasks of the same spec, perhaps with another seed.
 

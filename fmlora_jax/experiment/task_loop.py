@@ -208,7 +208,8 @@ class TaskLoop:
     progress.ahead += counts[index + 1 :]
     matrix, facts = progress.matrix(sizes), progress.facts[index]
     shown = {name: value for name, value in facts.items() if isinstance(value, (int, float))}
-    self._log.task_ended(matrix, sizes, shown)
+    names = [task.name for task in self._setup.sequence.tasks]
+    self._log.task_ended(matrix, sizes, shown, names)
     values = {f"test/task_{i + 1}": matrix[index, i] for i in range(index + 1)}
     values |= {f"method/{name}": value for name, value in shown.items()}
     self._log.scalars(index, self._setup.trainer.steps_before(index + 1) - 1, values)

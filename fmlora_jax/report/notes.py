@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Mapping
 
-from fmlora_jax.cli.text import duration
+from fmlora_jax.cli.text import duration, task_list
 from fmlora_jax.report.columns import bytes_text, count_text, passes_text
 from fmlora_jax.report.runs import Groups, RunResult, repeated_seeds, weights
 
@@ -38,8 +38,22 @@ def warnings(groups: Groups) -> list[str]:
     twice = ", ".join(map(str, repeated_seeds(runs)))
     if twice:
       lines.append(f"{label} has several runs of seed {twice}: ± is not over seeds alone")
-    lines += [f"{label}: {n}" for n in dict.fromkeys(n for run in runs for n in run["caveats"])]
-  return lines
+  caveats = collections.defaultdict(dict)  # an ordered set of the labels of each
+  for label, runs in groups.items():
+    for caveat in (caveat for run in runs for caveat in run["caveats"]):
+      caveats[caveat][label] = None
+  return lines + [f"{', '.join(labels)}: {caveat}" for caveat, labels in caveats.items()]
+
+
+def tasks(groups: Groups) -> list[str]:
+  """Returns one line for each order of tasks in a table: the seeds of its runs, and the tasks."""
+  seeds = collections.defaultdict(set)
+  for run in (run for runs in groups.values() for run in runs):
+    seeds[tuple(run["task_names"])].add(run["seed"])
+  return [
+    f"tasks of seed {', '.join(map(str, sorted(of_order)))}: {task_list(names)}"
+    for names, of_order in seeds.items()
+  ]
 
 
 def protocols(groups: Groups) -> list[str]:
@@ -55,7 +69,9 @@ def _protocol(run: RunResult) -> str:
   card, copies = run["protocol"], run["protocol"]["copies"]
   num_copies = "not counted"
   if copies is not None:
-    num_copies = str(sum(n for n in copies.values() if isinstance(n, int)))
+    num_copies = str(sum(n for name, n in copies.items() if name.endswith(("_train", "_val"))))
+    if copies.get("in_two_classes"):
+      num_copies += f", images in two classes {copies['in_two_classes']}"
   read = "read" if card["validation_read_by_method"] else "not read"
   return "; ".join(
     [

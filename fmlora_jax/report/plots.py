@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fmlora_jax import methods
-from fmlora_jax.cli.text import printable
+from fmlora_jax.cli.text import printable, shortened
 from fmlora_jax.report.runs import Groups, RunResult
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Reported
@@ -30,7 +30,9 @@ Target = str | os.PathLike | IO[bytes] | io.BytesIO  # where a PNG goes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NUMBERS_UP_TO = 20  # tasks; a larger matrix is drawn without numbers
-NAMES_UP_TO = 12  # tasks whose names, not numbers, stand at the axes
+NAMES_UP_TO = 12  # tasks whose names stand at the lower axis, beside their numbers
+NAME_WIDTH = 32  # characters of a name
+LABELS = 25  # at an axis, at most
 
 
 def write_plots(result: RunResult, workdir: str | os.PathLike) -> list[Path]:
@@ -107,7 +109,7 @@ def plot_by_task(result: RunResult, facts: Mapping[str, Reported], path: Target)
     axes.set_ylabel(fact.label or fact.name)
     axes.margins(y=0.18)
     _clean(axes)
-  _ticks(panels[-1].set_xticks, result, rotation=30, ha="right")
+  _name_below(panels[-1], result)
   panels[-1].set_xlabel("task")
   panels[0].set_title(title(result), loc="left", fontsize=11)
   _write(figure, path)
@@ -141,6 +143,10 @@ def _draw_groups(axes: Axes, groups: Groups) -> None:
   axes.set_xlabel("tasks learned")
   axes.set_ylabel("accuracy on all tasks so far (%)")
   axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  runs = [run for results in groups.values() for run in results]
+  names = {tuple(run["task_names"]) for run in runs}
+  if len(names) == 1 and len(*names) <= NAMES_UP_TO:  # not of seeds with other orders
+    _name_below(axes, runs[0], first=1)
   axes.grid(axis="y", color="0.9")
   axes.set_axisbelow(True)
   _clean(axes)
@@ -168,22 +174,32 @@ def _numbers(axes: Axes, image: AxesImage, values: np.ndarray, form: str) -> Non
 
 
 def _name_tasks(axes: Axes, result: RunResult, xlabel: str, ylabel: str) -> None:
-  _ticks(axes.set_xticks, result, rotation=30, ha="right")
-  _ticks(axes.set_yticks, result)
+  _name_below(axes, result)
+  axes.set_yticks(*_ticks(result), fontsize=8)
   axes.set_xlabel(xlabel)
   axes.set_ylabel(ylabel)
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
 
 
-def _ticks(set_ticks: Any, result: RunResult, **style: Any) -> None:
-  """Labels the ticks with the tasks' names, or numbers where those are many or long."""
-  names = [printable(name) for name in result["task_names"]]
-  if len(names) <= NAMES_UP_TO and max(map(len, names)) <= 16:
-    set_ticks(range(len(names)), names, fontsize=8, **style)
-  else:
-    shown = range(0, len(names), -(-len(names) // 25))
-    set_ticks(shown, [str(task + 1) for task in shown], fontsize=8)
+def _name_below(axes: Axes, result: RunResult, first: int = 0) -> None:
+  """Labels the lower axis with the tasks' numbers and, if they are few, their names.
+
+  Args:
+    first: where the first task is.
+  """
+  positions, labels = _ticks(result)
+  style = {"rotation": 30, "ha": "right"}
+  if len(result["task_names"]) > NAMES_UP_TO:
+    labels, style = [label.partition(":")[0] for label in labels], {}
+  axes.set_xticks([first + position for position in positions], labels, fontsize=8, **style)
+
+
+def _ticks(result: RunResult) -> tuple[Sequence[int], list[str]]:
+  """Returns the tasks that are labelled, and their labels such as "2: cat, dog"."""
+  names = result["task_names"]
+  shown = range(0, len(names), -(-len(names) // LABELS))
+  return shown, [f"{task + 1}: {shortened(names[task], NAME_WIDTH)}" for task in shown]
 
 
 def _colour_bar(figure: Figure, image: AxesImage, label: str) -> None:

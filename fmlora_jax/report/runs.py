@@ -1,6 +1,8 @@
 """Finished runs: loaded from folders, grouped by their settings, averaged over seeds."""
 
 import collections
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fmlora_jax.config import FREE_FIELDS
+from fmlora_jax.config import FREE_FIELDS, Config
 from fmlora_jax.config.diff import leaves
 from fmlora_jax.workdir.log import METRICS
 from fmlora_jax.workdir.result_file import RESULT, read_result
@@ -121,10 +123,19 @@ def _fingerprint(run: RunResult) -> str:
 
 
 def _settings(run: RunResult) -> dict[str, Any]:
-  """Returns the config as {"group.field": value}, without the seed and what changes no number."""
-  return {
-    name: value for name, value in leaves(run["config"]) if name not in ("seed", *FREE_FIELDS)
-  }
+  """Returns the config as {"group.field": value}, without the seed and what changes no number.
+
+  A field that is newer than the run has its default, which leaves the numbers as they were.
+  """
+  settings = _defaults() | dict(leaves(run["config"]))
+  return {name: settings[name] for name in settings if name not in ("seed", *FREE_FIELDS)}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+  """Returns the defaults of the settings that all methods share, as `leaves` of JSON values."""
+  shared = {name: v for name, v in dataclasses.asdict(Config()).items() if name != "method"}
+  return dict(leaves(json.loads(json.dumps(shared))))
 
 
 def _labels(groups: Sequence[Group]) -> list[str]:

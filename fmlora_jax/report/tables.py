@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmlora_jax.report.columns import LEGEND, Column, columns
-from fmlora_jax.report.notes import protocols, warnings
+from fmlora_jax.report.notes import protocols, tasks, warnings
 from fmlora_jax.report.runs import Groups, RunResult, group, mean
 
 Cell = tuple[str, bool]  # text, and whether it is the best of its column
@@ -43,7 +43,7 @@ def show(results: Iterable[RunResult], console: Console, notes: Iterable[str] = 
     _print_rows(header(groups), rows(groups), console)
     for text in warnings(groups):
       line(console, f"warning: {text}", "yellow")
-    for text in protocols(groups):
+    for text in [*tasks(groups), *protocols(groups)]:
       line(console, text, "dim")
   line(console, f"\n{LEGEND}", "dim")
   for note in notes:
@@ -62,7 +62,7 @@ def markdown(results: Iterable[RunResult], notes: Iterable[str] = ()) -> str:
       lines.append("| " + " | ".join(marked) + " |")
     parts += [f"### {heading}", "\n".join(lines)]
     parts += [f"> warning: {line}" for line in warnings(groups)]
-    parts += [f"> {line}" for line in protocols(groups)]
+    parts += [f"> {line}" for line in [*tasks(groups), *protocols(groups)]]
   return "\n\n".join([*parts, LEGEND, *(f"> {line}" for line in notes)])
 
 

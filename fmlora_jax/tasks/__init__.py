@@ -10,10 +10,14 @@ from typing import cast
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import task_file
 from fmlora_jax.tasks.sequence import (
+  TEST,
+  TRAIN,
+  VAL,
   DataSource,
   Task,
   TaskSequence,
   check_divides,
+  check_test_from,
   make_sequence,
   report_copies,
 )
@@ -46,13 +50,17 @@ def make(
     ConfigError: if there is no such benchmark, or it can't be cut into such tasks.
   """
   is_first_use = source is None
+  module, fields = find(config.benchmark), None
+  if config.task_file is not None:
+    fields = task_file.load(config)
+    config = task_file.with_division(config, fields, getattr(module, "SPLITS", ()))
   if source is None:
     check(config)
-    source = cast(DataSource, find(config.benchmark).make(config, source_size))
-  if config.task_file is not None:
-    sequence = task_file.read_task_file(config.task_file, source, config)
-  else:
+    source = cast(DataSource, module.make(config, source_size))
+  if fields is None:
     sequence = make_sequence(source, config, seed=seed)
+  else:
+    sequence = task_file.to_sequence(fields, source, config)
   report_copies(sequence, config, warn=is_first_use)
   return sequence
 
@@ -61,15 +69,19 @@ def check(config: TasksConfig) -> None:
   """Refuses invalid settings before the data are read.
 
   Raises:
-    ConfigError: if there is no such benchmark, split or domain, or if the number of classes that
-      the benchmark's file declares does not fit the number of tasks.
+    ConfigError: if there is no such benchmark, split or domain, if the number of classes that the
+      benchmark's file declares does not fit the number of tasks, or if the task file is of others.
   """
   wanted = [] if config.split is None else [config.split]
   check_names(config.benchmark, "SPLITS", wanted, "config.tasks.split is")
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
+  if getattr(find(config.benchmark), "SPLITS", ()):
+    check_test_from(config, {TRAIN, VAL, TEST})  # each of these splits has test images
   count = num_classes(config.benchmark)
   if count and config.scenario != "dil":
     check_divides(config.num_tasks, count, config.benchmark)
+  if config.task_file is not None:
+    task_file.load(config)
 
 
 def num_classes(benchmark: str) -> int | None:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int, Int8, UInt8
@@ -13,6 +13,7 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.types import SequenceSpec
 
 TRAIN, VAL, TEST = 0, 1, 2
+NAMED = 3  # classes of a task whose names are its name
 SPLIT_CODES = {"train": TRAIN, "val": VAL, "test": TEST}
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,12 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """One task: ascending record indices (int64) of its splits, and its label positions lo..hi-1."""
+  """One task: ascending record indices (int64) of its splits, and its label positions lo..hi-1.
+
+  Attributes:
+    index: from 0.
+    name: of its domain, or of its classes as `task_name` has them.
+  """
 
   index: int
   name: str
@@ -105,20 +111,65 @@ class TaskSequence:
       has_val=all(len(task.val) for task in self.tasks),
     )
 
+  @property
+  def caveats(self) -> tuple[str, ...]:
+    """What a reader of results on these tasks must know, one line each."""
+    return tuple(text for text in (_one_class(self.spec), _drawn_test(self)) if text)
+
+
+def task_name(class_names: Sequence[str]) -> str:
+  """Returns the name of a task of new classes: "cat, dog", or "ant ... zebra (20 classes)"."""
+  if len(class_names) <= NAMED:
+    return ", ".join(class_names)
+  return f"{class_names[0]} ... {class_names[-1]} ({len(class_names)} classes)"
+
+
+def _one_class(spec: SequenceSpec) -> str | None:
+  """Returns what it means that tasks have one class; None if none has."""
+  alone = sum(hi - lo == 1 for lo, hi in spec.class_ranges)
+  if not alone:
+    return None
+  advice = "add classes"
+  if spec.num_classes > 1 and not spec.shares_classes:
+    fewer = max(n for n in range(1, spec.num_classes) if spec.num_classes % n == 0)
+    advice = f"set config.tasks.num_tasks to {fewer} or less, for two classes a task or more"
+  return (
+    f"{alone} of {spec.num_tasks} tasks have one class, in which cross-entropy is 0: their steps "
+    "learn nothing from images, and a method ends as linear_probe with the same head does; "
+    f"{advice} (config.head.alignment.epochs > 0 trains the head, and the head alone)"
+  )
+
+
+def _drawn_test(sequence: TaskSequence) -> str | None:
+  """Returns that test images are training images beside a validation split; None if not so."""
+  split = sequence.source.split
+  tests = np.concatenate([task.test for task in sequence.tasks])
+  if split is None or not np.any(split == VAL) or not np.any(split[tests] < VAL):
+    return None
+  return (
+    "the data have training and validation images alone, and the test images were drawn from "
+    "those for training; to test on the validation images, as is usual for ImageNet, set "
+    "config.tasks.test_from to val"
+  )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copies:
-  """Images of one split that are also in another.
+  """Images of one split that are also in another, and images of two classes.
 
   Attributes:
-    val_of_train, test_of_train, test_of_val: their numbers.
+    val_of_train, test_of_train, test_of_val: numbers of the former.
     example: the first copy and its original, in words; None where there is none.
+    in_two_classes: images of which copies are in more than one class.
+    example_of_two: the same of these.
   """
 
   val_of_train: int
   test_of_train: int
   test_of_val: int
   example: str | None
+  in_two_classes: int
+  example_of_two: str | None
 
   def __str__(self) -> str:
     return (
@@ -128,7 +179,7 @@ class Copies:
 
 
 def find_copies(sequence: TaskSequence) -> Copies | None:
-  """Returns the images that are in two splits; None where the source does not tell copies."""
+  """Returns the images that stand twice; None where the source does not tell copies."""
   group = sequence.source.group
   if group is None:
     return None
@@ -144,24 +195,42 @@ def find_copies(sequence: TaskSequence) -> Copies | None:
       first = copies[0]
       (same, *_) = rows[of][group[rows[of]] == group[first]].tolist()
       example = f"{sequence.source.shown(int(first))} is {sequence.source.shown(same)}"
-  return Copies(**counts, example=example)
+  two = _in_two_classes(group, sequence.labels, np.concatenate([*rows.values()]))
+  shown = sequence.source.shown
+  return Copies(
+    **counts,
+    example=example,
+    in_two_classes=len(two),
+    example_of_two=f"{shown(two[0][1])} is {shown(two[0][0])}" if two else None,
+  )
+
+
+def _in_two_classes(
+  group: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], rows: Int[np.ndarray, " k"]
+) -> list[tuple[int, int]]:
+  """Returns two records of different classes of each group that has some, among `rows`."""
+  rows = rows[np.lexsort((rows, labels[rows], group[rows]))]
+  differ = (np.diff(group[rows]) == 0) & (np.diff(labels[rows]) != 0)
+  firsts, seconds = rows[:-1][differ], rows[1:][differ]
+  _, first_of_group = np.unique(group[firsts], return_index=True)
+  return [(int(firsts[i]), int(seconds[i])) for i in first_of_group]
 
 
 def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) -> None:
-  """Logs copies in two splits, if `warn`, or refuses them, as config.copies says."""
-  copies = find_copies(sequence)
-  if copies is None or copies.example is None:
-    return
-  text = f"{copies}, such as {copies.example}"
-  if config.copies == "refuse":
+  """Logs images that stand twice, if `warn`, or refuses them, as config.copies says."""
+  copies, found = find_copies(sequence), {}  # what is found -> what it does
+  if copies is not None and copies.example:
+    found[f"{copies}, such as {copies.example}"] = "the accuracies are too good"
+  if copies is not None and copies.example_of_two:
+    text = f"{copies.in_two_classes} images are in two classes, such as {copies.example_of_two}"
+    found[text] = "no answer is right for both"
+  if found and config.copies == "refuse":
     raise ConfigError(
-      f"config.tasks.copies is 'refuse': {sequence.split_id}: {text}; remove them on one side, or "
-      "set it to report"
+      f"config.tasks.copies is 'refuse': {sequence.split_id}: {'; '.join(found)}; remove them on "
+      "one side, or set it to report"
     )
-  if warn:
-    _log.warning(
-      "%s: %s: remove them on one side, or the accuracies are too good", sequence.split_id, text
-    )
+  for text, harm in found.items() if warn else ():
+    _log.warning("%s: %s: remove them on one side, or %s", sequence.split_id, text, harm)
 
 
 def make_order(count: int, order: str, seed: int) -> list[int]:
@@ -178,7 +247,7 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
     ConfigError: if the source has no such tasks, or a class of a task no train or no test image.
   """
   order_seed = seed if config.order_seed is None else config.order_seed
-  codes = _split(source, config)
+  codes = make_split(source, config)
   make_tasks = _domain_tasks if config.scenario == "dil" else _class_tasks
   class_order, members = make_tasks(source, config, order_seed)
   labels = np.argsort(class_order)[source.labels].astype(np.int32)
@@ -198,10 +267,10 @@ def make_sequence(source: DataSource, config: TasksConfig, *, seed: int) -> Task
     scenario=config.scenario,
     class_order=class_order,
     labels=labels,
-    split_id=_split_id(source, config),
-    manifest_sha256=_manifest(source, codes),
+    split_id=make_split_id(source, config),
+    manifest_sha256=make_manifest(source, codes),
   )
-  _refuse_empty_classes(sequence)
+  refuse_empty_classes(sequence)
   return sequence
 
 
@@ -211,12 +280,14 @@ def _class_tasks(source, config, seed):
   check_divides(config.num_tasks, count, source.name)
   size = count // config.num_tasks
 
+  order = make_order(count, config.order, seed)
+
   def members(labels):
     for lo in range(0, count, size):
-      name = f"class {lo}" if size == 1 else f"classes {lo}-{lo + size - 1}"
+      name = task_name([source.class_names[c] for c in order[lo : lo + size]])
       yield name, lo, lo + size, (labels >= lo) & (labels < lo + size)
 
-  return make_order(count, config.order, seed), members
+  return order, members
 
 
 def check_divides(num_tasks: int, num_classes: int, name: str) -> None:
@@ -252,23 +323,41 @@ def _domain_tasks(source, config, seed):
   return list(range(num_classes)), members
 
 
-def _has_split(source: DataSource, code: int) -> bool:
-  return source.split is not None and bool(np.any(source.split == code))
+def check_test_from(config: TasksConfig, published: Collection[int]) -> None:
+  """Raises ConfigError if the validation images can't be the test images, as config.test_from says.
+
+  Args:
+    published: splits that the data have, of TRAIN, VAL and TEST.
+  """
+  if config.test_from == "val" and (TEST in published or VAL not in published):
+    has = "test images of its own" if TEST in published else "no validation images of its own"
+    raise ConfigError(
+      f"config.tasks.test_from is 'val': must be 'train', {config.benchmark} has {has}"
+    )
 
 
-def _split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
+def _published(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"] | None:
+  """Returns `source.split`, with validation images as test images if config.test_from says so."""
+  check_test_from(config, [] if source.split is None else np.unique(source.split).tolist())
+  if config.test_from == "train" or source.split is None:
+    return source.split
+  return np.where(source.split == VAL, TEST, source.split).astype(np.int8)
+
+
+def make_split(source: DataSource, config: TasksConfig) -> Int8[np.ndarray, " n"]:
   """Returns TRAIN, VAL or TEST of each record.
 
   Published splits are taken. A missing one is drawn from the training images, per class and domain:
   first test, then val. The draw of a class depends on split_seed and on that class alone.
   """
-  if source.split_name is not None and source.split is not None:
-    return source.split
+  published = _published(source, config)
+  if source.split_name is not None and published is not None:
+    return published
   codes = np.full(len(source.labels), TRAIN, np.int8)
-  if source.split is not None:
-    codes = np.maximum(source.split, TRAIN)
-  draws_val = config.val_fraction > 0 and not _has_split(source, VAL)
-  if not _has_split(source, TEST):
+  if published is not None:
+    codes = np.maximum(published, TRAIN)
+  draws_val = config.val_fraction > 0 and not np.any(codes == VAL)
+  if not np.any(codes == TEST):
     draw = Draw(fraction=config.test_fraction, leave=1 + draws_val, seed=(config.split_seed, TEST))
     codes[_draw(source, codes == TRAIN, draw)] = TEST
   if draws_val:
@@ -313,16 +402,23 @@ def _draw(
   return allowed & np.isin(group, np.concatenate(drawn))
 
 
-def _split_id(source: DataSource, config: TasksConfig) -> str:
+def make_split_id(source: DataSource, config: TasksConfig) -> str:
+  """Returns the name of `make_split`: what the data have of their own, what was drawn, and how."""
   if source.split_name is not None:
     return f"{source.name}/{source.split_name}"
-  val = "own" if _has_split(source, VAL) else f"{config.val_fraction:g}"
-  test = "own" if _has_split(source, TEST) else f"{config.test_fraction:g}"
+  published = _published(source, config)
+  has_val, has_test = (published is not None and np.any(published == code) for code in (VAL, TEST))
+  val = "own" if has_val else f"{config.val_fraction:g}"
+  test = "own" if has_test else f"{config.test_fraction:g}"
+  if config.test_from == "val":
+    test = "val"
   seed = "" if val == test == "own" else f"-seed{config.split_seed}"
   return f"{source.name}/val{val}-test{test}{seed}"
 
 
-def _manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
+def make_manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
+  """Returns the sha256 hex of the data and the split of each record, TRAIN, VAL or TEST."""
+
   def sha256(values):
     if values is None:
       return None
@@ -339,7 +435,8 @@ def _manifest(source: DataSource, codes: Int8[np.ndarray, " n"]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refuse_empty_classes(sequence: TaskSequence) -> None:
+def refuse_empty_classes(sequence: TaskSequence) -> None:
+  """Raises ConfigError if a class of a task has no image for training or none for test."""
   for task in sequence.tasks:
     for split in ("train", "test"):
       counts = np.bincount(sequence.labels[getattr(task, split)], minlength=sequence.num_classes)
@@ -347,6 +444,6 @@ def _refuse_empty_classes(sequence: TaskSequence) -> None:
       if empty:
         raise ConfigError(
           f"{sequence.source.name}: no {split} image of class {', '.join(map(repr, empty[:10]))}"
-          f"{' ...' if len(empty) > 10 else ''} in task {task.index} ({task.name}): every class "
-          "needs one for training and one for test; add images, or remove the class"
+          f"{' ...' if len(empty) > 10 else ''} in task {task.index + 1} ({task.name}): every "
+          "class needs one for training and one for test; add images, or remove the class"
         )

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from fmlora_jax.cli.text import duration
+from fmlora_jax.cli.text import duration, shortened
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir.events import Events
 from fmlora_jax.workdir.files import explain_full_disk, jsonable, write_atomically
@@ -26,6 +26,7 @@ from fmlora_jax.workdir.matrix_table import matrix_table
 METRICS = "metrics.jsonl"
 NOT_FINITE = "non_finite.json"
 EVENTS = "events"
+NAME_WIDTH = 48  # characters of a task's name in its title
 LINE_EVERY_S = (10.0, 60.0)  # without a terminal: the shortest and the longest pause
 LINE_EVERY_SHARE = 0.02  # of the task's steps, between these two
 
@@ -162,16 +163,24 @@ class RunLog:
       self.note(f"  step {done}/{plan.steps}  {detail}")
 
   def task_ended(
-    self, accuracy: metrics.Accuracy, n_test: metrics.Counts, facts: Mapping[str, Any] | None = None
+    self,
+    accuracy: metrics.Accuracy,
+    n_test: metrics.Counts,
+    facts: Mapping[str, Any] | None = None,
+    names: Sequence[str] = (),
   ) -> None:
-    """Shows the accuracy matrix so far, its summary and the method's facts about the task."""
+    """Shows the accuracy matrix so far, its summary and the method's facts about the task.
+
+    Args:
+      names: of all tasks, for the rows of the matrix.
+    """
     self._stop_bar()
     learned = metrics.num_learned(accuracy)
     accuracy, n_test = accuracy[:learned, :learned], n_test[:learned]
     self.note(f"{_title(self._plan)}: done in {duration(time.monotonic() - self._began)}")
     if facts:
       self.note("  " + ", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
-    self.console.print(matrix_table(accuracy, n_test, self.console))
+    self.console.print(matrix_table(accuracy, n_test, self.console, names[:learned]))
     acc, aaa = metrics.acc(accuracy, n_test), metrics.aaa(accuracy, n_test)
     line = f"  accuracy {acc:.2f}, mean so far {aaa:.2f}"
     if learned > 1:
@@ -202,7 +211,7 @@ class RunLog:
 
 
 def _title(plan: TaskPlan) -> str:
-  return f"task {plan.index + 1}/{plan.num_tasks} {plan.name}"
+  return f"task {plan.index + 1}/{plan.num_tasks} ({shortened(plan.name, NAME_WIDTH)})"
 
 
 def _short(value: Any) -> str:

@@ -20,6 +20,8 @@ FIELDS = {  # every result has these, and those that its method declares
   "manifest_sha256": "of the records and that split",
   "seed": "of the run",
   "class_order": "canonical class at each position",
+  "class_names": "by position",
+  "class_ranges": "first position of each task's classes, and the one after its last",
   "task_names": "in the order in which they were learned",
   "n_test": "images of each test set",
   "accuracy": "matrix [after task][test set] in [0, 1]; null above the diagonal",
@@ -36,7 +38,7 @@ FIELDS = {  # every result has these, and those that its method declares
   "statistics_bytes": "bytes of statistics of the data that the method stores",
   "protocol": "facts about how the numbers came about",
   "passes": "forward passes of an image in a training step, at test time, between tasks",
-  "caveats": "what makes the method differ from its publication",
+  "caveats": "what a reader must know of the method or the tasks, one line each",
   "weights": "tag and sha256 of the pre-trained weights",
   "normalisation": "of pixels",
   "augmentation": "its name",
@@ -52,6 +54,7 @@ FIELDS = {  # every result has these, and those that its method declares
   "finished": "true",
 }
 ADDED = ("protocol", "input")  # early results of version 1 lack them
+NAMES = ("class_names", "class_ranges")  # early results of version 2 lack them
 
 
 def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> Path:
@@ -109,7 +112,11 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
 
 def upgrade(result: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a result of any version in today's schema."""
-  upgraded = {**result, "config": methods.upgrade_config(result.get("config", {}))}
+  upgraded = {
+    **dict.fromkeys(NAMES),
+    **result,
+    "config": methods.upgrade_config(result.get("config", {})),
+  }
   if "schema" not in result:
     upgraded = dict.fromkeys(ADDED) | upgraded | {"schema": SCHEMA}
     if "rehearsal_bytes" in upgraded:

@@ -1,20 +1,24 @@
 """Whole runs on real digits with the tiny ViT: resumed equals uninterrupted, scenarios, results."""
 
 import dataclasses
+import io
 import json
+import re
 import threading
 import time
 
 import cases
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import clock, setup
 from fmlora_jax.experiment.run import run
 from fmlora_jax.input import resident
-from fmlora_jax.report import plots
+from fmlora_jax.report import notes, plots
 from fmlora_jax.train.evaluator import Evaluator
 from fmlora_jax.train.loop import NonFiniteError, Trainer
 from fmlora_jax.workdir import checkpoint, files, lock, log, result_file
@@ -493,6 +497,29 @@ def test_the_task_is_known_at_test_time_in_til_only(tmp_path):
   assert til["accuracy"][1][0] > cil["accuracy"][1][0]
   assert til["accuracy"][1][1] > cil["accuracy"][1][1]
   assert til["accuracy"][1][0] == til["accuracy"][0][0]  # a frozen ViT and a head of its own
+
+
+def test_own_photos_are_named_wherever_a_run_shows_them(tmp_path):
+  rng = np.random.default_rng(0)
+  for name in ("train/2", "train/10", "val/2", "val/10"):
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    for i in range(6):
+      pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+      Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+  Image.fromarray(pixels).save(tmp_path / "photos" / "val/2" / "of both classes.png")
+  console = Console(file=io.StringIO(), width=80)
+  photos = {"benchmark": "image_folder", "data_dir": str(tmp_path / "photos"), "order": "natural"}
+  result = run(small("linear_probe", tasks=photos), tmp_path / "run", console)
+  text = console.file.getvalue()
+  assert (result["class_names"], result["class_ranges"]) == (("10", "2"), ((0, 1), (1, 2)))
+  assert result["task_names"] == ["10", "2"]
+  assert "tasks      10; 2\n" in text and "task 1/2 (10): 1 classes" in text
+  assert re.search(r"\n +1  10 .*\n +2  2 ", text)  # rows of the matrix
+  alone, drawn = result["caveats"]
+  assert alone.startswith("2 of 2 tasks have one class") and f"caveat     {alone}\n" in text
+  assert "config.tasks.test_from to val" in drawn and f"caveat     {drawn}\n" in text
+  assert result["protocol"]["copies"]["in_two_classes"] == 1
+  assert "images in two classes 1" in notes.protocols({"own": [result]})[0]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "class_mean"])

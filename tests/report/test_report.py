@@ -49,6 +49,15 @@ def test_settings_that_change_no_number_do_not_split_a_row():
   assert {label: len(group) for label, group in groups.items()} == {"fm_lora": 3}
 
 
+def test_a_setting_newer_than_a_run_has_its_default_there():
+  runs = [result(seed=1), result(seed=2, config={"tasks.test_from": "train"})]
+  (groups,) = group([*runs, result(seed=3, config={"tasks.test_from": "val"})]).values()
+  assert {label: len(runs) for label, runs in groups.items()} == {
+    "fm_lora tasks.test_from=train": 2,
+    "fm_lora tasks.test_from=val": 1,
+  }
+
+
 def test_accuracies_on_validation_images_have_their_own_table():
   val = {"tasks.evaluate_on": "val"}
   headings = list(group([result(), result(config=val)]))
@@ -179,6 +188,24 @@ def test_caveats_stand_below_the_table_once():
   text = text_of([result(), *odd])
   assert text.count("warning: hide: the batch votes\n") == 1
   assert "> warning: hide: the batch votes" in tables.markdown([result(), *odd])
+  both = [*odd, result("l2p", caveats=["the batch votes"])]
+  assert text_of(both).count("warning: hide, l2p: the batch votes\n") == 1
+
+
+def test_the_tasks_of_each_seed_stand_below_the_table():
+  of_seed = {1993: ["4, 2", "7, 6"], 1994: ["2, 1", "a\nb" + "c" * 90]}
+  runs = [
+    result(name, seed, tasks=2, ranks=None, task_names=of_seed[seed])
+    for name in ("lora", "l2p")
+    for seed in of_seed
+  ]
+  text = text_of(runs)
+  assert text.count("\ntasks of seed 1993: 4, 2; 7, 6\n") == 1
+  assert f"\ntasks of seed 1994: 2, 1; a b{'c' * 16}...{'c' * 18}\n" in text
+  assert "> tasks of seed 1993: 4, 2; 7, 6" in tables.markdown(runs)
+  assert notes.tasks({"lora": [result(tasks=12, ranks=None)]}) == [
+    "tasks of seed 1993: " + "; ".join(f"task {i}" for i in range(9)) + "; ...; task 11"
+  ]
 
 
 def test_costs_are_three_lines():
@@ -285,6 +312,24 @@ def test_a_run_with_everything_gets_all_pictures(tmp_path, tasks):
   assert paths == [tmp_path / "plots" / f"{name}.png" for name in names]
   for path in paths:
     assert imread(path)[..., :3].std() > 0.01  # not a blank page
+
+
+@pytest.mark.parametrize("tasks", [5, 20])
+def test_pictures_show_the_names_of_tasks(monkeypatch, tasks):
+  drawn = []
+  monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.append(figure.axes[0]))
+  names = [f"n{i:04} ... n0212 (100 classes)" for i in range(tasks)]
+  run = result(tasks=tasks, ranks=None, task_names=names)
+  plots.plot_accuracy_matrix(run, "a.png")
+  plots.plot_accuracy_over_tasks({"one": {"": [run]}}, "b.png")
+  plots.plot_accuracy_over_tasks({"two": {"": [run, {**run, "task_names": names[::-1]}]}}, "c.png")
+  matrix, one, two = drawn
+  labels = [f"{i + 1}: n{i:04} ... n0212 (100 classes)" for i in range(tasks)]
+  assert [label.get_text() for label in matrix.get_yticklabels()] == labels
+  below = [label.get_text() for label in matrix.get_xticklabels()]
+  assert below == (labels if tasks == 5 else [str(i + 1) for i in range(tasks)])
+  assert (labels == [label.get_text() for label in one.get_xticklabels()]) == (tasks == 5)
+  assert not any("n0" in label.get_text() for label in two.get_xticklabels())
 
 
 def test_a_run_without_ranks_gets_the_pictures_that_it_can(tmp_path):

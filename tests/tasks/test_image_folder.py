@@ -11,8 +11,9 @@ from PIL import Image
 from fmlora_jax import tasks
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.input import resident
-from fmlora_jax.tasks import images
+from fmlora_jax.tasks import images, task_file
 from fmlora_jax.tasks.benchmarks import image_folder
+from fmlora_jax.tasks.sequence import find_copies
 
 COLORS = {"ant": 40, "bee": 140, "cat": 240}
 
@@ -118,6 +119,77 @@ def test_copies_between_split_folders_are_counted(tmp_path, caplog):
       (tmp_path / split / "bee" / f"{i}.png").write_bytes(content)
   assert make(tmp_path).tasks[0].test.tolist() == made.tasks[0].test.tolist()
   assert "2 validation and 3 test images are copies of training images" in caplog.text
+
+
+def test_an_image_of_two_classes_is_reported_or_refused(tmp_path, caplog):
+  fill(tmp_path, "train", "val", "test")
+  assert find_copies(make(tmp_path)).in_two_classes == 0
+  for place in ("train/bee/x.png", "test/cat/y.png", "train/ant/z.png"):
+    (tmp_path / place).write_bytes((tmp_path / "train" / "ant" / "0.png").read_bytes())
+  (tmp_path / "val/ant/x.png").write_bytes((tmp_path / "val/cat/1.png").read_bytes())
+  found = find_copies(make(tmp_path))
+  assert found.in_two_classes == 2
+  assert "2 images are in two classes, such as " in caplog.text
+  assert "or no answer is right for both" in caplog.text
+  refused = r"copies is 'refuse': .*copies of training .*; 2 images are in two classes, such as .*/"
+  with pytest.raises(ConfigError, match=refused):
+    make(tmp_path, copies="refuse")
+
+
+def test_two_classes_alone_are_refused_too(tmp_path):
+  fill(tmp_path)
+  (tmp_path / "bee/x.png").write_bytes((tmp_path / "ant/0.png").read_bytes())
+  with pytest.raises(ConfigError, match="1 images are in two classes, such as .*ant/0.png"):
+    make(tmp_path, copies="refuse")
+
+
+def test_validation_images_may_be_the_test_images(tmp_path):
+  for split, count in (("train", 10), ("val", 4)):
+    fill(tmp_path, split, count=count)
+  drawn, taken = make(tmp_path), make(tmp_path, test_from="val")
+  assert [(len(t.train), len(t.val), len(t.test)) for t in drawn.tasks] == [(8, 4, 2)] * 3
+  assert [(len(t.train), len(t.val), len(t.test)) for t in taken.tasks] == [(9, 1, 4)] * 3
+  assert drawn.split_id == "image_folder/valown-test0.2-seed0"
+  assert taken.split_id == "image_folder/val0.125-testval-seed0"
+  assert not any("validation images alone" in caveat for caveat in taken.caveats)
+  (caveat,) = [caveat for caveat in drawn.caveats if "validation images alone" in caveat]
+  assert "test images were drawn from those for training" in caveat
+  assert "set config.tasks.test_from to val" in caveat
+  for name, made in (("drawn", drawn), ("taken", taken)):
+    (tmp_path / f"{name}.json").write_text(task_file.dump_task_file(made))
+    for test_from in ("train", "val"):  # which a task file decides
+      again = make(tmp_path, task_file=str(tmp_path / f"{name}.json"), test_from=test_from)
+      assert (again.split_id, again.manifest_sha256) == (made.split_id, made.manifest_sha256)
+
+
+@pytest.mark.parametrize(
+  ("folders", "has"),
+  [
+    (("",), "no validation images of its own"),
+    (("train", "test"), "test images of its own"),
+    (("train", "val", "test"), "test images of its own"),
+  ],
+)
+def test_validation_images_are_no_test_images_where_they_can_not_be(tmp_path, folders, has):
+  fill(tmp_path, *folders)
+  (tmp_path / folders[0] / "ant" / "0.png").write_text("not decoded before the refusal")
+  message = f"test_from is 'val': must be 'train', image_folder has {has}"
+  with pytest.raises(ConfigError, match=message):
+    make(tmp_path, test_from="val")
+
+
+@pytest.mark.parametrize(
+  ("names", "says"), [(("1", "2", "10"), True), (("1", "2", "3"), False), (("a", "b10"), False)]
+)
+def test_classes_are_ordered_as_text_and_named(tmp_path, caplog, names, says):
+  for name in names:
+    for i in range(3):
+      save(tmp_path / name / f"{i}.png", noise=i)
+  with caplog.at_level(logging.INFO):
+    made = make(tmp_path, num_tasks=1)
+  assert made.source.class_names == tuple(sorted(names))
+  assert f"{len(names)} classes {', '.join(map(repr, sorted(names)))}" in caplog.text
+  assert ("in the order of text, as torchvision has them" in caplog.text) == says
 
 
 def test_a_long_check_says_how_far_it_is(tmp_path, caplog, monkeypatch):

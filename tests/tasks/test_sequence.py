@@ -77,6 +77,7 @@ def test_tasks_are_blocks_of_positions_with_ascending_rows():
   made = tasks.make(config, seed=1993, source_size=8)
   assert made.class_order == np.random.RandomState(1993).permutation(10).tolist()
   assert made.class_names[0] == str(made.class_order[0])
+  assert [task.name for task in made.tasks] == ["4, 2", "7, 6", "0, 3", "5, 8", "9, 1"]
   assert made.spec.class_ranges == ((0, 2), (2, 4), (4, 6), (6, 8), (8, 10))
   for task in made.tasks:
     for rows in (task.train, task.val, task.test):
@@ -86,6 +87,17 @@ def test_tasks_are_blocks_of_positions_with_ascending_rows():
   assert made.split_id == "digits/val0.125-test0.2-seed0"
   sizes = {split: len(rows) for split, rows in splits_of(made).items()}
   assert sizes == {"train": 1259, "val": 179, "test": 359}  # 70/10/20
+
+
+def test_a_task_of_many_classes_is_named_by_its_first_and_its_last():
+  made = tasks.make(TasksConfig(num_tasks=2), seed=1993, source_size=8)
+  assert [task.name for task in made.tasks] == ["4 ... 0 (5 classes)", "3 ... 1 (5 classes)"]
+  names = [str(i) for i in range(4)]
+  assert [sequence.task_name(names[:n]) for n in (1, 3, 4)] == [
+    "0",
+    "0, 1, 2",
+    "0 ... 3 (4 classes)",
+  ]
 
 
 def test_split_does_not_move_with_the_order_of_classes_or_the_number_of_tasks():
@@ -188,6 +200,25 @@ def test_til_has_the_data_of_cil():
     np.testing.assert_array_equal(one.test, other.test)
 
 
+@pytest.mark.parametrize("scenario", ["cil", "til"])
+@pytest.mark.parametrize(("num_tasks", "says"), [(2, False), (4, True)])
+def test_tasks_of_one_class_are_a_caveat_with_advice(scenario, num_tasks, says):
+  source = make_source(np.repeat(np.arange(4), 5))
+  config = TasksConfig(scenario=scenario, num_tasks=num_tasks)
+  caveats = sequence.make_sequence(source, config, seed=0).caveats
+  assert len(caveats) == says
+  if says:
+    assert "4 of 4 tasks have one class, in which cross-entropy is 0" in caveats[0]
+    assert "set config.tasks.num_tasks to 2 or less" in caveats[0]
+
+
+def test_domains_of_one_class_are_a_caveat_too():
+  source = with_domains(np.zeros(20, int), np.repeat([0, 1], 10))
+  made = sequence.make_sequence(source, TasksConfig(scenario="dil", num_tasks=2), seed=0)
+  (caveat,) = made.caveats
+  assert "2 of 2 tasks have one class" in caveat and "; add classes" in caveat
+
+
 REFUSALS = [
   ({"num_tasks": 3}, "config.tasks.num_tasks is 3.* 10 classes of digits.* 1, 2, 5, 10"),
   ({"scenario": "dil"}, "config.tasks.scenario is 'dil': digits has no domains"),
@@ -199,6 +230,11 @@ REFUSALS = [
   ),
   ({"order_seed": -1}, "order_seed is -1: must be >= 0 and <= 4294967295"),
   ({"split_seed": 2**32}, "split_seed is 4294967296"),
+  ({"test_from": "val"}, "test_from is 'val': must be 'train', digits has no validation images"),
+  (
+    {"test_from": "val", "benchmark": "cub200"},
+    "test_from is 'val': must be 'train', cub200 has test images of its own",
+  ),
 ]
 
 
@@ -210,7 +246,7 @@ def test_impossible_tasks_are_refused(fields, message):
 
 def test_a_class_without_train_or_test_image_is_named():
   config = TasksConfig(num_tasks=1)
-  with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 0"):
+  with pytest.raises(ConfigError, match="toy: no test image of class 'c1' in task 1 .c1, c0.:"):
     sequence.make_sequence(make_source([0, 0, 0, 1]), config, seed=0)
   split = np.array([0, 2, 2, 2], np.int8)
   with pytest.raises(ConfigError, match="no train image of class 'c1'"):

@@ -77,6 +77,7 @@ OF_TASKS = {  # the same of keys that the sequence of tasks depends on
   "task_file": ({}, "TASK_FILE"),
   "val_fraction": ({}, 0.3),
   "test_fraction": ({}, 0.4),
+  "test_from": ({"benchmark": "image_folder", "data_dir": "VAL", "num_tasks": 2}, "val"),
   "split_seed": ({}, 1),
   "broken_files": ({"benchmark": "image_folder", "data_dir": "BROKEN", "num_tasks": 2}, "skip"),
   "copies": ({"benchmark": "image_folder", "data_dir": "COPIES", "num_tasks": 2}, "refuse"),
@@ -215,9 +216,9 @@ def test_no_key_of_a_method_is_dead(learned, name):
 @pytest.fixture
 def places(tmp_path, prepared):
   """What paths in the tables stand for."""
-  for folder, seed in (("FOLDER", 0), ("OTHER", 1), ("BROKEN", 2), ("COPIES", 3)):
+  for folder, seed in (("FOLDER", 0), ("OTHER", 1), ("BROKEN", 2), ("COPIES", 3), ("VAL", 4)):
     rng = np.random.default_rng(seed)
-    for split in ("train", "test"):
+    for split in ("train", "val" if folder == "VAL" else "test"):
       for label in ("ant", "bee"):
         place = tmp_path / folder / split / label
         place.mkdir(parents=True)
@@ -231,7 +232,7 @@ def places(tmp_path, prepared):
   other = tasks.make(config.TasksConfig(), seed=9, source_size=8)
   tasks_of_another.write_text(task_file.dump_task_file(other))
   return {"PREPARED": str(prepared), "TASK_FILE": str(tasks_of_another)} | {
-    folder: str(tmp_path / folder) for folder in ("FOLDER", "OTHER", "BROKEN", "COPIES")
+    folder: str(tmp_path / folder) for folder in ("FOLDER", "OTHER", "BROKEN", "COPIES", "VAL")
   }
 
 

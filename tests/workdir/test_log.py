@@ -142,15 +142,19 @@ def test_a_log_file_gets_few_plain_lines(tmp_path, monkeypatch):
     for done in range(1, 31):
       clock.now += 6.0
       log.progress(done, loss=2.0 / done, images_per_second=50.0)
-    log.task_ended(*matrix(2), facts={"rank": 8, "complexity": np.float32(0.51234)})
+    facts = {"rank": 8, "complexity": np.float32(0.51234)}
+    log.task_ended(*matrix(2), facts, names=["ant, bee", PLAN.name, "not yet learned"])
   text = shown(log)
   assert "\x1b" not in text
-  assert "task 2/5 bird[0-9] :cat:: 2 classes, 1,000 training images, 3 epochs of 10 steps" in text
+  title = "task 2/5 (bird[0-9] :cat:)"
+  assert f"{title}: 2 classes, 1,000 training images, 3 epochs of 10 steps" in text
   assert "  decoding 1,000 images\n" in text
   assert len(re.findall("images/s", text)) == 15  # every second step: 10 s apart at least
   assert "  step 2/30  epoch 1/3  loss 1.0000  50 images/s  56.0 s left\n" in text
   assert "  step 30/30  epoch 3/3  loss 0.0667  50 images/s\n" in text
   assert "done in 3:00 min" in text
+  assert re.search(r"\n +1  ant, bee +86\.0 .*\n +2  bird\[0-9\] :cat: +86", text)
+  assert "not yet" not in text
   assert "  rank 8, complexity 0.5123\n" in text
   assert re.search(r"accuracy 86\.\d\d, mean so far 86\.\d\d, forgetting 0\.00", text)
 
@@ -179,7 +183,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_an_error(tmp_path):
     log._bar.refresh()
     raise KeyboardInterrupt
   text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(log))
-  assert "task 2/5 bird[0-9] :cat:" in text
+  assert "task 2/5 (bird[0-9] :cat:)" in text
   assert "epoch 2/3  loss 0.2500  1,234 images/s  1.2 s left" in text
   assert log._bar is None
   assert shown(log).count("\x1b[?25h") == 1  # the cursor is back
@@ -187,14 +191,24 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_an_error(tmp_path):
 
 @pytest.mark.parametrize("tasks", [1, 2, 10, 20, 100])
 @pytest.mark.parametrize("width", [80, 40])
-def test_the_matrix_fits_the_console_and_cuts_no_number(tasks, width):
+@pytest.mark.parametrize("name", ["", "ant, bee", "n01440764 ... n02123045\n(100 classes) " * 9])
+def test_the_matrix_fits_the_console_and_cuts_no_number(tasks, width, name):
   console = plain_console(width)
-  console.print(matrix_table(*matrix(tasks), console))
+  console.print(matrix_table(*matrix(tasks), console, [name] * tasks if name else []))
   text = console.file.getvalue()
   assert all(len(line) <= width for line in text.splitlines())
   assert not re.search(r"\d…|a…", text)
   assert text.splitlines()[-1].split()[0] == str(tasks)
   assert len(text.splitlines()) < 30
+
+
+@pytest.mark.parametrize(("tasks", "shown"), [(5, True), (10, True), (20, False)])
+def test_names_stand_in_the_matrix_where_all_its_columns_fit(tasks, shown):
+  console = plain_console(80)
+  names = [f"n{i:04} ... n0212 (100 classes)" for i in range(tasks)]
+  console.print(matrix_table(*matrix(tasks), console, names))
+  rows = console.file.getvalue().splitlines()[2:]
+  assert [f"n{i:04}" in row for i, row in enumerate(rows)] == [shown] * len(rows)
 
 
 def test_the_matrix_shows_the_right_cell_when_columns_are_left_out():

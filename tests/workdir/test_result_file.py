@@ -42,10 +42,16 @@ def test_only_a_result_of_the_schema_is_written(tmp_path):
 def test_a_result_of_version_1_is_read_as_one_of_today(tmp_path):
   config = {"seed": 1, "tasks": {"stream": "a", "num_tasks": 5}}
   new = whole(statistics_bytes=8, config={"seed": 1, "tasks": {"task_file": "a", "num_tasks": 5}})
-  late = (*result_file.ADDED, "schema", "statistics_bytes")
+  late = (*result_file.ADDED, *result_file.NAMES, "schema", "statistics_bytes")
   old = {name: value for name, value in new.items() if name not in late}
   (tmp_path / "result.json").write_text(json.dumps(old | {"rehearsal_bytes": 8, "config": config}))
   assert result_file.read_result(tmp_path) == new
+
+
+def test_a_result_without_the_names_of_classes_is_read(tmp_path):
+  old = {name: value for name, value in whole().items() if name not in result_file.NAMES}
+  (tmp_path / "result.json").write_text(json.dumps(old))
+  assert result_file.read_result(tmp_path) == whole()
 
 
 def test_a_result_of_a_later_version_is_refused(tmp_path):

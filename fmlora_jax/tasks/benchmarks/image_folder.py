@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
-from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
+from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource, check_test_from
 
 SPLIT_NAMES = {  # in any case of letters; not "eval", which means val or test
   **dict.fromkeys(("train", "training"), TRAIN),
@@ -55,6 +55,7 @@ def make(config: TasksConfig, source_size: int) -> DataSource:
   layout = _layout(root, files)
   _refuse_gaps(root, files, empty)
   names = {role: sorted({path[i] for path in files}) for i, role in enumerate(layout)}
+  check_test_from(config, {SPLIT_NAMES[name.casefold()] for name in names.get("split", ())})
   _log.info("checking %d files of %s: %s", len(files), root, _described(layout, files))
   reader = ImageReader(root=root, side=source_size, max_pixels=config.max_pixels)
   checked = _check(reader, files, skip=config.broken_files == "skip")
@@ -87,12 +88,18 @@ def _ids(files: Sequence[RelativePath], level: int, names: Sequence[str]) -> Int
 
 
 def _described(layout: tuple[str, ...], files: Sequence[RelativePath]) -> str:
-  """Returns a text like "layout split/class/*, splits test (40), train (160), 10 classes"."""
+  """Returns a text like "layout split/class/*, splits test (40), train (160), 2 classes 'a', 'b'".
+
+  Classes are in the order of their names as text, which is torchvision's; this is said where names
+  are numbers.
+  """
   described = f"layout {'/'.join(layout)}/*"
   for i, role in enumerate(layout):
     counts = collections.Counter(path[i] for path in files)
     if role == "class":
-      described += f", {len(counts)} classes"
+      described += f", {len(counts)} classes {_listed([(name,) for name in sorted(counts)])}"
+      if all(name.isdecimal() for name in counts) and sorted(counts) != sorted(counts, key=int):
+        described += " (numbers, in the order of text, as torchvision has them)"
     else:
       described += f", {role}s " + ", ".join(f"{name} ({counts[name]})" for name in sorted(counts))
   return described
