@@ -103,7 +103,7 @@ class PreparedSplit:
   def labels(self) -> UInt16[np.ndarray, " n"]:
     return self.index.labels
 
-  def pixels(self, position: int, side: int, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
+  def pixels(self, position: int, side: int) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the image of one record, shorter side `side`; call within `images.threads`.
 
     Raises:
@@ -113,7 +113,7 @@ class PreparedSplit:
       content = index.image_bytes(index.read(self.data.__getitem__, position), self.image)
       if index.content_hash(content) != self.index.contents[position]:
         raise images.BrokenImage("it has changed since it was first used")
-      image = images.decode(io.BytesIO(content), max_pixels)
+      image = images.decode(io.BytesIO(content))
     except images.BrokenImage as error:
       raise ConfigError(
         f"{self.files.shown(position)} can't be used: {error}; remove the folder of "

@@ -35,9 +35,9 @@ class Decoder:
   ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
     def pixels(index):
       split, position = _locate(self.splits, int(rows[index]))
-      return split.pixels(position, self.side, self.max_pixels)
+      return split.pixels(position, self.side)
 
-    return images.on_canvases(len(rows), self.canvas, pixels)
+    return images.on_canvases(len(rows), self.canvas, pixels, self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
