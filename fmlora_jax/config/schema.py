@@ -339,8 +339,8 @@ class Config:
     seed: of parameters, batches and class order.
     seeds: one run with each, instead of `seed`, in one process; see experiment/seeds.py.
     epochs: passes over the training images of each task.
-    batch_size: images in a training step, over all devices.
-    eval_batch_size: images in a test step, over all devices.
+    batch_size: images in a training step, over all devices; padded where they do not divide it.
+    eval_batch_size: images in a test step, over all devices; rounded up to a multiple of them.
     compute_dtype: type of the ViT's matrix products; parameters are float32.
     method, tasks, input, weights, optim, head, checkpoint, mesh: groups of settings.
   """
