@@ -144,6 +144,8 @@ class WeightsConfig:
     depth: number of blocks that are used, from the first; None takes all.
     architecture: a name in fmlora_jax/models/vit.py, for tag "random" or "".
     gelu: None takes the tag's; Google's code computes "tanh" where timm computes "erf".
+    epsilon: added to the variance in each LayerNorm; None takes that of the file's library, 1e-12
+      for ViTs of Hugging Face, else 1e-6.
   """
 
   tag: str = "augreg2_in21k_ft_in1k"
@@ -151,9 +153,12 @@ class WeightsConfig:
   depth: int | None = None
   architecture: str | None = None
   gelu: Literal["erf", "tanh"] | None = None
+  epsilon: float | None = None
 
   def __post_init__(self):
     require_within(self, 1, 1024, "depth")
+    fits = self.epsilon is None or 0 < self.epsilon < 1
+    require(fits, "epsilon", self.epsilon, "in (0, 1)")
     require_path(self, "path")
 
 
