@@ -21,6 +21,7 @@ from fmlora_jax.tasks.tfds import index
 from fmlora_jax.tasks.tfds.manifest import Manifest
 
 MAX_LISTED = 10  # files in one message
+PEEKED = 64  # records that tell whether a split has labels
 
 
 def data_root(data_dir: str | None) -> pathlib.Path:
@@ -160,6 +161,16 @@ class PreparedData:
       f"config.tasks.benchmark is {self._config.benchmark!r}: must have one feature of type "
       f"{kind.__name__}, has {names or 'none'}"
     )
+
+  def has_labels(self, name: str) -> bool:
+    """Returns whether any of the first records of a published split has a label."""
+    data = self._open(name, self._files(name))
+    try:
+      records = index.read(data.__getitems__, range(min(PEEKED, len(data))))
+    except images.BrokenImage:
+      return True  # `split` names the record
+    labels = [record[self._label] for record in records]
+    return any(label is not None and label >= 0 for label in labels)
 
   def split(self, name: str) -> PreparedSplit:
     """Returns the published split `name`; on first use all its records are indexed.
