@@ -157,8 +157,8 @@ class WeightsConfig:
 
   def __post_init__(self):
     require_within(self, 1, 1024, "depth")
-    fits = self.epsilon is None or 0 < self.epsilon < 1
-    require(fits, "epsilon", self.epsilon, "in (0, 1)")
+    fits = self.epsilon is None or 0 < self.epsilon <= 1
+    require(fits, "epsilon", self.epsilon, "in (0, 1]")
     require_path(self, "path")
 
 
