@@ -124,6 +124,7 @@ class Sizes:
   Attributes:
     layer_scale: whether attention and MLP outputs are multiplied by a learned vector (DINOv2).
     gelu: "erf" (timm, torch, Hugging Face) or "tanh" (Google's code).
+    epsilon: added to the variance in each LayerNorm.
   """
 
   image_size: int = 224
@@ -134,6 +135,7 @@ class Sizes:
   mlp_ratio: int = 4
   layer_scale: bool = False
   gelu: str = "erf"
+  epsilon: float = 1e-6
 
   def __post_init__(self):
     if self.image_size % self.patch_size:

@@ -148,6 +148,8 @@ class WeightsConfig:
     depth: number of blocks that are used, from the first; None takes all.
     architecture: a name in fmlora_jax/models/vit.py, for tag "random" or "".
     gelu: None takes the tag's; Google's code computes "tanh" where timm computes "erf".
+    epsilon: added to the variance in each LayerNorm; None takes that of the file's library, 1e-12
+      for ViTs of Hugging Face, else 1e-6.
   """
 
   tag: str = "augreg2_in21k_ft_in1k"
@@ -155,9 +157,12 @@ class WeightsConfig:
   depth: int | None = None
   architecture: str | None = None
   gelu: Literal["erf", "tanh"] | None = None
+  epsilon: float | None = None
 
   def __post_init__(self):
     require_within(self, 1, 1024, "depth")
+    fits = self.epsilon is None or 0 < self.epsilon <= 1
+    require(fits, "epsilon", self.epsilon, "in (0, 1]")
     require_path(self, "path")
 
 
@@ -344,8 +349,8 @@ class Config:
     seed: of parameters, batches and class order.
     seeds: one run with each, instead of `seed`, in one process; see experiment/seeds.py.
     epochs: passes over the training images of each task.
-    batch_size: images in a training step, over all devices.
-    eval_batch_size: images in a test step, over all devices.
+    batch_size: images in a training step, over all devices; padded where they do not divide it.
+    eval_batch_size: images in a test step, over all devices; rounded up to a multiple of them.
     compute_dtype: type of the ViT's matrix products; parameters are float32.
     method, tasks, input, weights, optim, head, checkpoint, mesh: groups of settings.
   """

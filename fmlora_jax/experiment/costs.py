@@ -136,7 +136,8 @@ def measure_train_step(setup: RunSetup, variables: Variables, index: int, limit:
 
 def measure_test_step(setup: RunSetup, variables: Variables, limit: int) -> Cost:
   """Returns the cost of classifying a batch of test images; arguments as `measure_train_step`."""
-  size, spec, method = setup.config.eval_batch_size, setup.sequence.spec, setup.method
+  size = mesh_lib.padded_size(setup.config.eval_batch_size, setup.mesh)
+  spec, method = setup.sequence.spec, setup.method
   model = jax.jit(method.fold)(setup.weights, variables)
   shard = setup.loader.shard.rows(size)
   records = setup.sequence.tasks[0].train[:size][shard]  # any: the images are noise

@@ -117,7 +117,7 @@ def _learn(
     setup.config.tasks.evaluate_on,
     setup.method,
     setup.weights,
-    batch_size=setup.config.eval_batch_size,
+    batch_size=mesh_lib.padded_size(setup.config.eval_batch_size, setup.mesh),
     center=setup.center,
     mesh=setup.mesh,
   )

@@ -115,7 +115,7 @@ def build_setup(
   }
   loader = TaskLoader(
     sequence,
-    batch_size=config.batch_size,
+    batch_size=mesh_lib.padded_size(config.batch_size, mesh),
     max_steps=config.input.steps_per_dispatch,
     shard=resident.ProcessShard(jax.process_index(), jax.process_count()),
     shard_batch=functools.partial(mesh_lib.shard_batch, mesh=mesh),

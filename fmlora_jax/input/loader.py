@@ -47,7 +47,7 @@ class TaskLoader:
 
   Args:
     sequence: the tasks.
-    batch_size: images of a training step.
+    batch_size: images of a training step, with those that pad it.
     max_steps: steps of a chunk; a chunk of a stream has fewer where its images take much memory.
     shard: the part of each array that this process decodes.
     shard_batch: this process's part of host arrays -> the whole arrays, split over the devices.

@@ -30,6 +30,11 @@ def _batches(values, batch_size):
   return rows.reshape(-1, batch_size)
 
 
+def padded(rows: Int[np.ndarray, "steps B"], width: int) -> Int[np.ndarray, "steps W"]:
+  """Returns the batches with rows of -1 behind, `width` rows each, for devices to share evenly."""
+  return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=-1)
+
+
 _epoch = functools.lru_cache(maxsize=2)(epoch_indices)  # a chunk may span two epochs
 
 
@@ -39,12 +44,14 @@ class Chunks:
 
   Attributes:
     num, batch_size, seed, task: as of `epoch_indices`; epochs follow each other.
+    width: W, rows of a batch with its padding.
     bounds: the first step of each chunk, and the end of the last one.
     size: K, the most steps of a chunk.
   """
 
   num: int
   batch_size: int
+  width: int
   seed: int
   task: int
   bounds: tuple[int, ...]
@@ -53,10 +60,10 @@ class Chunks:
   def __len__(self) -> int:
     return len(self.bounds) - 1
 
-  def __iter__(self) -> Iterator[Int[np.ndarray, "K B"]]:
+  def __iter__(self) -> Iterator[Int[np.ndarray, "K W"]]:
     return (self[index] for index in range(len(self)))
 
-  def __getitem__(self, index: int) -> Int[np.ndarray, "K B"]:
+  def __getitem__(self, index: int) -> Int[np.ndarray, "K W"]:
     """Returns the rows of the steps of chunk `index`; those of missing steps are -1."""
     if not 0 <= index < len(self):
       raise IndexError(index)
@@ -66,7 +73,7 @@ class Chunks:
     for i, step in enumerate(steps):
       epoch, batch = divmod(step, epoch_steps)
       rows[i] = _epoch(self.num, self.batch_size, self.seed, self.task, epoch)[batch]
-    return rows
+    return padded(rows, self.width)
 
 
 def bounds(start: int, end: int, size: int, every: int) -> tuple[int, ...]:

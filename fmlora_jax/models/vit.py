@@ -49,6 +49,7 @@ class LayerNorm(nn.Module):
   """
 
   dtype: DTypeLike
+  epsilon: float
 
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -56,7 +57,7 @@ class LayerNorm(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
-    rate = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    rate = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
     return (centred * (rate * scale) + bias).astype(self.dtype)
 
 
@@ -185,12 +186,12 @@ class Block(nn.Module):
       layer = adapters.bottlenecks.get(site)
       return branch if layer is None else branch + bottleneck.apply(source, layer)
 
-    norm1 = LayerNorm(self.dtype, name="norm1")
+    norm1 = LayerNorm(self.dtype, sizes.epsilon, name="norm1")
     attend = Attention(sizes.num_heads, self.dtype, name="attention")
     normed = [norm1(part) for part in parts]
     y = scaled(attend(normed, deltas, adapters.prefix, num_queries), "scale1")
     x = jnp.concatenate(parts, axis=1)[:, :num_queries] + bottlenecked(y, "attention", y)
-    y = LayerNorm(self.dtype, name="norm2")(x)
+    y = LayerNorm(self.dtype, sizes.epsilon, name="norm2")(x)
     hidden = sizes.width * sizes.mlp_ratio
     y = AdaptedDense(hidden, self.dtype, name="fc1")(y, deltas.get("fc1", ()))
     y = gelu(y, sizes.gelu)
@@ -237,7 +238,7 @@ class ViT(nn.Module):
       x, normed = block(parts, adapters.at_layer(layer), wanted)
       inputs.append(jnp.concatenate(normed, axis=1))
       parts = (x,)
-    return LayerNorm(self.dtype, name="norm")(x), inputs
+    return LayerNorm(self.dtype, sizes.epsilon, name="norm")(x), inputs
 
 
 def make_vit(sizes: Sizes, dtype: DTypeLike = jnp.float32) -> Backbone:

@@ -2,11 +2,14 @@
 
 import concurrent.futures
 import contextlib
+import functools
+import hashlib
 import io
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
@@ -14,6 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # no pictures, or decoded by a program outside of Pillow
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+PHOTOS = {".heic", ".heif", ".hif"}  # images, whether the package that reads them is there or not
+PHOTO_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+NEAR_BLACK = 16  # 4095 of 65535, in bytes
 MAX_ASPECT = 2  # longer images are cropped at the centre
 _PILLOW = threading.Lock()
 
@@ -26,19 +32,32 @@ def extensions() -> frozenset[str]:
   """Returns the file extensions that count as images, such as ".png", in lower case."""
   known = Image.registered_extensions().items()
   # MPO, of stereo cameras, is opened as JPEG.
-  return frozenset(e for e, f in known if (f in Image.OPEN or f == "MPO") and f not in NOT_IMAGES)
+  opened = {e for e, f in known if (f in Image.OPEN or f == "MPO") and f not in NOT_IMAGES}
+  return frozenset(opened | PHOTOS)
+
+
+@functools.cache
+def _add_photos() -> None:
+  """Adds the formats of phones to Pillow's, if the package for them is installed."""
+  with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 @contextlib.contextmanager
-def pillow_unlimited() -> Iterator[None]:
-  """Lifts Pillow's limit on pixels, in place of which `read` has its own; one context at a time.
+def pillow_limited(max_pixels: int) -> Iterator[None]:
+  """Refuses images of more pixels everywhere in Pillow; one context at a time.
 
-  Silences Pillow's warnings too, mostly about odd metadata; a failure to decode still raises.
+  Icons hold images that Pillow decodes when it opens the icon, so only its own limit is early
+  enough. Silences Pillow's warnings too, mostly about odd metadata; a failure to decode raises.
   """
   with _PILLOW, warnings.catch_warnings():
     warnings.simplefilter("ignore")
     Image.init()  # all formats, not the five usual ones
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    _add_photos()
+    # Pillow warns at the limit and raises an error at twice as many
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, cast(int, max_pixels / 2)
     try:
       yield
     finally:
@@ -46,9 +65,9 @@ def pillow_unlimited() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-  """Yields threads within `pillow_unlimited`; an error or Ctrl-C cancels pending work."""
-  with pillow_unlimited(), concurrent.futures.ThreadPoolExecutor() as pool:
+def threads(max_pixels: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+  """Yields threads within `pillow_limited`; an error or Ctrl-C cancels pending work."""
+  with pillow_limited(max_pixels), concurrent.futures.ThreadPoolExecutor() as pool:
     try:
       yield pool
     finally:
@@ -56,13 +75,17 @@ def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 
 
 def on_canvases(
-  count: int, canvas: tuple[int, int], pixels: Callable[[int], UInt8[np.ndarray, "h w 3"]]
+  count: int,
+  canvas: tuple[int, int],
+  pixels: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+  max_pixels: int,
 ) -> tuple[UInt8[np.ndarray, "k H W 3"], Int[np.ndarray, "k 2"]]:
   """Returns pixels(0), ... pixels(count-1) in the upper left corners of canvases, and their sizes.
 
   Args:
     canvas: (height, width) that each image fits into.
     pixels: called in `threads`.
+    max_pixels: of an image before it is resized.
   """
   canvases, sizes = np.zeros((count, *canvas, 3), np.uint8), np.zeros((count, 2), np.int32)
 
@@ -71,55 +94,69 @@ def on_canvases(
     height, width = sizes[index] = image.shape[:2]
     canvases[index, :height, :width] = image
 
-  with threads() as pool:
+  with threads(max_pixels) as pool:
     list(pool.map(put, range(count)))
   return canvases, sizes
 
 
-def read(path: str | os.PathLike, max_pixels: int) -> Image.Image:
-  """Returns the image in RGB, fully decoded and upright; call within `pillow_unlimited`.
+def read(path: str | os.PathLike) -> tuple[Image.Image, str]:
+  """Returns the image in RGB, decoded and upright, and the sha256 hex of its file.
 
-  Of several frames the first is taken.
+  Call within `pillow_limited`. Of several frames the first is taken.
 
   Raises:
-    BrokenImage: if it can't be decoded, or has more than `max_pixels`, before any is decoded.
+    BrokenImage: if it can't be decoded, or has too many pixels, before any is decoded.
   """
-  with _opened(path, max_pixels) as image:
-    return to_rgb(ImageOps.exif_transpose(image))
+  with _errors_named(), _open_file(path) as file:
+    with _opened(file) as image:
+      rgb = to_rgb(ImageOps.exif_transpose(image))
+    # unbuffered: libtiff moves the position behind the buffer's back
+    with open(file.fileno(), "rb", buffering=0, closefd=False) as content:
+      content.seek(0)
+      return rgb, hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def decode(file: io.BytesIO, max_pixels: int) -> Image.Image:
+def decode(file: io.BytesIO) -> Image.Image:
   """Returns the image of a file in memory, not turned upright, as in the published codes."""
-  with _opened(file, max_pixels) as image:
+  with _errors_named(), _opened(file) as image:
     return to_rgb(image)
 
 
-def image_size(file: io.BytesIO, max_pixels: int) -> tuple[int, int]:
+def image_size(file: io.BytesIO) -> tuple[int, int]:
   """Returns (width, height) in pixels from the header of a file; raises as `decode`."""
-  with _opened(file, max_pixels) as image:
+  with _errors_named(), _opened(file) as image:
     return image.size
 
 
-@contextlib.contextmanager
-def _opened(file: str | os.PathLike | io.BytesIO, max_pixels: int) -> Iterator[Image.Image]:
-  """Yields an image that is not decoded yet; turns every error into a BrokenImage."""
+def _open_file(path: str | os.PathLike) -> io.BufferedReader:
+  if not os.path.isfile(path):  # a pipe would block for ever
+    raise BrokenImage("not a file, or a link to nothing")
+  if os.path.getsize(path) == 0:
+    raise BrokenImage("the file is empty")
+  return open(path, "rb")
+
+
+def _opened(file: io.BufferedReader | io.BytesIO) -> Image.Image:
+  """Returns an image that is not decoded yet, unless its format is decoded when it is opened."""
+  head = file.read(12)
   try:
-    if not isinstance(file, io.BytesIO):
-      if not os.path.isfile(file):  # a pipe would block for ever
-        raise BrokenImage("not a file, or a link to nothing")
-      if os.path.getsize(file) == 0:
-        raise BrokenImage("the file is empty")
-    formats = [name for name in Image.OPEN if name not in NOT_IMAGES]
-    with Image.open(file, formats=formats) as image:
-      if image.width * image.height > max_pixels:
-        raise BrokenImage(
-          f"{image.width} x {image.height} is more than config.tasks.max_pixels, {max_pixels}"
-        )
-      yield image
+    return Image.open(file, formats=[name for name in Image.OPEN if name not in NOT_IMAGES])
+  except UnidentifiedImageError:
+    if head[4:8] == b"ftyp" and head[8:] in PHOTO_BRANDS and "HEIF" not in Image.OPEN:
+      raise BrokenImage("a HEIC photo: run pip install 'fmlora_jax[photos]' to read it") from None
+    raise BrokenImage("not an image that Pillow can open") from None
+
+
+@contextlib.contextmanager
+def _errors_named() -> Iterator[None]:
+  """Turns every error of Pillow and of the file system into a BrokenImage."""
+  try:
+    yield
   except BrokenImage:
     raise
-  except UnidentifiedImageError:
-    raise BrokenImage("not an image that Pillow can open") from None
+  except Image.DecompressionBombError:
+    most = int(2 * (Image.MAX_IMAGE_PIXELS or 0))
+    raise BrokenImage(f"it has more pixels than config.tasks.max_pixels, {most}") from None
   except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BrokenImage(reason) from error
@@ -153,6 +190,11 @@ def _to_bytes(values: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
   if lo < 0 or hi > largest:
     raise BrokenImage(f"pixels in {lo:g}..{hi:g}, must be in 0..{largest:g}")
   return np.rint(values * scale).astype(np.uint8)
+
+
+def is_near_black(image: Image.Image) -> bool:
+  """Returns whether no value of an RGB image is above that of 12 bits stored in 16 bits."""
+  return max(hi for _, hi in cast(tuple, image.getextrema())) <= NEAR_BLACK
 
 
 def resized_size(

@@ -10,6 +10,7 @@ import numpy as np
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.input import order
+from fmlora_jax.methods.common.base import BATCH_VOTE
 from fmlora_jax.tasks import TaskSequence
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.step import StepContext, TrainPrograms, TrainState
@@ -30,8 +31,8 @@ class Trainer:
     root: PRNG key of the run.
 
   Raises:
-    ConfigError: if a batch does not divide over the devices, or a task has more steps than can be
-      counted.
+    ConfigError: if a batch that votes does not divide over the devices, or a task has more steps
+      than can be counted.
   """
 
   def __init__(
@@ -44,8 +45,9 @@ class Trainer:
     mesh: jax.sharding.Mesh,
     root: jax.Array,
   ):
-    mesh_lib.check_batch(config.batch_size, "batch_size", mesh)
-    mesh_lib.check_batch(config.eval_batch_size, "eval_batch_size", mesh)
+    if BATCH_VOTE in programs.method.caveats:
+      mesh_lib.check_vote(config.batch_size, "batch_size", mesh)
+      mesh_lib.check_vote(config.eval_batch_size, "eval_batch_size", mesh)
     self.config, self.sequence, self.weights, self.programs = config, sequence, weights, programs
     self._mesh, self._root = mesh, root
     most = max(self.num_steps(index) for index in range(len(sequence.tasks)))

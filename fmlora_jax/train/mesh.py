@@ -144,9 +144,15 @@ def make_gather_rows(mesh: Mesh) -> Callable[[Examples, Any], Examples]:
   return jax.shard_map(take, mesh=mesh, in_specs=(parts, whole), out_specs=parts)
 
 
-def check_batch(size: int, field: str, mesh: Mesh) -> None:
-  """Raises ConfigError if a batch does not divide over the devices."""
+def padded_size(size: int, mesh: Mesh) -> int:
+  """Returns the size of a batch rounded up to a multiple of the number of devices."""
+  return -(-size // mesh.size) * mesh.size
+
+
+def check_vote(size: int, field: str, mesh: Mesh) -> None:
+  """Raises ConfigError if a batch that votes would be padded, as padding would vote too."""
   if size % mesh.size:
     raise ConfigError(
-      f"config.{field} is {size}: must be a multiple of the number of devices, {mesh.size}"
+      f"config.{field} is {size}: must be a multiple of the number of devices, {mesh.size}, where "
+      "config.method.batchwise is true"
     )

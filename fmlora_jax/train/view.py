@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
 
 from fmlora_jax.config import Config
 from fmlora_jax.distributed import stop
@@ -44,6 +46,7 @@ class TaskViews:
   ):
     self._config, self._loader, self._weights, self._root = config, loader, weights, root
     self._augment, self._center, self._mesh = augment, center, mesh
+    self._width = mesh_lib.padded_size(config.batch_size, mesh)
     self.val_read = False
 
   def view(self, index: int) -> TaskView:
@@ -70,17 +73,17 @@ class TaskViews:
   # The order of the data has a seed of its own: all methods of a seed see the same batches.
 
   def _train_batches(self, read: Callable, index: int, epoch: int) -> Batches:
-    config, num = self._config, len(self._loader.sequence.tasks[index].train)
-    return _until_stopped(
-      read(order.epoch_indices(num, config.batch_size, config.seed, task=index, epoch=epoch))
-    )
+    num = len(self._loader.sequence.tasks[index].train)
+    return _until_stopped(read(self._epoch(num, index, epoch, self._config.seed)))
 
   def _val_batches(self, read: Callable, index: int, epoch: int) -> Batches:
     self.val_read = True
-    config, num = self._config, len(self._loader.sequence.tasks[index].val)
-    return _until_stopped(
-      read(order.epoch_indices(num, config.batch_size, config.seed + 1, task=index, epoch=epoch))
-    )
+    num = len(self._loader.sequence.tasks[index].val)
+    return _until_stopped(read(self._epoch(num, index, epoch, self._config.seed + 1)))
+
+  def _epoch(self, num: int, index: int, epoch: int, seed: int) -> Int[np.ndarray, "steps W"]:
+    rows = order.epoch_indices(num, self._config.batch_size, seed, task=index, epoch=epoch)
+    return order.padded(rows, self._width)
 
   def _train_chunks(self, read: Callable, index: int, start: int) -> Batches:
     config, num = self._config, len(self._loader.sequence.tasks[index].train)
@@ -89,6 +92,7 @@ class TaskViews:
     chunks = order.Chunks(
       num=num,
       batch_size=config.batch_size,
+      width=self._width,
       seed=config.seed,
       task=index,
       bounds=order.bounds(start, end, size, config.checkpoint.every_steps),

@@ -50,7 +50,7 @@ def test_chunks_are_the_steps_of_the_epochs_from_any_start_on(num, start, every)
   epochs = [order.epoch_indices(num, 4, 1, 2, epoch) for epoch in range(12)]
   steps = np.concatenate(epochs)[start:12]
   chunks = order.Chunks(
-    num=num, batch_size=4, seed=1, task=2, size=3, bounds=order.bounds(start, 12, 3, every)
+    num=num, batch_size=4, width=4, seed=1, task=2, size=3, bounds=order.bounds(start, 12, 3, every)
   )
   got = list(pickle.loads(pickle.dumps(chunks)))
   assert len(got) == len(chunks)

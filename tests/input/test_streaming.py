@@ -209,7 +209,8 @@ def main():
   train = made.tasks[0].train
   read = streaming.StreamingReader(sequence=made, indices=train, put=lambda x: x, workers=2).read
   bounds = tuple(range(1_000_000))
-  for _ in read(order.Chunks(num=len(train), batch_size=8, seed=0, task=0, bounds=bounds, size=1)):
+  rows = {"num": len(train), "batch_size": 8, "width": 8, "seed": 0, "task": 0}
+  for _ in read(order.Chunks(**rows, bounds=bounds, size=1)):
     while len(multiprocessing.active_children()) < 2:  # one may be ready before the other starts
       time.sleep(0.1)
     print("2 processes", flush=True)

@@ -16,6 +16,7 @@ from fmlora_jax import methods
 from fmlora_jax.input.streaming import StreamingReader
 from fmlora_jax.methods.common import base
 from fmlora_jax.models import heads, vit
+from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.evaluator import Evaluator, iterate_batches
 from fmlora_jax.train.labels import label_leaves, partition
 from fmlora_jax.train.step import TrainStep
@@ -286,6 +287,25 @@ def test_a_run_that_resumes_within_a_task_ends_bit_equal(learned, make_lab, chan
   ended, _ = made.method.end_task(variables.replace(**last.params), view)
   for group in groups:
     assert not changed(getattr(ended, group), getattr(stage.ended, group))
+
+
+@pytest.mark.tier(2)
+@every_method
+def test_padding_for_devices_that_do_not_divide_a_batch_changes_no_number(
+  learned, make_lab, monkeypatch, leaves, name, changes
+):
+  """To rounding; two tasks, with all that a method does between them."""
+  monkeypatch.setattr(mesh_lib, "padded_size", lambda size, mesh: size + 3)
+  made = make_lab(method={"name": name} | changes)
+  for stage, one in zip(made.learn(2), learned.stages, strict=False):
+    assert len(next(stage.view.train_batches(0))[1]) == made.config.batch_size + 3
+    np.testing.assert_allclose(stage.losses, one.losses, rtol=1e-4)
+    for group in ("shared", "cur", "mem"):
+      expected = leaves(getattr(one.ended, group))
+      for path, leaf in leaves(getattr(stage.ended, group)).items():
+        # a key's bias has no gradient but rounding, which Adam makes as large as any
+        if leaf.dtype.kind == "f" and not path.endswith("key/dense/bias"):
+          np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-3, err_msg=path)
 
 
 @cases_where("folds")

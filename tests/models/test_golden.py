@@ -1,8 +1,8 @@
 """The ViT, its importers and its adapters against reference outputs.
 
-tests/golden/*.npz hold small random float32 models of timm 1.0.31 and transformers 5.23 (torch
-2.13) under their names on disk, an image batch (NCHW) and what the reference makes of it. Measured
-maximal differences on a CPU are below 2e-6.
+tests/golden/*.npz hold small random float32 models of timm 1.0.31 and transformers 5.23 and 5.24
+(torch 2.13) under their names on disk, an image batch (NCHW) and what the reference makes of it.
+Measured maximal differences on a CPU are below 2e-6.
 """
 
 import dataclasses
@@ -108,6 +108,26 @@ def test_dinov2_with_interpolated_positions_is_that_of_hugging_face():
   assert_near(golden.backbone.tokens(golden.params, golden.images), golden.arrays["tokens"])
   assert_near(golden.backbone.apply(golden.params, golden.images), golden.arrays["cls"])
   assert golden.ignored == ("embeddings.mask_token",)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_vit_of_hugging_face_has_its_tokens_features_and_logits(size):
+  """Its LayerNorm adds 1e-12 to the variance, which counts where a token is small."""
+  sizes = dataclasses.replace(TIMM, depth=2, image_size=size, epsilon=1e-12)
+  golden = Golden("hf_vit", "hf_vit", sizes)
+  images, tokens = golden.images, golden.arrays["tokens"]
+  if size == 48:  # with interpolated positions
+    images, tokens = golden.arrays["large"].transpose(0, 2, 3, 1), golden.arrays["large_tokens"]
+  found = golden.backbone.tokens(golden.params, images)
+  np.testing.assert_allclose(found, tokens, rtol=0, atol=1e-5)
+  features = golden.backbone.apply(golden.params, images)
+  np.testing.assert_allclose(features, tokens[:, 0], rtol=0, atol=1e-5)
+  if size == 32:
+    head = (golden.disk["classifier.weight"].T, golden.disk["classifier.bias"])
+    assert_near(features @ head[0] + head[1], golden.arrays["logits"])
+  assert golden.ignored == ("classifier.bias", "classifier.weight")
+  rough = vit.make_vit(dataclasses.replace(sizes, epsilon=1e-6))
+  assert np.abs(rough.apply(golden.params, images) - features).max() > 1e-5
 
 
 class GoogleMlp(nn.Module):

@@ -1,6 +1,7 @@
 import logging
 import pathlib
 import re
+import shutil
 import threading
 import time
 
@@ -202,7 +203,7 @@ def test_a_long_check_says_how_far_it_is(tmp_path, caplog, monkeypatch):
 
 def test_an_interrupt_drops_the_files_that_wait():
   done, gate = [], threading.Event()  # closed while 10,000 are handed over, however long it takes
-  with pytest.raises(KeyboardInterrupt), images.threads() as pool:
+  with pytest.raises(KeyboardInterrupt), images.threads(10**6) as pool:
     for i in range(10_000):
       pool.submit(lambda i: (gate.wait(), time.sleep(0.01), done.append(i)), i)
     gate.set()
@@ -316,7 +317,7 @@ def test_large_images_are_refused(tmp_path):
   fill(tmp_path)
   save(tmp_path / "bee" / "large.png", size=(13, 8))
   message = refusal(tmp_path, max_pixels=96)
-  assert "'bee/large.png': 13 x 8 is more than config.tasks.max_pixels, 96" in message
+  assert "'bee/large.png': it has more pixels than config.tasks.max_pixels, 96" in message
 
 
 def test_broken_files_may_be_skipped(tmp_path, caplog):
@@ -346,11 +347,37 @@ def test_nothing_but_broken_files_is_refused(tmp_path):
 def test_a_file_that_changes_during_the_run_is_named(tmp_path):
   made = make(fill(tmp_path))
   save(tmp_path / "ant" / "0.png", size=(9, 9))
-  with pytest.raises(ConfigError, match=r"'ant/0.png' has changed: has another size"):
+  with pytest.raises(ConfigError, match=r"'ant/0.png' has changed: it holds something else"):
     made.source.decode(np.array([0]))
   (tmp_path / "ant" / "0.png").unlink()
   with pytest.raises(ConfigError, match=r"'ant/0.png' has changed: not a file"):
     made.source.decode(np.array([0]))
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tif", "gif", "ppm"])
+def test_a_file_exchanged_for_one_of_the_same_size_is_named(tmp_path, kind):
+  for name, value in COLORS.items():
+    for i in range(5):
+      save(tmp_path / name / f"{i}.{kind}", value, noise=i)
+  made = make(tmp_path, order="natural")
+  made.source.decode(np.arange(15))
+  shutil.copyfile(tmp_path / "bee" / f"0.{kind}", tmp_path / "ant" / f"1.{kind}")
+  made.source.decode(np.array([0, 2]))
+  with pytest.raises(ConfigError, match=rf"'ant/1.{kind}' has changed: it holds something else"):
+    made.source.decode(np.array([1]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_images_that_are_near_black_are_counted(tmp_path, caplog, dtype):
+  fill(tmp_path)
+  make(tmp_path)
+  assert "near black" not in caplog.text
+  largest = {np.uint8: 16, np.uint16: 4095}[dtype]
+  for i in range(2):
+    values = np.full((8, 12), largest - i, dtype)
+    Image.fromarray(values).save(tmp_path / "bee" / f"{3 + i}.png")
+  make(tmp_path)
+  assert "2 images are near black, no value is above 16 of 255, such as 'bee/3.png'" in caplog.text
 
 
 def test_no_folder_is_refused(tmp_path):

@@ -15,8 +15,8 @@ GREY = PIXELS[..., 0]
 
 
 def read(path, max_pixels=10**6):
-  with images.pillow_unlimited():
-    return np.asarray(images.read(path, max_pixels))
+  with images.pillow_limited(max_pixels):
+    return np.asarray(images.read(path)[0])
 
 
 def grey(values):
@@ -149,19 +149,63 @@ def test_damaged_files_have_a_reason(tmp_path):
   assert reason("page.png") == "not an image that Pillow can open"  # no Ghostscript
 
 
-def test_bombs_are_refused_before_they_are_decoded(tmp_path):
+def test_an_image_may_have_just_so_many_pixels(tmp_path):
   path = saved(tmp_path / "a.png", Image.new("L", (9, 6)))
   assert read(path, max_pixels=54).shape == (6, 9, 3)
-  with pytest.raises(images.BrokenImage, match=r"9 x 6 is more than config\.tasks\.max_pixels, 53"):
+  with pytest.raises(images.BrokenImage, match=r"more pixels than config\.tasks\.max_pixels, 53"):
     read(path, max_pixels=53)
-  png = bytearray(path.read_bytes())
+
+
+def icon(png):
+  return struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22) + png
+
+
+def mac_icon(png):
+  return struct.pack(">4sI4sI", b"icns", len(png) + 16, b"ic10", len(png) + 8) + png
+
+
+def cursor(png):
+  header = struct.pack("<IiiHHIIiiII", 40, 30000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)
+  return struct.pack("<HHHBBBBHHII", 0, 2, 1, 0, 0, 0, 0, 1, 24, len(header), 22) + header
+
+
+@pytest.mark.parametrize("wrap", [bytes, icon, mac_icon, cursor])
+def test_bombs_are_refused_before_they_are_decoded(wrap, tmp_path):
+  png = bytearray(saved(tmp_path / "a.png", Image.new("L", (9, 6))).read_bytes())
   png[16:24] = struct.pack(">II", 30000, 30000)
   png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-  path.write_bytes(png)
-  with pytest.raises(images.BrokenImage, match="30000 x 30000 is more"):
-    read(path, max_pixels=10**8)
-  with pytest.raises(images.BrokenImage, match="truncated"):
-    read(path, max_pixels=10**9)
+  (tmp_path / "a").write_bytes(wrap(bytes(png)))
+  with pytest.raises(images.BrokenImage, match="more pixels than"):
+    read(tmp_path / "a", max_pixels=10**8)
+  with pytest.raises(images.BrokenImage, match="(?i)truncated"):
+    read(tmp_path / "a", max_pixels=2 * 10**9)
+
+
+def phone_photo(path, image, **options):
+  with images.pillow_limited(10**6):  # from here on Pillow knows the format
+    image.save(path, format="HEIF", **options)
+  return path
+
+
+@pytest.mark.parametrize("name", ["IMG_1.HEIC", "IMG_1.heif", "sent.jpg"])
+def test_photos_of_phones_are_read_upright(name, tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  half = np.zeros((16, 32, 3), np.uint8)
+  half[:, :16] = 255
+  turned = read(phone_photo(tmp_path / name, Image.fromarray(half), exif=exif.tobytes()))
+  assert turned.shape == (32, 16, 3)
+  assert turned[:12].min() > 200
+  assert turned[20:].max() < 50
+  assert {".heic", ".heif"} <= images.extensions()
+
+
+def test_without_their_package_photos_of_phones_say_how_they_are_read(tmp_path, monkeypatch):
+  path = phone_photo(tmp_path / "a.heic", Image.new("RGB", (16, 16)))
+  monkeypatch.delitem(Image.OPEN, "HEIF")
+  assert ".heic" in images.extensions()
+  with pytest.raises(images.BrokenImage, match=r"pip install 'fmlora_jax\[photos\]'"):
+    read(path)
 
 
 def test_pillows_own_limit_does_not_count_and_comes_back(tmp_path, monkeypatch):

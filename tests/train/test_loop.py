@@ -137,9 +137,31 @@ def test_tasks_of_different_size_have_arrays_of_one_shape(make_lab):
   assert len(shapes) == 1
 
 
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_batches_that_are_padded_for_devices_train_the_same(
+  make_lab, reference, monkeypatch, mode, leaves
+):
+  monkeypatch.setattr(mesh, "padded_size", lambda size, mesh: size + 2)
+  made = make_lab(method={"name": "lora", "rank": 2}, epochs=3, input={"mode": mode})
+  state, stats, _ = learn(made)
+  expected = leaves(reference[0].params)
+  np.testing.assert_allclose(stats["loss"], reference[1]["loss"], rtol=1e-5)
+  for path, leaf in leaves(state.params).items():
+    np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 255, 256])
+def test_a_padded_batch_is_the_next_that_devices_share(size):
+  for count in (1, 2, 3, 4, 6, 8):
+    padded = mesh.padded_size(size, mock.Mock(jax.sharding.Mesh, size=count))
+    assert padded % count == 0 and size <= padded < size + count
+
+
+@pytest.mark.parametrize("name", ["l2p", "dualprompt"])
 @pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
-def test_a_batch_that_devices_can_not_share_is_refused(make_lab, field):
-  made = make_lab(method={"name": "linear_probe"})
+def test_a_batch_that_votes_is_not_padded(make_lab, field, name):
+  small = {"l2p": {}, "dualprompt": {"general_layers": (0,), "expert_layers": (1,)}}[name]
+  made = make_lab(method={"name": name, "batchwise": True} | small)
   config = dataclasses.replace(made.config, **{field: 6})
   message = f"config.{field} is 6: must be a multiple of the number of devices, 4"
   with pytest.raises(ConfigError, match=message):

@@ -12,6 +12,7 @@ STEPS = -(-NUM // BATCH)
 CHUNKS = order.Chunks(
   num=NUM,
   batch_size=BATCH,
+  width=BATCH,
   seed=1993,
   task=1,
   bounds=order.bounds(0, EPOCHS * STEPS, 4, 0),

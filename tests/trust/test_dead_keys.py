@@ -89,6 +89,7 @@ OF_WEIGHTS = {
   "depth": ({}, 2),
   "architecture": ({"tag": "random", "architecture": "micro", "depth": 1}, "vit_ti16"),
   "gelu": ({}, "tanh"),
+  "epsilon": ({}, 1e-3),
 }
 OF_PROGRAMS = (  # of how a run goes on, not of its numbers: they are read outside of config.py
   "eval_batch_size",

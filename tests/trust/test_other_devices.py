@@ -40,6 +40,17 @@ def final_loss(workdir):
 
 
 @pytest.mark.tier(2)
+def test_devices_that_do_not_divide_a_batch_train_the_same(tmp_path):
+  counts = (1, 3, 6)  # batches of 16 and 8
+  for devices in counts:
+    on(devices, [{"workdir": str(tmp_path / str(devices)), "fsdp": 1, "saves": None}])
+  losses = [final_loss(tmp_path / str(devices)) for devices in counts]
+  assert max(abs(loss / losses[0] - 1) for loss in losses) <= 1e-5
+  results = [json.loads((tmp_path / str(n) / "result.json").read_text()) for n in counts]
+  assert results[0]["accuracy"] == results[1]["accuracy"] == results[2]["accuracy"]
+
+
+@pytest.mark.tier(2)
 def test_a_checkpoint_of_eight_devices_is_the_same_on_others_and_back(tmp_path):
   equal = total = 0
   starts = [tmp_path / f"saved by {devices}, {fsdp}" for devices, fsdp in SAVED_BY]

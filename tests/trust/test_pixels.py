@@ -25,8 +25,8 @@ def pictures() -> Examples:
   for width, height in ((20, 14), (12, 18), (16, 16)):
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
-    with images.pillow_unlimited():
-      decoded.append(np.asarray(images.resize_shorter_side(images.decode(file, 10**6), SOURCE)))
+    with images.pillow_limited(10**6):
+      decoded.append(np.asarray(images.resize_shorter_side(images.decode(file), SOURCE)))
   sizes = np.array([picture.shape[:2] for picture in decoded], np.int32)
   canvases = np.zeros((len(decoded), *sizes.max(0), 3), np.uint8)
   for canvas, picture in zip(canvases, decoded, strict=True):

@@ -30,11 +30,13 @@ class Layout:
     ignored: regexes over the names of tensors outside of the feature extractor.
     antialias: of the interpolation of positions, as in the library of these files; see
       `resize_positions`.
+    epsilon: of each LayerNorm, as in that library.
   """
 
   rules: tuple[Rule, ...]
   ignored: tuple[str, ...]
   antialias: bool = False
+  epsilon: float = 1e-6
 
   def leaves(self, name: str) -> list[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     """Returns (our leaf, change of the array) for each rule that matches the name."""
@@ -111,25 +113,49 @@ def _timm() -> Layout:
   return Layout(rules=tuple(rules), ignored=ignored, antialias=True)
 
 
-def _dinov2() -> Layout:
-  """Returns Hugging Face's layout, also with the names of transformers 5 (q_proj, ..., o_proj)."""
-  top = r"(?:dinov2\.)?"
-  block = rf"{top}encoder\.layer\.(\d+)\."
+def _transformers(top: str) -> tuple[str, list[Rule]]:
+  """Returns a regex of a block, and the rules that Hugging Face's ViTs have in common.
+
+  Also with the names of transformers 5 in memory (layers, q_proj, ..., o_proj, fc1, fc2).
+  """
+  block = rf"{top}(?:encoder\.layer|layers)\.(\d+)\."
   rules = [
     (rf"{top}embeddings\.cls_token", "cls", _unbatch),
     (rf"{top}embeddings\.position_embeddings", "position", _unbatch),
     (rf"{top}embeddings\.patch_embeddings\.projection\.weight", "embedding/kernel", _patches),
     (rf"{top}embeddings\.patch_embeddings\.projection\.bias", "embedding/bias", _same),
-    *_norm(rf"{block}norm([12])", r"block_\1/norm\2"),
     *_dense(rf"{block}attention\.(?:output\.dense|o_proj)", r"block_\1/attention/out/dense"),
     *_dense(rf"{block}mlp\.(fc[12])", r"block_\1/\2/dense"),
-    (rf"{block}layer_scale([12])\.lambda1", r"block_\1/scale\2", _same),
     *_norm(rf"{top}layernorm", "norm"),
   ]
   for name in ("query", "key", "value"):
     disk = rf"{block}attention\.(?:attention\.{name}|{name[0]}_proj)"
     rules += _dense(disk, rf"block_\1/attention/{name}/dense")
+  return block, rules
+
+
+def _dinov2() -> Layout:
+  top = r"(?:dinov2\.)?"
+  block, rules = _transformers(top)
+  rules += [
+    *_norm(rf"{block}norm([12])", r"block_\1/norm\2"),
+    (rf"{block}layer_scale([12])\.lambda1", r"block_\1/scale\2", _same),
+  ]
   return Layout(rules=tuple(rules), ignored=(rf"{top}embeddings\.mask_token", r"classifier\..+"))
+
+
+def _hf_vit() -> Layout:
+  """Returns the layout of ViT, ViT-MAE, ViT-MSN and of DeiT without a distillation token."""
+  top = r"(?:(?:vit|deit)\.)?"
+  block, rules = _transformers(top)
+  rules += [
+    *_norm(rf"{block}layernorm_before", r"block_\1/norm1"),
+    *_norm(rf"{block}layernorm_after", r"block_\1/norm2"),
+    *_dense(rf"{block}intermediate\.dense", r"block_\1/fc1/dense"),
+    *_dense(rf"{block}output\.dense", r"block_\1/fc2/dense"),
+  ]
+  ignored = (rf"{top}embeddings\.mask_token", rf"{top}pooler\..+", r"(classifier|decoder)\..+")
+  return Layout(rules=tuple(rules), ignored=ignored, epsilon=1e-12)
 
 
 def _google() -> Layout:
@@ -157,6 +183,7 @@ LAYOUTS: Mapping[str, Layout] = {
   "ours": _ours(),
   "timm": _timm(),
   "dinov2": _dinov2(),
+  "hf_vit": _hf_vit(),
   "google": _google(),
 }
 
@@ -265,6 +292,8 @@ def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
   return tensor
 
 
+_DISTILLED = re.compile(r".*\bdist(?:illation)?_token")
+
 # the norm after timm's average pooling; big_vision's pooling by attention
 _POOLING = re.compile(r"fc_norm\..+|(?:params/)?MAPHead_0/.+")
 
@@ -295,6 +324,8 @@ def _check(
     guess, hint = guess_layout(names), ""
     if guess not in (layout, None):
       hint = f"; its names look like layout {guess!r}"
+    elif any(map(_DISTILLED.fullmatch, names)):
+      hint = "; it has a distillation token: use the DeiT without one"
     elif "cls" in faults["missing"] or any(map(_POOLING.fullmatch, names)):
       hint = "; it seems to pool its patches; only ViTs with a class-token feature are supported"
     raise ValueError(

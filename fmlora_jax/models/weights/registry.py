@@ -8,6 +8,7 @@ never opened. A new checkpoint is one entry of `WEIGHTS`, a new kind of file one
 import contextlib
 import dataclasses
 import difflib
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -20,6 +21,8 @@ from fmlora_jax.models import vit
 from fmlora_jax.models.weights import download, layouts
 from fmlora_jax.models.weights import files as weight_files
 from fmlora_jax.types import Params, Sizes
+
+GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # transformers' names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +252,9 @@ def _convert(
   file = next((file for file in source.files if file.layout == layout), source.files[0])
   if file.sha256 not in (None, digest):
     raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {hint}")
-  sizes = _sizes(config, source, image_size)
+  sizes = _sizes(config, source, image_size, layouts.LAYOUTS[file.layout].epsilon)
+  if file.layout == "hf_vit":
+    _check_beside(path.with_name("config.json"), sizes)
   try:
     params, ignored = layouts.convert(
       tensors, file.layout, sizes, truncate=config.depth is not None
@@ -300,7 +305,29 @@ def _draw(config: WeightsConfig, image_size: int | None) -> tuple[Params, Sizes,
   return jax.device_get(params), sizes, info
 
 
-def _sizes(config: WeightsConfig, source: Checkpoint, image_size: int | None) -> Sizes:
+def _check_beside(path: pathlib.Path, sizes: Sizes) -> None:
+  """Refuses sizes that are not those of the config.json that transformers writes beside a file."""
+  try:
+    facts = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError):
+    return
+  if not (isinstance(facts, dict) and "model_type" in facts):
+    return
+  activation = str(facts.get("hidden_act", "gelu"))
+  if activation not in GELUS:
+    raise ConfigError(f"{path}: hidden_act is {activation!r}: must be one of {', '.join(GELUS)}")
+  for field, ours, theirs in (
+    ("epsilon is", sizes.epsilon, facts.get("layer_norm_eps")),
+    ("gelu is", sizes.gelu, GELUS[activation]),
+    ("architecture: num_heads is", sizes.num_heads, facts.get("num_attention_heads", 0)),
+  ):
+    if theirs and ours != theirs:
+      raise ConfigError(f"config.weights.{field} {ours!r}: must be {theirs!r}, as {path} says")
+
+
+def _sizes(
+  config: WeightsConfig, source: Checkpoint, image_size: int | None, epsilon: float = 1e-6
+) -> Sizes:
   """Returns the sizes of the architecture at this image size and the config's depth."""
   name = source.architecture or config.architecture
   if name is None or name not in vit.ARCHITECTURES:
@@ -319,8 +346,8 @@ def _sizes(config: WeightsConfig, source: Checkpoint, image_size: int | None) ->
       f"config.input.image_size is {image_size}: must be a multiple of the patch size {p} of a "
       f"{name}, such as {near}"
     )
-  gelu = config.gelu or source.gelu
-  return dataclasses.replace(full, image_size=image_size, depth=depth, gelu=gelu)
+  gelu, epsilon = config.gelu or source.gelu, config.epsilon or epsilon
+  return dataclasses.replace(full, image_size=image_size, depth=depth, gelu=gelu, epsilon=epsilon)
 
 
 def _describe(

@@ -59,19 +59,21 @@ def make(config: TasksConfig, source_size: int) -> DataSource:
   _log.info("checking %d files of %s: %s", len(files), root, _described(layout, files))
   reader = ImageReader(root=root, side=source_size, max_pixels=config.max_pixels)
   checked = _check(reader, files, skip=config.broken_files == "skip")
+  _warn_of_black(root, [path for path, found in checked.items() if found.is_near_black])
   files = list(checked)
   ids = {role: _ids(files, layout.index(role), names[role]) for role in layout}
   codes = np.asarray([SPLIT_NAMES[name.casefold()] for name in names.get("split", ())], np.int8)
-  sizes = np.asarray([size for size, _ in checked.values()], np.int32)
+  sizes = np.asarray([found.size for found in checked.values()], np.int32)
+  contents = [found.content for found in checked.values()]
   first: dict[str, int] = {}  # record of each content
-  group = np.asarray([first.setdefault(sha, i) for i, (_, sha) in enumerate(checked.values())])
+  group = np.asarray([first.setdefault(sha, i) for i, sha in enumerate(contents)])
   canvas = tuple(sizes.max(axis=0).tolist())
   return DataSource(
     name="image_folder",
     labels=ids["class"],
     class_names=tuple(names["class"]),
     canvas=canvas,
-    decode=functools.partial(_decode, reader, files, sizes, canvas),
+    decode=functools.partial(_decode, reader, files, contents, canvas),
     digest=_digest(checked),
     split=codes[ids["split"]] if "split" in ids else None,
     domains=ids.get("domain"),
@@ -226,6 +228,15 @@ def _refuse_gaps(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+  """A file that was decoded: (height, width) after resizing, sha256 hex of the file, its look."""
+
+  size: tuple[int, int]
+  content: str
+  is_near_black: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageReader:
   """Reads the files below `root`, resized to a shorter side of `side` pixels."""
 
@@ -233,28 +244,30 @@ class ImageReader:
   side: int
   max_pixels: int
 
-  def check(self, path: RelativePath) -> tuple[tuple[int, int], str] | images.BrokenImage:
-    """Returns (height, width) after resizing and sha256 hex of the file, or its fault."""
-    file_path = self.root.joinpath(*path)
+  def check(self, path: RelativePath) -> Checked | images.BrokenImage:
+    """Returns the facts about a file, or its fault."""
     try:
-      image = images.read(file_path, self.max_pixels)
+      image, content = images.read(self.root.joinpath(*path))
       (width, height), _ = images.resized_size(image.size, self.side)
-      with open(file_path, "rb") as file:
-        return (height, width), hashlib.file_digest(file, "sha256").hexdigest()
+      dark = images.is_near_black(image)
+      return Checked(size=(height, width), content=content, is_near_black=dark)
     except images.BrokenImage as error:
       return error
 
-  def pixels(self, path: RelativePath) -> UInt8[np.ndarray, "h w 3"]:
-    image = images.read(self.root.joinpath(*path), self.max_pixels)
+  def pixels(self, path: RelativePath, content: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the resized image; refuses a file whose sha256 hex is not `content`."""
+    image, now = images.read(self.root.joinpath(*path))
+    if now != content:
+      raise images.BrokenImage("it holds something else than at the start of the run")
     return np.asarray(images.resize_shorter_side(image, self.side))
 
 
 def _check(
   reader: ImageReader, files: Sequence[RelativePath], *, skip: bool
-) -> dict[RelativePath, tuple[tuple[int, int], str]]:
+) -> dict[RelativePath, Checked]:
   """Returns the files that can be decoded, with the results of `ImageReader.check`."""
   good, bad, line_due = {}, {}, time.monotonic() + LINE_EVERY_S
-  with images.threads() as pool:
+  with images.threads(reader.max_pixels) as pool:
     chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
     results = itertools.chain.from_iterable(pool.map(reader.check, chunk) for chunk in chunks)
     for path, result in zip(files, results, strict=True):
@@ -274,9 +287,18 @@ def _check(
   return good
 
 
-def _digest(checked: dict[RelativePath, tuple[tuple[int, int], str]]) -> str:
+def _warn_of_black(root: pathlib.Path, paths: Sequence[RelativePath]) -> None:
+  if paths:
+    _log.warning(
+      "%s: %d images are near black, no value is above %d of 255, such as %s: if their files hold "
+      "10 or 12 bits in 16, multiply the values by 64 or 16",
+      *(root, len(paths), images.NEAR_BLACK, _listed(paths[:1])),
+    )
+
+
+def _digest(checked: dict[RelativePath, Checked]) -> str:
   """Returns a sha256 over paths, which hold the class names, and contents."""
-  lines = (f"{'/'.join(path)}\0{content}\n" for path, (_, content) in checked.items())
+  lines = (f"{'/'.join(path)}\0{found.content}\n" for path, found in checked.items())
   return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
@@ -287,20 +309,20 @@ def _shown(files: Sequence[RelativePath], record: int) -> str:
 def _decode(
   reader: ImageReader,
   files: Sequence[RelativePath],
-  sizes: Int[np.ndarray, "n 2"],
+  contents: Sequence[str],
   canvas: tuple[int, int],
   rows: Int[np.ndarray, " k"],
 ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
   """Returns the records `rows` of `files` on canvases, and their sizes."""
 
   def pixels(index):
-    file = files[int(rows[index])]
+    row = int(rows[index])
     try:
-      image = reader.pixels(file)
-      if image.shape[:2] != tuple(sizes[rows[index]]):
-        raise images.BrokenImage("has another size than at the start of the run")
+      return reader.pixels(files[row], contents[row])
     except images.BrokenImage as error:
-      raise _refusal(reader.root, f"{_listed([file])} has changed: {error}") from error
-    return image
+      raise _refusal(
+        reader.root,
+        f"{_listed([files[row]])} has changed: {error}; put the file back, or start a new run",
+      ) from error
 
-  return images.on_canvases(len(rows), canvas, pixels)
+  return images.on_canvases(len(rows), canvas, pixels, reader.max_pixels)

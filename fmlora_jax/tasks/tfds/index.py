@@ -121,14 +121,14 @@ def index_records(
   _log.info("indexing the %d records of %s, once", num, files.split)
   labels, sizes = np.zeros(num, np.uint16), np.zeros((num, 2), np.uint16)
   contents, faults = np.zeros(num, np.uint64), []
-  with images.pillow_unlimited():
+  with images.pillow_limited(max_pixels):
     for rows in blocks(num):
       for row, record in zip(rows, _records(data, rows), strict=True):
         try:
           if isinstance(record, images.BrokenImage):
             raise record
           image, label = image_bytes(record, keys[0]), record[keys[1]]
-          sizes[row] = images.image_size(io.BytesIO(image), max_pixels)
+          sizes[row] = images.image_size(io.BytesIO(image))
           labels[row], contents[row] = _at_least_0(label), content_hash(image)
         except images.BrokenImage as error:
           faults.append(f"{files.shown(row)}: {error}")

@@ -21,6 +21,7 @@ from fmlora_jax.tasks.tfds import index
 from fmlora_jax.tasks.tfds.manifest import Manifest
 
 MAX_LISTED = 10  # files in one message
+PEEKED = 64  # records that tell whether a split has labels
 
 
 def data_root(data_dir: str | None) -> pathlib.Path:
@@ -103,7 +104,7 @@ class PreparedSplit:
   def labels(self) -> UInt16[np.ndarray, " n"]:
     return self.index.labels
 
-  def pixels(self, position: int, side: int, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
+  def pixels(self, position: int, side: int) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the image of one record, shorter side `side`; call within `images.threads`.
 
     Raises:
@@ -113,7 +114,7 @@ class PreparedSplit:
       content = index.image_bytes(index.read(self.data.__getitem__, position), self.image)
       if index.content_hash(content) != self.index.contents[position]:
         raise images.BrokenImage("it has changed since it was first used")
-      image = images.decode(io.BytesIO(content), max_pixels)
+      image = images.decode(io.BytesIO(content))
     except images.BrokenImage as error:
       raise ConfigError(
         f"{self.files.shown(position)} can't be used: {error}; remove the folder of "
@@ -160,6 +161,16 @@ class PreparedData:
       f"config.tasks.benchmark is {self._config.benchmark!r}: must have one feature of type "
       f"{kind.__name__}, has {names or 'none'}"
     )
+
+  def has_labels(self, name: str) -> bool:
+    """Returns whether any of the first records of a published split has a label."""
+    data = self._open(name, self._files(name))
+    try:
+      records = index.read(data.__getitems__, range(min(PEEKED, len(data))))
+    except images.BrokenImage:
+      return True  # `split` names the record
+    labels = [record[self._label] for record in records]
+    return any(label is not None and label >= 0 for label in labels)
 
   def split(self, name: str) -> PreparedSplit:
     """Returns the published split `name`; on first use all its records are indexed.

@@ -14,7 +14,7 @@ from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
 from fmlora_jax.tasks.splits import Records, SplitRule
-from fmlora_jax.tasks.tfds.prepared import PreparedData, PreparedSplit, data_root, open_builder
+from fmlora_jax.tasks.tfds.prepared import PreparedData, PreparedSplit, data_root
 
 TFDS_SPLITS = {"train": TRAIN, "validation": VAL, "test": TEST}  # by TFDS's names
 
@@ -35,9 +35,9 @@ class Decoder:
   ) -> tuple[UInt8[np.ndarray, "k h w 3"], Int[np.ndarray, "k 2"]]:
     def pixels(index):
       split, position = _locate(self.splits, int(rows[index]))
-      return split.pixels(position, self.side, self.max_pixels)
+      return split.pixels(position, self.side)
 
-    return images.on_canvases(len(rows), self.canvas, pixels)
+    return images.on_canvases(len(rows), self.canvas, pixels, self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,30 +48,47 @@ class PublishedSplit:
     builder, split: as TFDS names them.
     num_published: records in the publication; None if unknown.
     domain: index of the benchmark's domain.
+    is_test: whether it is the test set whatever TFDS calls it.
   """
 
   builder: str
   split: str
   num_published: int | None = None
   domain: int = 0
+  is_test: bool = False
+
+  @property
+  def code(self) -> int:
+    """TRAIN, VAL or TEST."""
+    return TEST if self.is_test else TFDS_SPLITS[self.split]
 
 
-def usable_splits(name: str, config: TasksConfig) -> list[str]:
+def usable_splits(name: str, config: TasksConfig) -> list[PublishedSplit]:
   """Returns the splits of the builder `name` that are for training, validation or test.
+
+  Test images without labels, as of a challenge, are left out. Where validation images are the only
+  labelled ones beside those for training, they are what all report, so they are the test set.
 
   Raises:
     ConfigError: if there is none, or the data are not prepared.
   """
-  names = list(open_builder(name, data_root(config.data_dir), config.benchmark).info.splits)
+  prepared = PreparedData(name, config)
+  names = list(prepared.builder.info.splits)
   if ignored := [split for split in names if split not in TFDS_SPLITS]:
     _log.warning("%s: splits %s are not used", name, ", ".join(ignored))
-  usable = [split for split in TFDS_SPLITS if split in names]
+  known = [split for split in TFDS_SPLITS if split in names]
+  usable = [split for split in known if prepared.has_labels(split)]
   if not usable:
     raise ConfigError(
       f"config.tasks.benchmark is {config.benchmark!r}: must have one of the splits "
-      f"{', '.join(TFDS_SPLITS)}, has {', '.join(names)}"
+      f"{', '.join(TFDS_SPLITS)} with labels, has {', '.join(names)}"
     )
-  return usable
+  if unlabelled := [split for split in known if split not in usable]:
+    _log.warning("%s: splits %s have no labels and are not used", name, ", ".join(unlabelled))
+  if usable != ["train", "validation"]:
+    return [PublishedSplit(name, split) for split in usable]
+  _log.info("%s: the published validation images are the test images", name)
+  return [PublishedSplit(name, split, is_test=split == "validation") for split in usable]
 
 
 def make_source(
@@ -105,7 +122,7 @@ def make_source(
   domains = np.repeat([each.domain for each in published], counts)
   records = Records(
     origin=np.repeat(np.arange(len(published)), counts),
-    official=np.repeat([TFDS_SPLITS[each.split] for each in published], counts).astype(np.int8),
+    official=np.repeat([each.code for each in published], counts).astype(np.int8),
     stratum=domains * len(used) + labels,
     names=lambda: [name for split in splits for name in split.file_names()],
     root=data_root(config.data_dir),

@@ -101,6 +101,28 @@ def to_dinov2(params: dict, sizes: Sizes, new_names: bool = False) -> dict:
   return disk
 
 
+def to_hf_vit(params: dict, sizes: Sizes, in_memory: bool = False) -> dict:
+  """Returns what Hugging Face would write, or its names in the memory of transformers 5."""
+  disk = {
+    "embeddings.cls_token": params["cls"][None],
+    "embeddings.position_embeddings": params["position"][None],
+  }
+  _patches(disk, "embeddings.patch_embeddings.projection", params, sizes.patch_size)
+  dense = {"out": "attention.output.dense", "fc1": "intermediate.dense", "fc2": "output.dense"}
+  dense |= {key: f"attention.attention.{key}" for key in ("query", "key", "value")}
+  if in_memory:
+    dense = {key: f"attention.{key[0]}_proj" for key in ("query", "key", "value", "out")}
+    dense |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+  for layer in range(sizes.depth):
+    block, name = params[f"block_{layer}"], f"{'layers' if in_memory else 'encoder.layer'}.{layer}"
+    for key, place in dense.items():
+      _dense(disk, f"{name}.{place}", block[key] if key in block else block["attention"][key])
+    _norm(disk, f"{name}.layernorm_before", block["norm1"])
+    _norm(disk, f"{name}.layernorm_after", block["norm2"])
+  _norm(disk, "layernorm", params["norm"])
+  return disk
+
+
 # how the modules are called: before flax.linen, since then
 OLD = {"attention": "MultiHeadDotProductAttention_1", "norm2": "LayerNorm_2", "mlp": "MlpBlock_3"}
 LINEN = {"attention": "MultiHeadDotProductAttention_0", "norm2": "LayerNorm_1", "mlp": "MlpBlock_0"}

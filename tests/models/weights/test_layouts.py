@@ -18,6 +18,7 @@ from on_disk import (
   to_big_vision,
   to_dinov2,
   to_google,
+  to_hf_vit,
   to_timm,
 )
 
@@ -41,6 +42,39 @@ def test_a_dinov2_file_is_read_under_all_its_names(new_names, prefix):
   ours, ignored = layouts.convert(disk, "dinov2", TINY_SCALED)
   assert_equal(ours, params)
   assert ignored == (f"{prefix}embeddings.mask_token",)
+
+
+HF_HEADS = {  # what each class of transformers adds to its backbone
+  "": ("pooler.dense.weight", "pooler.dense.bias", "embeddings.mask_token"),
+  "vit.": (
+    "classifier.weight",
+    "vit.embeddings.mask_token",
+    "decoder.0.weight",
+    "decoder.a.layernorm_before.bias",
+  ),
+  "deit.": ("classifier.weight", "deit.pooler.dense.bias"),
+}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("prefix", HF_HEADS)
+def test_a_vit_of_hugging_face_is_read_under_all_its_names(prefix, in_memory):
+  params = random_params(TINY)
+  disk = {prefix + name: x for name, x in to_hf_vit(params, TINY, in_memory).items()}
+  disk |= dict.fromkeys(HF_HEADS[prefix], np.ones(12, np.float32))
+  assert layouts.guess_layout(disk) == "hf_vit"
+  ours, ignored = layouts.convert(disk, "hf_vit", TINY)
+  assert_equal(ours, params)
+  assert ignored == HF_HEADS[prefix]
+
+
+@pytest.mark.parametrize("token", ["embeddings.distillation_token", "dist_token"])
+def test_a_distilled_deit_is_refused(token):
+  layout = "timm" if token == "dist_token" else "hf_vit"
+  disk = {"timm": to_timm, "hf_vit": to_hf_vit}[layout](random_params(TINY), TINY)
+  disk |= {token: np.ones((1, 1, 12), np.float32)}
+  with pytest.raises(ValueError, match="it has a distillation token: use the DeiT without one"):
+    layouts.convert(disk, layout, TINY)
 
 
 @pytest.mark.parametrize("names", [OLD, LINEN])
@@ -154,13 +188,14 @@ def test_positions_are_interpolated_with_antialiasing_as_by_pillow(source, targe
 
 
 @pytest.mark.parametrize(
-  ("layout", "antialias"), [("ours", False), ("timm", True), ("google", True), ("dinov2", False)]
+  ("layout", "antialias"),
+  [("ours", False), ("timm", True), ("google", True), ("dinov2", False), ("hf_vit", False)],
 )
 def test_positions_are_interpolated_as_by_the_library_of_the_file(layout, antialias):
   sizes = TINY_SCALED if layout == "dinov2" else TINY
   params = random_params(sizes)
   write = {"ours": lambda p, _: layouts.flatten(p), "timm": to_timm, "google": to_google}
-  disk = (write | {"dinov2": to_dinov2})[layout](params, sizes)
+  disk = (write | {"dinov2": to_dinov2, "hf_vit": to_hf_vit})[layout](params, sizes)
   small = dataclasses.replace(sizes, image_size=8)
   ours, _ = layouts.convert(disk, layout, small)
   params["position"] = layouts.resize_positions(params["position"], 2, antialias=antialias)

@@ -20,6 +20,7 @@ from on_disk import (
   to_big_vision,
   to_dinov2,
   to_google,
+  to_hf_vit,
   to_timm,
   write,
   write_npz,
@@ -132,6 +133,42 @@ def test_timm_and_hugging_face_files_of_dinov2_are_the_same_network(tmp_path, to
 def test_the_config_may_name_the_gelu(timm_file, gelu):
   _, sizes, _ = registry.load(WeightsConfig(tag="tiny_timm", path=timm_file, gelu=gelu))
   assert sizes == dataclasses.replace(TINY, gelu=gelu)
+
+
+BESIDE = {"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+
+
+@pytest.mark.parametrize(
+  ("facts", "changes", "message"),
+  [
+    (None, {}, None),
+    ({}, {}, None),
+    ({"hidden_act": "gelu_new"}, {"gelu": "tanh"}, None),
+    ({"layer_norm_eps": 1e-6}, {"epsilon": 1e-6}, None),
+    (
+      {"layer_norm_eps": 1e-6},
+      {},
+      "config.weights.epsilon is 1e-12: must be 1e-06, as .*json says",
+    ),
+    ({"hidden_act": "gelu_new"}, {}, "config.weights.gelu is 'erf': must be 'tanh', as"),
+    ({"hidden_act": "relu"}, {}, "config.json: hidden_act is 'relu': must be one of gelu, "),
+    ({"num_attention_heads": 3}, {}, "config.weights.architecture: num_heads is 2: must be 3, as"),
+  ],
+)
+def test_a_vit_of_hugging_face_is_computed_as_the_config_beside_it_says(
+  tmp_path, facts, changes, message
+):
+  path = write(tmp_path / "model.safetensors", to_hf_vit(random_params(TINY), TINY))
+  beside = "[" if facts is None else json.dumps(BESIDE | facts)  # a damaged one says nothing
+  (tmp_path / "config.json").write_text(beside)
+  weights = WeightsConfig(tag="", path=path, architecture="tiny", **changes)
+  if message:
+    with pytest.raises(ConfigError, match=message):
+      registry.load(weights)
+  else:
+    ours, sizes, _ = registry.load(weights)
+    assert_equal(ours, random_params(TINY))
+    assert sizes == dataclasses.replace(TINY, **{"epsilon": 1e-12} | changes)
 
 
 def test_an_mae_file_of_timm_loads_without_a_tag(tmp_path):

@@ -169,6 +169,50 @@ def test_any_set_of_tfds_is_a_sequence(prepared):
   assert sum(len(task.test) for task in drawn.tasks) == 120
 
 
+def labelled(label, index):
+  return {"image": fakes.encode(fakes.picture(max(label, 0), index, (12, 9))), "label": label}
+
+
+def write_official(name, root, *, test=None):
+  """Writes train and validation, and test images with labels or without, if `test` is set."""
+  rows = {"train": range(40), "validation": range(40, 60), "test": range(60, 160)}
+  names = {"imagenet2012": "file_name", "places365_small": "filename"}
+  more = {names[name]: "x"} if name in names else {}
+  splits = {
+    split: [
+      (f"{i:05d}", labelled(-1 if (split, test) == ("test", "unlabelled") else i % 4, i) | more)
+      for i in rows[split]
+    ]
+    for split in (["train", "validation"] if test is None else rows)
+  }
+  fakes.write(name, splits, root)
+
+
+@pytest.mark.parametrize(
+  ("name", "test"),
+  [("food101", None), ("imagenet2012", "unlabelled"), ("places365_small", "unlabelled")],
+)
+def test_validation_images_are_the_test_set_where_none_else_are_labelled(
+  tmp_path, caplog, name, test
+):
+  write_official(name, tmp_path, test=test)
+  with caplog.at_level(logging.INFO):
+    made = make(tmp_path, f"tfds:{name}", num_tasks=2)
+  sizes = [sum(len(getattr(task, part)) for task in made.tasks) for part in SPLIT_CODES]
+  assert sizes == [36, 4, 20]
+  official = {record for record in range(60) if "validation" in made.source.shown(record)}
+  assert official == {row for task in made.tasks for row in task.test.tolist()}
+  assert made.split_id == f"tfds:{name}/val0.125-testown-seed0"
+  assert f"{name}: the published validation images are the test images" in caplog.text
+  assert (f"{name}: splits test have no labels and are not used" in caplog.text) == bool(test)
+
+
+def test_a_test_set_with_labels_is_taken_beside_validation(tmp_path):
+  write_official("places365_small", tmp_path, test="labelled")
+  made = make(tmp_path, "tfds:places365_small", num_tasks=1, evaluate_on="val", val_fraction=0.5)
+  assert made.split_id == "tfds:places365_small/valown-testown"
+
+
 def test_decoding_survives_a_pickle(prepared):
   source = make(prepared, "domainnet").source
   rows = np.asarray([0, 50, 85, 86, 115, 116, 695])  # within and at the borders of splits
