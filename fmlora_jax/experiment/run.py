@@ -58,6 +58,7 @@ def run(
       "weights_sha256": setup.info.sha256,
       "manifest_sha256": setup.sequence.manifest_sha256,
       "task_file_sha256": hashlib.sha256(task_text.encode()).hexdigest(),
+      "environment": provenance.environment(),
     }
     hosts.assert_same_on_all(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
     hosts.run_on_first(functools.partial(identity_lib.claim_workdir, workdir, identity))
