@@ -123,9 +123,9 @@ def _learn(
   TaskLoop(setup, session, tests, log, clock).run()
   result = build_result(setup, session.progress, session.variables, tests.sizes)
   if hosts.is_first():
-    from fmlora_jax.report import plots  # matplotlib takes a second to import
-
     try:
+      from fmlora_jax.report import plots  # matplotlib takes a second to import
+
       plots.write_plots(result, workdir)
     except Exception as error:  # plots repeat result.json: an error must not lose it
       log.note(f"warning    no plots: {type(error).__name__}: {error}")

@@ -95,8 +95,8 @@ def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
 def upgrade(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
   """Returns an identity of any version as this version writes it.
 
-  Older versions did not record the environment, and hashed another format of the task file. Where neither run reads one, the settings
-  decide about the tasks, so the hash of `now` holds for both.
+  Older versions did not record the environment, and hashed another format of the task file. Where
+  neither run reads one, the settings decide about the tasks, so the hash of `now` holds for both.
   """
   upgraded = {**before, "config": methods.upgrade_config(before.get("config", {}))}
   if ENVIRONMENT in now:

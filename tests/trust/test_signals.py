@@ -30,7 +30,9 @@ def assert_same_run(workdir, result, whole, expected):
   assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+  ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_in_training_loses_no_chunk(capsys, tmp_path, signum, code):
   settings = stopping.settings(method={"name": "linear_probe"})
   whole, workdir = tmp_path / "whole", tmp_path / "run"
