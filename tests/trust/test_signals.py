@@ -19,8 +19,8 @@ from fmlora_jax.experiment.run import run
 
 def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
   """Returns (exit code, last line) of a session that gets a signal at a moment."""
-  with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left:
-    guard(lambda: run(settings, workdir))
+  with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left, guard():
+    run(settings, workdir)
   return left.value.code, capsys.readouterr().err
 
 
