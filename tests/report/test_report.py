@@ -265,7 +265,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
   assert "no RUN given" in refusal()
   assert "must end in .png" in refusal(tmp_path, plot="x.pdf")
-  assert "No such file or directory" in refusal(tmp_path, plot="/no/x.png")
+  assert "there is no folder '/no'" in refusal(tmp_path, plot="/no/x.png")
 
 
 def test_pictures_need_no_pyplot():
