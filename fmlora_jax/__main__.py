@@ -19,7 +19,7 @@ import inspect
 import sys
 
 import fmlora_jax
-from fmlora_jax.cli import errors, program
+from fmlora_jax.cli import errors, output, program
 
 COMMANDS = {
   "main": "fmlora_jax.main",
@@ -34,6 +34,7 @@ COMMANDS = {
 
 def main() -> None:
   """Runs the command that the first argument names."""
+  output.protect()
   command, *arguments = sys.argv[1:] or ["--help"]
   if command in COMMANDS:
     module = importlib.import_module(COMMANDS[command])

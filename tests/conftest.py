@@ -10,6 +10,7 @@ from unittest import mock
 
 # before jax is imported; sub-processes inherit it
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["HF_HUB_OFFLINE"] = "1"  # where huggingface_hub is installed, no test downloads
 # programs are tiny: without optimisers they compile in half the time, and in half of that without
 # the emitters of fusions that go through MLIR
@@ -61,8 +62,7 @@ SETTINGS = {  # what differs from config.Config's defaults
 
 
 def pytest_configure(config):
-  """Full precision, and compiled programs kept from run to run, one folder per worker."""
-  jax.config.update("jax_default_matmul_precision", "highest")
+  """Keeps compiled programs from run to run, one folder per worker."""
   if hasattr(config, "cache"):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     folder = str(config.cache.mkdir(f"xla-{worker}"))

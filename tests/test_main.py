@@ -200,7 +200,7 @@ def test_a_bug_leaves_no_file_in_a_folder_that_is_no_run_s(guarded, capsys, tmp_
   path.unlink()
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
   with pytest.raises(SystemExit) as stopped:
     guarded(stop.Stopped(signal.Signals[name]))
@@ -360,6 +360,23 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.3)  # Python's own start is outside
   assert all(seconds[kind] > 0 for kind in clock.KINDS)
   assert f"\ntime       {duration(seconds['total'])}: import " in done.stdout
+
+
+def test_a_run_without_a_reader_and_with_the_backend_of_a_notebook_ends_with_its_result(tmp_path):
+  small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}}
+  arguments = command(
+    *settings(small), "--workdir=run", config=f"{ROOT}/configs/digits.py:method=linear_probe"
+  )
+  env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+  env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with subprocess.Popen(arguments, cwd=tmp_path, env=env, **pipes) as process:
+    assert process.stdout.readline().startswith("devices")
+    process.stdout.close()  # as head -1 does
+    assert process.stderr.read() == ""
+  assert process.returncode == 0
+  assert result_file.read_result(tmp_path / "run")["finished"]
+  assert (tmp_path / "run" / "plots" / "accuracy_matrix.png").stat().st_size > 1000
 
 
 def test_a_folder_of_images_is_described_before_it_is_checked(

@@ -26,8 +26,9 @@ import sys
 from absl import flags
 
 from fmlora_jax.bench import peer
-from fmlora_jax.cli import program
+from fmlora_jax.cli import output_files, program
 from fmlora_jax.cli.flags import Arguments
+from fmlora_jax.config import ConfigError
 
 
 def define_flags() -> flags.FlagValues:
@@ -66,6 +67,13 @@ def main(arguments: Arguments) -> None:
   """Measures as the flags say and prints a table."""
   options = arguments.options
   arguments.refuse_words()
+  python = options.peers_python or sys.executable
+  if options.json is not None:
+    output_files.require_file("--json", options.json)
+  if options.peers_python is not None and not options.peers:
+    raise ConfigError(f"--peers_python is {options.peers_python!r}: needs --peers")
+  if options.peers:
+    peer.check_python(python)
   # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   from rich.console import Console
@@ -83,7 +91,6 @@ def main(arguments: Arguments) -> None:
     table = counts.methods_table(result)
   else:
     variants = options.variants if options.peers else ()
-    python = options.peers_python or sys.executable
     result = speed.measure(setting, options.repeats, variants, python)
     result |= {"programs_of_10_tasks": counts.count_programs()}
     table = speed.speed_table(result)

@@ -10,6 +10,8 @@ import pathlib
 import subprocess
 from typing import Any
 
+from fmlora_jax.config import ConfigError
+
 VARIANTS = {  # name -> label in the table
   "peft": "HF + PEFT",
   "peft_compiled": "HF + PEFT, torch.compile",
@@ -20,6 +22,28 @@ VARIANTS = {  # name -> label in the table
 }
 # the compiled stack takes minutes before its first step
 DEFAULT = tuple(name for name in VARIANTS if name != "sd_lora_compiled")
+
+
+MODULES = ("torch", "transformers", "peft")
+
+
+def check_python(python: str) -> None:
+  """Refuses an interpreter that does not start or lacks a module of the peers.
+
+  Raises:
+    ConfigError: with what is missing.
+  """
+  program = (
+    "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if not u.find_spec(m)))"
+  )
+  said = f"--peers_python is {python!r}: must be a Python with {', '.join(MODULES)}"
+  try:
+    command = [python, "-P", "-c", program, *MODULES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+  except (OSError, subprocess.SubprocessError, ValueError) as error:
+    raise ConfigError(f"{said}; it can't be started ({error})") from None
+  if missing := done.stdout.split():
+    raise ConfigError(f"{said}; run {python} -m pip install {' '.join(missing)}")
 
 
 class Peer:

@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import json
+import os
 import pathlib
 import re
 import traceback
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,6 +50,12 @@ def config_path(text: str | None) -> pathlib.Path:
     return path
   if name in files:
     return files[name]
+  if os.path.exists(path):
+    kind = "a folder" if path.is_dir() else "no config file"
+    raise ConfigError(
+      f"--config is {name!r}: is {kind}, must be a file .py with a function get_config, or the "
+      "config.json of a run"
+    )
   near = difflib.get_close_matches(path.stem, files, n=1)
   hint = f"; did you mean {near[0]!r}?" if near else ""
   raise ConfigError(
@@ -68,30 +75,50 @@ def load_values(text: str | None) -> ml_collections.ConfigDict:
     if colon:
       raise ConfigError(f"--config is {text!r}: a config.json takes no :VARIANT; leave it out")
     return _read_json(path)
-  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
+  return _run_file(path, f"--config={text}", [variant] if colon else [])
+
+
+def _run_file(path: pathlib.Path, shown: str, arguments: list[str]) -> ml_collections.ConfigDict:
+  """Returns what the get_config of a config file returns; the file is a program.
+
+  Raises:
+    ConfigError: if it fails in any way, with its name and line; `shown` begins the message.
+  """
+  module = types.ModuleType(f"config_{path.stem}")
+  module.__file__ = str(path)
   try:
-    spec.loader.exec_module(module)
-    return module.get_config(*([variant] if colon else []))
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+      raise ConfigError(f"{path} has no function get_config, which must return the config")
+    values = get_config(*arguments)
+    if not isinstance(values, ml_collections.ConfigDict):
+      raise ConfigError(
+        f"get_config of {path} returns {type(values).__name__}: must return a ConfigDict, as "
+        "fmlora_jax.cli.config_files.defaults(...) does"
+      )
+    values.to_dict()  # raises an error where a value is required and missing
+    return values
   except ConfigError as error:
-    raise ConfigError(f"--config={text}: {error}") from error
-  except Exception as error:  # the file is a program
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
-    where = f"{path}, line {lines[-1]}" if lines else str(path)
-    message = " ".join(str(error).split())
-    raise ConfigError(f"--config={text}: {type(error).__name__} in {where}: {message}") from error
+    raise ConfigError(f"{shown}: {error}") from error
+  except (Exception, SystemExit, KeyboardInterrupt) as error:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = f"{path}, line {line}" if line else str(path)
+    message = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())[:300]
+    raise ConfigError(f"{shown}: {type(error).__name__} in {where}: {message}") from error
 
 
 def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
   """Returns the config in config.json of a run, of any version."""
   try:
-    values = json.loads(path.read_text())["config"]
-    return config_files.to_config_dict(methods.build_config(values))
+    values = json.loads(path.read_bytes())
+    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+      raise ConfigError("it has no group 'config'")
+    return config_files.to_config_dict(methods.build_config(values["config"]))
   except ConfigError as error:
-    raise ConfigError(f"{path}: {error}") from None
-  except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    raise ConfigError(f"{path} is not the config.json of a run: {error}") from None
+  except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
     raise ConfigError(f"{path} is not the config.json of a run ({error})") from None
 
 

@@ -1,7 +1,8 @@
 """Errors as one line on the standard error, and the exit code that goes with each.
 
-An invalid setting or file ends the program with code 2, SIGTERM with 143, Ctrl-C with 130, a bug of
-fmlora_jax with 1 and the name of a file with its traceback. --debug prints the traceback instead.
+An invalid setting or file ends the program with code 2, SIGTERM with 143, Ctrl-C with 130, a closed
+terminal with 129, a bug of fmlora_jax with 1 and the name of a file with its traceback. --debug
+prints the traceback instead.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from absl import flags
 from absl import logging as absl_logging
 
-from fmlora_jax.cli import errors
+from fmlora_jax.cli import errors, output
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
@@ -35,6 +35,7 @@ def running(
     values: the program's flags.
     argv: None takes that of the process.
   """
+  output.protect()
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   log = logging.getLogger("fmlora_jax")
@@ -55,6 +56,12 @@ def running(
   workdir = getattr(options, "workdir", None)
   with stop.caught(), errors.guard(debug=options.debug, workdir=workdir):
     yield arguments
+    sys.stdout.flush()
+    if error := output.lost():
+      line = f"the standard output can't be written ({error.strerror}): it is not complete"
+      if workdir is None and not hasattr(options, "workdir"):
+        errors.fail(line, code=1)
+      sys.stderr.write(f"warning: {line}\n")
 
 
 def print_help(doc: str, values: flags.FlagValues) -> None:

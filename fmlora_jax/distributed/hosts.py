@@ -51,7 +51,8 @@ def join_processes() -> None:
 
   # it would take SIGTERM from stop.py
   jax.config.update("jax_enable_preemption_service", False)
-  limit = _launch_timeout()
+  limit, address = _launch_timeout(), cluster.get("coordinator_address", "")
+  bound = {"coordinator_bind_address": address} if _is_loopback(address) else {}
   # earlier than jax, which gives up with a dump of its C++ stack
   giving_up = threading.Timer(limit, _end, [_timed_out(cluster, limit), 2])
   giving_up.daemon = True
@@ -59,11 +60,12 @@ def join_processes() -> None:
   try:
     jax.distributed.initialize(
       **cluster,
+      **bound,
       initialization_timeout=limit + 60,
       heartbeat_timeout_seconds=3 * HEARTBEAT_S,  # later than the watchdog, for the same reason
     )
     if is_multi_process():
-      _connect(cluster.get("coordinator_address", "").rpartition(":")[0])
+      _connect(address.rpartition(":")[0])
   except (ValueError, RuntimeError, OSError, EOFError) as error:
     reason = " ".join(str(error).split())
     raise ConfigError(
@@ -91,6 +93,12 @@ def _from_environment() -> dict[str, Any] | None:
   if any(size != "1" for size in sizes) or "," in pod or os.environ.get(CLUSTER) == "auto":
     return {}
   return None
+
+
+def _is_loopback(address: str) -> bool:
+  """Returns whether HOST:PORT is of this machine alone, so that nobody else needs to reach it."""
+  host = address.rpartition(":")[0].strip("[]")
+  return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _number(name: str, at_least: int) -> int:
@@ -262,13 +270,36 @@ def _connect(host: str) -> None:
     connection.send_bytes(str(jax.process_index()).encode())
     connections: dict[int, Any] = {0: connection}
   else:
-    address, key, count = ("", 0), os.urandom(16), jax.process_count() - 1
-    with multiprocessing.connection.Listener(address, backlog=count, authkey=key) as listener:
-      gather(" ".join([str(listener.address[1]), key.hex(), *_own_addresses()]))
-      accepted = [listener.accept() for _ in range(count)]
-    connections = {int(connection.recv_bytes()): connection for connection in accepted}
+    key, count = os.urandom(16), jax.process_count() - 1
+    address = (host if _is_loopback(f"{host}:0") and ":" not in host else "", 0)
+    with socket.create_server(address, backlog=64) as server:
+      gather(" ".join([str(server.getsockname()[1]), key.hex(), *_own_addresses()]))
+      connections = _accept(server, key, count)
   _watch = Watchdog(connections, lambda message: _end(message, PEER_LOST))
   _watch.start()
+
+
+def _accept(server: socket.socket, key: bytes, count: int) -> dict[int, Any]:
+  """Returns the connections of `count` processes that know the key, by their numbers.
+
+  Strangers, who may say nothing, keep nobody waiting: each has a thread of its own.
+  """
+  known: dict[int, Any] = {}
+
+  def meet(connection):
+    with contextlib.suppress(OSError, EOFError, ValueError, multiprocessing.AuthenticationError):
+      multiprocessing.connection.deliver_challenge(connection, key)
+      multiprocessing.connection.answer_challenge(connection, key)
+      known[int(connection.recv_bytes())] = connection
+
+  server.settimeout(0.1)
+  while len(known) < count:
+    with contextlib.suppress(TimeoutError):
+      joined, _ = server.accept()
+      joined.setblocking(True)
+      connection = multiprocessing.connection.Connection(joined.detach())
+      threading.Thread(target=meet, args=(connection,), daemon=True).start()
+  return known
 
 
 def _own_addresses() -> list[str]:

@@ -1,6 +1,7 @@
-"""SIGTERM and SIGINT: a run stops where it can be saved, and the same command resumes it.
+"""SIGTERM, SIGINT, SIGHUP: a run stops where it can be saved, and the same command resumes it.
 
-A batch system sends SIGTERM before it takes the machine back; Ctrl-C is SIGINT. Within `awaited` a
+A batch system sends SIGTERM before it takes the machine back; Ctrl-C is SIGINT, a terminal that is
+closed SIGHUP, which nohup has ignored. Within `awaited` a
 signal takes effect at the next call of `check`; outside of training `Stopped` is raised
 immediately. A second signal exits without saving.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from fmlora_jax.distributed import hosts
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = logging.getLogger(__name__)
 _asked = 0  # the signal that this process got
@@ -43,16 +44,18 @@ def caught() -> Iterator[None]:
   theirs.setblocking(False)
   # Python calls a handler when the main thread returns from a compilation or a collective, which
   # may be never; a thread hears of the signal at once
-  before = [signal.getsignal(signum) for signum in SIGNALS]
+  before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+  if before[signal.SIGHUP] == signal.SIG_IGN:
+    del before[signal.SIGHUP]
   waking = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
   threading.Thread(target=_listen, args=(ours,), daemon=True).start()
   handle = _Handler()
-  for signum in SIGNALS:
+  for signum in before:
     signal.signal(signum, handle)
   try:
     yield
   finally:
-    for signum, handler in zip(SIGNALS, before, strict=True):
+    for signum, handler in before.items():
       signal.signal(signum, handler)
     signal.set_wakeup_fd(waking)
     theirs.close()

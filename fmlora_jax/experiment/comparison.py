@@ -22,7 +22,7 @@ from fmlora_jax.config import Config, ConfigError, moved_field
 from fmlora_jax.experiment import run as experiment
 from fmlora_jax.experiment.plan import state
 from fmlora_jax.experiment.setup import SetupCache
-from fmlora_jax.report import plots, tables
+from fmlora_jax.report import tables
 from fmlora_jax.workdir import lock
 from fmlora_jax.workdir.files import write_atomically
 
@@ -198,6 +198,16 @@ def compare(planned: Sequence[PlannedRun], folder: pathlib.Path, *, debug: bool)
     if results:
       tables.show(results, console, problems)
       write_atomically(folder / TABLE, tables.markdown(results, problems) + "\n")
-      plots.plot_accuracy_over_tasks(tables.group(results), folder / PLOT)
-      note(f"written: {folder / TABLE}, {folder / PLOT}")
+      note(f"written: {folder / TABLE}{_plotted(results, folder / PLOT)}")
   return len(planned) - len(results)
+
+
+def _plotted(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> str:
+  """Draws the accuracies over tasks; returns what to say of it, as an error must not lose more."""
+  try:
+    from fmlora_jax.report import plots  # matplotlib takes a second to import
+
+    plots.plot_accuracy_over_tasks(tables.group(results), path)
+  except Exception as error:
+    return f"; warning: no plot: {type(error).__name__}: {error}"
+  return f", {path}"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
-from fmlora_jax.experiment import preflight
-from fmlora_jax.workdir.identity import IDENTITY, changes
+from fmlora_jax.experiment import preflight, provenance
+from fmlora_jax.workdir.identity import ENVIRONMENT, IDENTITY, changes
 from fmlora_jax.workdir.result_file import RESULT
 
 
@@ -41,8 +41,9 @@ def describe(config: Config, workdir: pathlib.Path) -> Iterator[str]:
 def _action(config: Config, workdir: pathlib.Path) -> str:
   if not state(workdir):
     return "would start"
-  before = json.loads((workdir / IDENTITY).read_text())["config"]
-  changed = changes({"config": before}, {"config": dataclasses.asdict(config)})
+  before = json.loads((workdir / IDENTITY).read_text())
+  now = {"config": dataclasses.asdict(config), ENVIRONMENT: provenance.environment()}
+  changed = changes({name: before[name] for name in now if name in before}, now)
   if changed:
     return f"would be refused, the folder belongs to another run ({'; '.join(changed)})"
   return "would print its result" if state(workdir) == "finished" else "would resume"

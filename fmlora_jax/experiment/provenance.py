@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
+import re
 import subprocess
 from typing import Any
 
@@ -15,6 +17,21 @@ from fmlora_jax.input import resident
 from fmlora_jax.input.loader import TaskLoader
 from fmlora_jax.types import Passes
 from fmlora_jax.workdir import checkpoint
+
+# settings of jax, each also a variable of its name in capitals, that decide about numbers
+JAX_SETTINGS = (
+  *("jax_allow_f16_reductions", "jax_default_matmul_precision", "jax_default_prng_impl"),
+  *("jax_disable_jit", "jax_disable_most_optimizations", "jax_enable_custom_prng"),
+  *("jax_enable_x64", "jax_exec_time_optimization_effort", "jax_high_dynamic_range_gumbel"),
+  *("jax_numpy_dtype_promotion", "jax_optimization_level", "jax_random_seed_offset"),
+  *("jax_softmax_custom_jvp", "jax_threefry_partitionable", "jax_use_direct_linearize"),
+)
+# of XLA's flags those that do not; one that is unknown may
+HARMLESS_FLAGS = re.compile(
+  r"xla_force_host_platform_device_count|xla_hlo_profile|xla_detailed_logging|xla_.*("
+  r"dump|print|debug|line_info|_dir|timeout|parallelism|threads|multi_thread|codegen_split|"
+  r"scheduler|async|logging|log_level|embed_ir|metadata|verif|memory_limit|llvm_ir_file|ptx_file)"
+)
 
 
 def devices(mesh: jax.sharding.Mesh) -> str:
@@ -59,6 +76,31 @@ def versions() -> dict[str, str]:
   return {name: importlib.metadata.version(name) for name in names} | {
     "python": platform.python_version()
   }
+
+
+def environment() -> dict[str, Any]:
+  """Returns what variables and jax's settings say about numbers, by the names of the variables."""
+  known = jax.config.values
+  values = {k: getattr(jax.config, k, known[k]) for k in JAX_SETTINGS if k in known}
+  return {name.upper(): _plain(value) for name, value in values.items()} | {
+    "LIBTPU_INIT_ARGS": _flags(os.environ.get("LIBTPU_INIT_ARGS", "")),
+    "NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
+    "XLA_FLAGS": _flags(os.environ.get("XLA_FLAGS", "")),
+  }
+
+
+def _plain(value: Any) -> Any:
+  return value if value is None or type(value) in (bool, int, float) else str(value)
+
+
+def _flags(text: str) -> str:
+  """Returns the flags that may decide about numbers, sorted; the last of a name counts."""
+  if text and not text.lstrip().startswith("-"):  # XLA takes the name of a file with flags too
+    path = pathlib.Path(text.strip())
+    text = path.read_text() if path.is_file() else text
+  pairs = (flag.lstrip("-").partition("=") for flag in text.split())
+  values = {name: value or "true" for name, _, value in pairs}
+  return " ".join(f"{k}={v}" for k, v in sorted(values.items()) if not HARMLESS_FLAGS.match(k))
 
 
 def code() -> str:

@@ -66,6 +66,7 @@ def build_result(
     "params_sha256": provenance.params_sha256(learned),
     "devices": progress.devices,
     "versions": provenance.versions(),
+    "environment": provenance.environment(),
     "git_commit": provenance.git_commit(),
     "config": dataclasses.asdict(config),
     "finished": True,

@@ -59,6 +59,7 @@ def run(
       "weights_sha256": setup.info.sha256,
       "manifest_sha256": setup.sequence.manifest_sha256,
       "task_file_sha256": hashlib.sha256(task_text.encode()).hexdigest(),
+      "environment": provenance.environment(),
     }
     hosts.assert_same_on_all(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
     hosts.run_on_first(functools.partial(identity_lib.claim_workdir, workdir, identity))
@@ -124,9 +125,9 @@ def _learn(
   TaskLoop(setup, session, tests, log, clock).run()
   result = build_result(setup, session.progress, session.variables, tests.sizes)
   if hosts.is_first():
-    from fmlora_jax.report import plots  # matplotlib takes a second to import
-
     try:
+      from fmlora_jax.report import plots  # matplotlib takes a second to import
+
       plots.write_plots(result, workdir)
     except Exception as error:  # plots repeat result.json: an error must not lose it
       log.note(f"warning    no plots: {type(error).__name__}: {error}")

@@ -9,12 +9,11 @@ Examples:
 """
 
 import logging
-import pathlib
 
 from absl import flags
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.cli import config_flag, program
+from fmlora_jax.cli import config_flag, output_files, program
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 
@@ -34,7 +33,7 @@ def main(arguments: Arguments) -> None:
   """Trains by --config and writes --output.
 
   Raises:
-    ConfigError: if a field or the output folder is invalid.
+    ConfigError: if a field or the output is invalid.
   """
   options = arguments.options
   arguments.refuse_words()
@@ -42,7 +41,8 @@ def main(arguments: Arguments) -> None:
     raise config_lib.ConfigError(
       "--output is missing: name a file to write, such as my.safetensors"
     )
-  output, values = pathlib.Path(options.output), config_flag.load_values(options.config)
+  output = output_files.require_file("--output", options.output, ".safetensors")
+  values = config_flag.load_values(options.config)
   from fmlora_jax.models import vit  # imports jax
   from fmlora_jax.pretrain import training
 
@@ -52,8 +52,6 @@ def main(arguments: Arguments) -> None:
     backbone = vit.make_vit(vit.architecture(recipe.architecture))
   except (TypeError, ValueError) as error:  # TypeError: the config lacks a field
     raise config_lib.ConfigError(str(error)) from error
-  if not output.parent.is_dir():
-    raise config_lib.ConfigError(f"--output is {output}: create its folder first")
   if options.dry_run:
     program.write_lines(
       [f"would train {recipe.architecture} for {recipe.steps} steps, write {output}"]

@@ -95,6 +95,12 @@ def _head(run: RunResult) -> str:
   return " ".join([*words, "and aligned"] if aligned else words)
 
 
+def _environment(run: RunResult) -> str:
+  """Returns the variables that decide about numbers; those that are not set are left out."""
+  values = run["environment"] or {}
+  return ", ".join(f"{k}={v}" for k, v in values.items() if v not in (None, "")) or "not recorded"
+
+
 _COMPARED = {  # what must not differ between rows -> its text in a run
   "weights": lambda run: " ".join(weights(run)),
   "split": lambda run: f"{run['split_id']} {str(run['manifest_sha256'])[:8]}",
@@ -102,6 +108,7 @@ _COMPARED = {  # what must not differ between rows -> its text in a run
   "normalisation": lambda run: str(run["normalisation"]),
   "augmentation": lambda run: str(run["augmentation"]),
   "heads": _head,
+  "environments": _environment,
 }
 
 

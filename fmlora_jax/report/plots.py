@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+# notebooks set it for the programs that they start too, and matplotlib refuses to be imported where
+# the backend that it names is not installed
+_backend = os.environ.pop("MPLBACKEND", None)
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
@@ -18,6 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+
+if _backend is not None:
+  os.environ["MPLBACKEND"] = _backend
 
 from fmlora_jax import methods
 from fmlora_jax.cli.text import printable, shortened

@@ -12,7 +12,7 @@ from fmlora_jax.config.diff import differences, leaves
 from fmlora_jax.workdir import lock
 from fmlora_jax.workdir.files import is_draft, refuse_links, write_atomically
 
-IDENTITY = "config.json"
+IDENTITY, ENVIRONMENT = "config.json", "environment"
 
 
 def check_folder(workdir: pathlib.Path) -> None:
@@ -37,7 +37,8 @@ def claim_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Writes `identity` into a new workdir, or checks that the workdir belongs to it.
 
   Args:
-    identity: config, hash of the weights, hash of the data's manifest, hash of the task file.
+    identity: config, hash of the weights, hash of the data's manifest, hash of the task file, and
+      the environment that decides about numbers. A workdir from before it was recorded gets it.
 
   Raises:
     ConfigError: if the workdir belongs to another run, with the fields that differ; or if it holds
@@ -48,7 +49,7 @@ def claim_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   check_folder(workdir)
   if not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+    _write(path, identity)
     return
   try:
     before = json.loads(path.read_text())
@@ -59,6 +60,12 @@ def claim_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
       f"workdir {workdir} belongs to another run ({'; '.join(changed)}): undo the change to "
       "resume it, or choose another --workdir"
     )
+  if ENVIRONMENT in identity and ENVIRONMENT not in before:
+    _write(path, {**before, ENVIRONMENT: identity[ENVIRONMENT]})
+
+
+def _write(path: pathlib.Path, identity: Mapping[str, Any]) -> None:
+  write_atomically(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -88,10 +95,12 @@ def _defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
 def upgrade(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
   """Returns an identity of any version as this version writes it.
 
-  Older versions hashed another format of the task file. Where neither run reads one, the settings
-  decide about the tasks, so the hash of `now` holds for both.
+  Older versions did not record the environment, and hashed another format of the task file. Where
+  neither run reads one, the settings decide about the tasks, so the hash of `now` holds for both.
   """
   upgraded = {**before, "config": methods.upgrade_config(before.get("config", {}))}
+  if ENVIRONMENT in now:
+    upgraded.setdefault(ENVIRONMENT, now[ENVIRONMENT])
   if "stream_sha256" in before:
     upgraded["task_file_sha256"] = upgraded.pop("stream_sha256")
     files = [each.get("config", {}).get("tasks", {}).get("task_file") for each in (upgraded, now)]

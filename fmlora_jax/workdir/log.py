@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from fmlora_jax.cli.output import Unfailing
 from fmlora_jax.cli.text import duration, shortened
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir.events import Events
@@ -60,7 +62,10 @@ def open_run(
     console: for progress; None takes the standard output.
     writes: False shows nothing and writes no file: only one process of a run does.
   """
-  log = RunLog(Path(workdir), (console or Console()) if writes else Console(quiet=True), writes)
+  quiet = not writes or sys.stdout is None  # closed
+  if quiet or console is None:
+    console = Console(quiet=True) if quiet else Console(file=Unfailing(sys.stdout))
+  log = RunLog(Path(workdir), console, writes)
   try:
     yield log
   finally:

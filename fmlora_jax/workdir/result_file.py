@@ -49,6 +49,7 @@ FIELDS = {  # every result has these, and those that its method declares
   "params_sha256": "of all learned arrays",
   "devices": "of each session, in words",
   "versions": "of the libraries that decide about the last bits",
+  "environment": "variables and settings of jax that decide about numbers; null in old results",
   "git_commit": "of the source; null outside of a checkout",
   "config": "all settings",
   "finished": "true",
@@ -113,6 +114,7 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
 def upgrade(result: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a result of any version in today's schema."""
   upgraded = {
+    "environment": None,
     **dict.fromkeys(NAMES),
     **result,
     "config": methods.upgrade_config(result.get("config", {})),

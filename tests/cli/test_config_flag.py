@@ -37,6 +37,52 @@ def test_an_error_in_a_config_file_names_its_line(tmp_path, text, message):
     read(f"{tmp_path}/mine.py")
 
 
+NO_CONFIG = {  # file -> its contents, and what is said
+  "empty.py": (b"", "empty.py has no function get_config"),
+  "number.py": (b"get_config = 3", "number.py has no function get_config"),
+  "raises.py": (b"\nraise KeyError('boom')", "KeyError in .*raises.py, line 2: 'boom'"),
+  "none.py": (b"def get_config(): pass", "get_config of .*none.py returns NoneType: must return"),
+  "dict.py": (b"def get_config(): return {'epochs': 2}", "dict.py returns dict: must return a Con"),
+  "list.py": (b"def get_config(): return [1]", "list.py returns list: must return a ConfigDict"),
+  "syntax.py": (b"x = 1\ndef get_config(:", "SyntaxError in .*syntax.py, line 2: invalid syntax"),
+  "text.py": (b"hello world", "SyntaxError in .*text.py, line 1: invalid syntax"),
+  "bytes.py": (b"x = '\xf8'", "SyntaxError in .*bytes.py, line 1: .*utf-8"),
+  "zero.py": (b"\0", "(SyntaxError|ValueError) in .*zero.py.*null bytes"),
+  "import.py": (b"import no_such_module", "ModuleNotFoundError in .*import.py, line 1: No module"),
+  "exit.py": (b"import sys; sys.exit(0)", "SystemExit in .*exit.py, line 1: 0"),
+  "stop.py": (b"raise KeyboardInterrupt", "KeyboardInterrupt in .*stop.py, line 1"),
+  "deep.py": (b"def get_config(): return get_config()", "RecursionError in .*deep.py, line 1"),
+  "more.py": (b"def get_config(variant): pass", "TypeError in .*more.py: .*missing 1 required"),
+  "lacks.py": (
+    b"import ml_collections as m\ndef get_config():\n  c = m.ConfigDict()\n"
+    b"  c.epochs = m.config_dict.required_placeholder(int)\n  return c",
+    "RequiredValueError in .*lacks.py: None value",
+  ),
+  "a.yaml": (b"epochs: 2", "a.yaml': is no config file, must be a file .py"),
+  "a.txt": (b"epochs: 2", "a.txt': is no config file, must be a file .py"),
+  "a.json": (b'{"epochs": 2}', "a.json is not the config.json of a run: it has no group 'config'"),
+  "list.json": (b"[1]", "list.json is not the config.json of a run"),
+  "deep.json": (b"[" * 10**5, "deep.json is not the config.json of a run"),
+  "bytes.json": (b"\xf8\xff", "bytes.json is not the config.json of a run"),
+  "empty.json": (b"", "empty.json is not the config.json of a run"),
+  "folder.py": (None, "folder.py': is a folder, must be a file"),
+  "folder": (None, "folder': is a folder, must be a file"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIG)
+def test_what_is_no_config_file_is_refused_by_its_name(tmp_path, name):
+  contents, said = NO_CONFIG[name]
+  if contents is None:
+    (tmp_path / name).mkdir()
+  else:
+    (tmp_path / name).write_bytes(contents)
+  with pytest.raises(ConfigError, match=said) as error:
+    read(f"{tmp_path / name}")
+  assert "\n" not in str(error.value)
+  assert [path.name for path in tmp_path.iterdir()] == [name]  # no __pycache__ either
+
+
 def test_values_are_set_with_the_type_of_their_field():
   changes = {
     "epochs": "3",

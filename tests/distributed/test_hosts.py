@@ -2,6 +2,7 @@
 
 import multiprocessing.connection
 import os
+import socket
 import sys
 import threading
 import time
@@ -172,6 +173,55 @@ def test_only_one_of_several_joins(monkeypatch, variables, several):
   hosts.join_processes()
   assert bool(joined) == several
   assert not joined or set(joined[0]) == {"initialization_timeout", "heartbeat_timeout_seconds"}
+
+
+@pytest.mark.parametrize(
+  ("address", "own"),
+  [("127.0.0.1:80", True), ("localhost:80", True), ("[::1]:80", True), ("10.0.0.1:80", False)],
+)
+def test_processes_of_one_machine_listen_to_it_alone(monkeypatch, address, own):
+  joined = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+  monkeypatch.setattr(hosts, "is_multi_process", lambda: False)
+  for name, value in (THREE | {"JAX_COORDINATOR_ADDRESS": address}).items():
+    monkeypatch.setenv(name, value)
+  hosts.join_processes()
+  assert joined[0].get("coordinator_bind_address") == (address if own else None)
+
+
+def test_a_port_of_processes_of_one_machine_is_closed_to_others():
+  """127.0.0.2 reaches what listens on all interfaces, as another machine does."""
+  environment, _ = processes.environment(2, FMLORA_JAX_LAUNCH_TIMEOUT="8")
+  port = int(environment["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
+  program = "from fmlora_jax.distributed import hosts; hosts.join_processes()"
+  (first,) = processes.start([sys.executable, "-c", program], [environment])
+
+  def is_open(host):
+    with socket.socket() as client:
+      return client.connect_ex((host, port)) == 0
+
+  while first.poll() is None and not is_open("127.0.0.1"):
+    time.sleep(0.1)
+  assert first.poll() is None and not is_open("127.0.0.2")
+  first.kill()
+  first.communicate()
+
+
+def test_strangers_do_not_keep_processes_from_meeting():
+  key = b"secret"
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    address, met = server.getsockname(), {}
+    waiting = threading.Thread(target=lambda: met.update(hosts._accept(server, key, 1)))
+    waiting.start()
+    silent, rude = socket.create_connection(address), socket.create_connection(address)
+    rude.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with pytest.raises(multiprocessing.AuthenticationError):
+      multiprocessing.connection.Client(address, authkey=b"wrong")
+    with multiprocessing.connection.Client(address, authkey=key) as known, silent, rude:
+      known.send_bytes(b"1")
+      waiting.join(timeout=20)
+      assert list(met) == [1]
+      met[1].close()
 
 
 def test_a_program_of_one_process_asks_nobody():

@@ -10,6 +10,7 @@ from fmlora_jax.cli.methods_flag import parse_methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.distributed import stop
 from fmlora_jax.experiment import comparison
+from fmlora_jax.report import plots
 from fmlora_jax.types import NonFiniteError
 
 
@@ -170,3 +171,12 @@ def test_the_time_left_is_that_of_the_method_s_other_seeds_or_of_all(tmp_path):
   assert comparison.duration_left(plan[3:], took) == ""
   hopeless = dataclasses.replace(plan[2], config=None)
   assert comparison.duration_left([hopeless], took) == ""
+
+
+def test_a_plot_that_fails_costs_no_table(monkeypatch, tmp_path):
+  def fail(*_):
+    raise RuntimeError("no font")
+
+  monkeypatch.setattr(plots, "plot_accuracy_over_tasks", fail)
+  said = comparison._plotted([result()], tmp_path / "compare.png")
+  assert said == "; warning: no plot: RuntimeError: no font"

@@ -1,9 +1,13 @@
 """What a run says of itself."""
 
+import json
+import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 from fmlora_jax.experiment import provenance
 from fmlora_jax.experiment.provenance import params_sha256
@@ -51,3 +55,40 @@ def test_the_commit_is_of_the_source_and_not_of_the_checkout_around_it(tmp_path,
   assert commit() == (tmp_path / ".git" / head).read_text().strip()
   file.write_text("changed")
   assert commit().endswith("-dirty")
+
+
+def test_the_environment_that_decides_about_numbers_is_recorded():
+  given = {
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_ENABLE_X64": "1",
+    "JAX_RANDOM_SEED_OFFSET": "3",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "XLA_FLAGS": "--xla_cpu_enable_fast_math --xla_dump_to=x",
+  }
+  program = "import json; from fmlora_jax.experiment import provenance as p; "
+  command = [sys.executable, "-c", f"{program}print(json.dumps(p.environment()))"]
+  done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=True)
+  now, usual = json.loads(done.stdout), provenance.environment()
+  assert {name for name in usual if usual[name] != now[name]} == {*given}
+  assert now["XLA_FLAGS"] == "xla_cpu_enable_fast_math=true"
+  assert now["JAX_ENABLE_X64"] is True and now["JAX_RANDOM_SEED_OFFSET"] == 3
+
+
+@pytest.mark.parametrize(
+  ("flags", "kept"),
+  [
+    ("--xla_force_host_platform_device_count=8 --xla_dump_to=/x --xla_dump_hlo_as_text", ""),
+    ("--xla_gpu_cuda_data_dir=/x --xla_cpu_parallel_codegen_split_count=4", ""),
+    ("--xla_b=1  --xla_a", "xla_a=true xla_b=1"),
+    ("--xla_a=1 --xla_a=2", "xla_a=2"),
+    ("FILE", "xla_cpu_enable_fast_math=true"),
+  ],
+)
+def test_flags_of_xla_that_do_not_decide_about_numbers_are_left_out(
+  monkeypatch, tmp_path, flags, kept
+):
+  (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math=true\n--xla_dump_to=x\n")
+  monkeypatch.setenv("XLA_FLAGS", flags.replace("FILE", str(tmp_path / "flags")))
+  assert provenance.environment()["XLA_FLAGS"] == kept

@@ -292,7 +292,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
   assert "no RUN given" in refusal()
   assert "must end in .png" in refusal(tmp_path, plot="x.pdf")
-  assert "No such file or directory" in refusal(tmp_path, plot="/no/x.png")
+  assert "there is no folder '/no'" in refusal(tmp_path, plot="/no/x.png")
 
 
 def test_pictures_need_no_pyplot():
@@ -358,3 +358,11 @@ def test_any_name_can_stand_in_a_picture(name):
   groups = {names[0]: [costly], "other": [costly]}
   plots.plot_accuracy_over_tasks({names[0]: groups}, picture := io.BytesIO())
   assert imread(io.BytesIO(picture.getvalue())).size
+
+
+def test_pictures_do_not_depend_on_the_backend_of_a_notebook(monkeypatch, tmp_path):
+  monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+  save(tmp_path / "run", result())
+  done = run_report(tmp_path / "run", f"--plot={tmp_path / 'a.png'}")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert (tmp_path / "a.png").stat().st_size > 1000

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from fmlora_jax import methods
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
 from fmlora_jax.config.diff import leaves
+from fmlora_jax.experiment import preflight, provenance
 from fmlora_jax.workdir import identity as identity_lib
 
 
@@ -74,3 +76,28 @@ def test_a_setting_that_is_changed_to_its_default_is_refused(tmp_path):
   identity_lib.claim_workdir(tmp_path / "run", before)
   with pytest.raises(ConfigError, match=r"\(config\.epochs: 31 there, 30 now\)"):
     identity_lib.claim_workdir(tmp_path / "run", now)
+
+
+@pytest.mark.parametrize("name", provenance.environment())
+def test_an_environment_that_decides_about_numbers_cannot_change_on_resume(tmp_path, name):
+  run, usual = tmp_path / "run", provenance.environment()
+  identity_lib.claim_workdir(run, {"config": {}, "environment": usual})
+  other = usual | {name: flipped(usual[name])}
+  with pytest.raises(ConfigError, match=f"environment.{name}: .* there, .* now.*undo the change"):
+    identity_lib.claim_workdir(run, {"config": {}, "environment": other})
+
+
+def test_a_workdir_from_before_the_environment_was_recorded_resumes_and_records_it(tmp_path):
+  run, usual = tmp_path / "run", provenance.environment()
+  identity_lib.claim_workdir(run, {"config": {}})
+  assert identity_lib.changes({"config": {}}, {"config": {}, "environment": usual}) == []
+  identity_lib.claim_workdir(run, {"config": {}, "environment": usual})
+  with pytest.raises(ConfigError, match="environment.JAX_RANDOM_SEED_OFFSET: 0 there, 1 now"):
+    now = {"config": {}, "environment": usual | {"JAX_RANDOM_SEED_OFFSET": 1}}
+    identity_lib.claim_workdir(run, now)
+
+
+def test_float64_is_refused():
+  message = "JAX_ENABLE_X64 is True: must be False, .*; unset it"
+  with jax.enable_x64(True), pytest.raises(ConfigError, match=message):
+    preflight.check(Config(), 1 << 40)

@@ -19,9 +19,8 @@ from fmlora_jax.experiment.run import run
 
 def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
   """Returns (exit code, last line) of a session that gets a signal at a moment."""
-  with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left:
-    with guard():
-      run(settings, workdir)
+  with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left, guard():
+    run(settings, workdir)
   return left.value.code, capsys.readouterr().err
 
 
@@ -31,7 +30,9 @@ def assert_same_run(workdir, result, whole, expected):
   assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+  ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_in_training_loses_no_chunk(capsys, tmp_path, signum, code):
   settings = stopping.settings(method={"name": "linear_probe"})
   whole, workdir = tmp_path / "whole", tmp_path / "run"
