@@ -397,7 +397,7 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
   first, second, third, *_ = done.stdout.splitlines()
   assert first == (
     f"checking 12 files of {tmp_path / 'data'}: layout split/class/*, splits Test (6), Train (6), "
-    "2 classes"
+    "2 classes 'ant', 'bee'"
   )
   assert second.endswith(
     "0 validation and 4 test images are copies of training images, 2 test images of validation "

@@ -27,10 +27,10 @@ from fmlora_jax.tasks.sequence import (
 )
 
 FILE = "task_file.json"
-NUMBER = r"[\d.e+-]+"
+NUMBER = r"[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?"
 DRAWN = re.compile(  # the last part of a split_id of which something was drawn
   rf"val(own|(?P<val_fraction>{NUMBER}))-test(own|(?P<test_from>val)|(?P<test_fraction>{NUMBER}))"
-  r"(-seed(?P<split_seed>\d+))?"
+  r"(-seed(?P<split_seed>[0-9]{1,20}))?"
 )
 
 
@@ -69,16 +69,17 @@ def load(config: TasksConfig) -> dict[str, Any]:
   """
   try:
     fields = json.loads(pathlib.Path(str(config.task_file)).expanduser().read_text())
-    num_tasks = len(fields["tasks"])
+    if not isinstance(fields, dict) or not _are(dict, fields.get("tasks")):
+      raise ValueError("must be an object with a list of tasks")
   except OSError as error:
     reason = f"can't be read ({error.strerror}); name the {FILE} of a run"
     raise _refusal(config, reason) from None
-  except (KeyError, TypeError, ValueError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise _invalid(config, error) from None
   for name, there, here in (
     ("benchmark", fields.get("benchmark"), config.benchmark),
     ("tasks.scenario", fields.get("scenario"), config.scenario),
-    ("tasks.num_tasks", num_tasks, config.num_tasks),
+    ("tasks.num_tasks", len(fields["tasks"]), config.num_tasks),
   ):
     if there != here:
       raise _refusal(config, _differs(name, there, here))
@@ -111,7 +112,7 @@ def with_division(
       changes["split_seed"] = int(match["split_seed"])
   try:
     return dataclasses.replace(config, **changes)
-  except ValueError as error:  # of a number's text or, as a ConfigError, of its value
+  except ConfigError as error:
     raise _refusal(config, f"its split_id is {fields['split_id']!r}: {error}") from None
 
 
@@ -158,7 +159,7 @@ def _short(value: Any) -> str:
 def _sequence(fields: Mapping[str, Any], source: DataSource, config: TasksConfig) -> TaskSequence:
   """Returns the sequence of a file; raises KeyError, TypeError or ValueError if it is invalid."""
   order, count, listed = fields["class_order"], len(source.class_names), fields["tasks"]
-  if not _are_integers(order) or sorted(order) != list(range(count)):
+  if not _are(int, order) or sorted(order) != list(range(count)):
     raise ValueError(f"class_order must hold each of 0..{count - 1} once")
   ranges = [(task["lo"], task["hi"]) for task in listed]
   _check_ranges(ranges, count, config.scenario)
@@ -190,15 +191,16 @@ def _sequence(fields: Mapping[str, Any], source: DataSource, config: TasksConfig
   return sequence
 
 
-def _are_integers(values: Any) -> bool:
-  return isinstance(values, list | tuple) and all(type(value) is int for value in values)
+def _are(kind: type, values: Any) -> bool:
+  """Returns whether the values are a list, or a tuple, of this type; True and False are no int."""
+  return isinstance(values, list | tuple) and all(type(value) is kind for value in values)
 
 
 def _check_ranges(ranges: Sequence[tuple[Any, Any]], count: int, scenario: str) -> None:
   """Raises ValueError unless the ranges part 0..count in order, or in dil are all of it."""
   ends = [0, *(hi for _, hi in ranges)]
   wanted = [(0, count)] * len(ranges) if scenario == "dil" else [*itertools.pairwise(ends)]
-  ascend = all(_are_integers(span) and span[0] < span[1] for span in ranges)
+  ascend = all(_are(int, span) and span[0] < span[1] for span in ranges)
   if not ascend or ranges != wanted or ends[-1] != count:
     rule = "each be" if scenario == "dil" else "follow each other and be together"
     raise ValueError(f"lo and hi of the tasks are {_short(ranges)}: must {rule} 0, {count}")
@@ -263,7 +265,7 @@ def _rows(numbers: Any, num_records: int) -> Int[np.ndarray, " k"]:
     packed = base64.b64decode(numbers, validate=True)
     steps = zlib.decompressobj().decompress(packed, 4 * num_records + 4)  # no more: a bomb
     numbers = np.cumsum(np.frombuffer(steps, "<i4"), dtype=np.int64).tolist()
-  if not all(type(number) is int for number in numbers):
+  if not _are(int, numbers):
     raise ValueError("record numbers must be integers")
   rows = np.asarray(numbers, np.int64)
   if len(rows) and not (rows[0] >= 0 and rows[-1] < num_records and np.all(np.diff(rows) > 0)):

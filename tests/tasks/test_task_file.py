@@ -166,13 +166,21 @@ LIES = {  # what is done to the fields and to the tasks of a file -> the refusal
     lambda fields, tasks: fields.update(split_id="digits/val0.125-test2-seed1"),
     "its split_id is 'digits/val0.125-test2-seed1': test_fraction is 2.0: must be in",
   ),
+  "a split in no numbers": (
+    lambda fields, tasks: fields.update(split_id="digits/val--1-test0.2-seed1"),
+    "split_id is 'digits/val--1-test0.2-seed1': the data have",
+  ),
+  "no rows": (lambda fields, tasks: tasks[0].update(val=None), "record numbers must be integers"),
   "another manifest": (
     lambda fields, tasks: fields.update(manifest_sha256="0" * 64),
     "manifest_sha256 is '0000.*: the data have",
   ),
   "another number of records": (lambda fields, tasks: fields.update(num_records=5), "is 5: the"),
   "no manifest": (lambda fields, tasks: fields.pop("manifest_sha256"), "lacks 'manifest_sha256'"),
-  "an object of tasks": (lambda fields, tasks: fields.update(tasks=dict.fromkeys("abcde")), "not"),
+  "an object of tasks": (
+    lambda fields, tasks: fields.update(tasks=dict.fromkeys("abcde")),
+    "a list of",
+  ),
 }
 
 
