@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from fmlora_jax.bench import peer
-from fmlora_jax.cli import program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 
 
@@ -66,6 +66,8 @@ def main(arguments: Arguments) -> None:
   """Measures as the flags say and prints a table."""
   options = arguments.options
   arguments.refuse_words()
+  if options.json:
+    outputs.require_file("--json", pathlib.Path(options.json))
   # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   from rich.console import Console

@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from fmlora_jax.cli import program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
@@ -48,6 +48,7 @@ def main(arguments: Arguments) -> None:
   arguments.refuse_words()
   if not options.out:
     raise ConfigError("--out is missing: name a folder for the results")
+  outputs.require_folder("--out", pathlib.Path(options.out))
   # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   import jax

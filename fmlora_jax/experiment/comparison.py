@@ -4,6 +4,7 @@ Each run has the folder DIR/METHOD/SEED. Finished runs are read, others resumed.
 """
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fmlora_jax.cli import config_flag, errors
+from fmlora_jax.cli import config_flag, errors, outputs
 from fmlora_jax.cli.config_flag import Changes
 from fmlora_jax.cli.methods_flag import Choice
 from fmlora_jax.cli.text import duration
@@ -193,10 +194,13 @@ def compare(planned: Sequence[PlannedRun], folder: pathlib.Path, *, debug: bool)
     with errors.out_of_memory_explained(one.config.batch_size):
       return experiment.run(one.config, one.workdir, quiet, cache)
 
-  with lock.hold_lock(folder):
+  # a folder that can't be written and has all results is only read
+  is_read = all(run.state == "finished" for run in planned) and not outputs.is_writable(folder)
+  with contextlib.nullcontext() if is_read else lock.hold_lock(folder):
     results, problems = run_all(planned, run_one, note, debug=debug)
     if results:
       tables.show(results, console, problems)
+    if results and not is_read:
       write_atomically(folder / TABLE, tables.markdown(results, problems) + "\n")
       plots.plot_accuracy_over_tasks(tables.group(results), folder / PLOT)
       note(f"written: {folder / TABLE}, {folder / PLOT}")

@@ -5,7 +5,9 @@ over five seeds took 1.1 to 1.4 times as long on a CPU and gave other last bits:
 own past into the projections, so no product with the backbone can be shared.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -15,12 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fmlora_jax.cli import outputs
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.distributed import hosts
+from fmlora_jax.experiment.plan import state
 from fmlora_jax.experiment.run import run
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.report.runs import RunResult
-from fmlora_jax.workdir import files, identity, lock, result_file
+from fmlora_jax.workdir import files, identity, lock
 
 SUMMARY = "seeds.json"
 SCORES = (
@@ -53,9 +57,15 @@ def run_each(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
     )
-  with hosts.entered_on_first(lock.hold_lock(workdir)):
+  folders = [workdir / str(seed) for seed in config.seeds]
+  is_read = all(state(folder) == "finished" for folder in folders)
+  is_read = is_read and not outputs.is_writable(workdir)  # then there is nothing to lock
+  if not is_read:
+    hosts.run_on_first(functools.partial(outputs.require_folder, "workdir", workdir))
+  locked = contextlib.nullcontext() if is_read else lock.hold_lock(workdir)
+  with hosts.entered_on_first(locked):
     results = _run_each(config, workdir, console, began)
-    if hosts.is_first():
+    if hosts.is_first() and not is_read:
       text = json.dumps(files.jsonable(summary(results), SUMMARY), indent=1)
       files.write_atomically(workdir / SUMMARY, f"{text}\n")
   return results
@@ -66,7 +76,7 @@ def _run_each(config, workdir, console, began):
   cache, results = SetupCache(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
     folder, single = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
-    finished = (folder / result_file.RESULT).exists()
+    finished = state(folder) == "finished"
     note = f"\nseed {seed}, {i + 1} of {len(config.seeds)}{' (finished)' * finished}"
     console.print(Text(note), soft_wrap=True)
     shown = Console(quiet=True) if finished else console

@@ -14,7 +14,7 @@ import pathlib
 from absl import flags
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.cli import config_flag, program
+from fmlora_jax.cli import config_flag, outputs, program
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 
@@ -42,7 +42,9 @@ def main(arguments: Arguments) -> None:
     raise config_lib.ConfigError(
       "--output is missing: name a file to write, such as my.safetensors"
     )
-  output, values = pathlib.Path(options.output), config_flag.load_values(options.config)
+  output = pathlib.Path(options.output)
+  outputs.require_file("--output", output, ".safetensors")
+  values = config_flag.load_values(options.config)
   from fmlora_jax.models import vit  # imports jax
   from fmlora_jax.pretrain import training
 
@@ -52,8 +54,6 @@ def main(arguments: Arguments) -> None:
     backbone = vit.make_vit(vit.architecture(recipe.architecture))
   except (TypeError, ValueError) as error:  # TypeError: the config lacks a field
     raise config_lib.ConfigError(str(error)) from error
-  if not output.parent.is_dir():
-    raise config_lib.ConfigError(f"--output is {output}: create its folder first")
   if options.dry_run:
     program.write_lines(
       [f"would train {recipe.architecture} for {recipe.steps} steps, write {output}"]

@@ -12,13 +12,14 @@ Examples:
   fmlora_jax report runs/digits-lora-1993 runs/digits-fm_lora-1993 --markdown --plot=runs.png
 """
 
+import pathlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
-from fmlora_jax.cli import program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
@@ -57,10 +58,12 @@ def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
   """
   if not paths:
     raise ValueError("no RUN given: name a run's folder, as in fmlora_jax report runs")
-  if options.plot and not options.plot.endswith(".png"):
-    raise ValueError(f"--plot is {options.plot!r}: must end in .png")
+  if options.plot:
+    outputs.require_file("--plot", pathlib.Path(options.plot), ".png")
   if options.html and not options.paper:
     raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
+  if options.html:
+    outputs.require_file("--html", pathlib.Path(options.html), ".html")
   from rich.console import Console
 
   from fmlora_jax.report import tables

@@ -28,7 +28,7 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
   """
   results, notes, seen = [], [], set()
   for path in map(Path, paths):
-    files = sorted(path.rglob(RESULT)) if path.is_dir() else [path]
+    files = sorted(path.rglob(RESULT)) if os.path.isdir(path) else [path]
     if not files:
       raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
     for file in (f for f in files if f.resolve() not in seen):
@@ -47,7 +47,7 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
 
 def _unfinished(path: Path) -> list[str]:
   """Returns a line for every unfinished run below `path`."""
-  logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
+  logs = sorted(path.rglob(METRICS)) if os.path.isdir(path) else []
   folders = [log.parent for log in logs if not (log.parent / RESULT).exists()]
   return [f"left out: {run} is not finished; the same command resumes it" for run in folders]
 

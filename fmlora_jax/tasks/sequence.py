@@ -155,12 +155,12 @@ def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) ->
   text = f"{copies}, such as {copies.example}"
   if config.copies == "refuse":
     raise ConfigError(
-      f"config.tasks.copies is 'refuse': {sequence.split_id}: {text}; remove them on one side, or "
-      "set it to report"
+      f"config.tasks.copies is 'refuse': {sequence.split_id}: {text}; move them out of one side, "
+      "or set it to report"
     )
   if warn:
     _log.warning(
-      "%s: %s: remove them on one side, or the accuracies are too good", sequence.split_id, text
+      "%s: %s: move them out of one side, or the accuracies are too good", sequence.split_id, text
     )
 
 
@@ -348,5 +348,5 @@ def _refuse_empty_classes(sequence: TaskSequence) -> None:
         raise ConfigError(
           f"{sequence.source.name}: no {split} image of class {', '.join(map(repr, empty[:10]))}"
           f"{' ...' if len(empty) > 10 else ''} in task {task.index} ({task.name}): every class "
-          "needs one for training and one for test; add images, or remove the class"
+          "needs one for training and one for test; add images, or move the class away"
         )

@@ -6,10 +6,11 @@ plain lines. `metrics.jsonl` is the record, `events/` a view of it for TensorBoa
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.text import Text
 from fmlora_jax.cli.text import duration
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir.events import Events
-from fmlora_jax.workdir.files import explain_full_disk, jsonable, write_atomically
+from fmlora_jax.workdir.files import explain_failure, fsync_parent, jsonable, write_atomically
 from fmlora_jax.workdir.matrix_table import matrix_table
 
 METRICS = "metrics.jsonl"
@@ -50,7 +51,11 @@ class TaskPlan:
 
 @contextlib.contextmanager
 def open_run(
-  workdir: str | os.PathLike, *, console: Console | None = None, writes: bool = True
+  workdir: str | os.PathLike,
+  *,
+  console: Console | None = None,
+  writes: bool = True,
+  require_held: Callable[[], None] | None = None,
 ) -> Iterator["RunLog"]:
   """Yields the log of the run in `workdir`; closes bar and events on any exit.
 
@@ -58,8 +63,10 @@ def open_run(
     workdir: a local or mounted folder; made if need be.
     console: for progress; None takes the standard output.
     writes: False shows nothing and writes no file: only one process of a run does.
+    require_held: called before each write; see `hold_lock`.
   """
-  log = RunLog(Path(workdir), (console or Console()) if writes else Console(quiet=True), writes)
+  console = (console or Console()) if writes else Console(quiet=True)
+  log = RunLog(Path(workdir), console, writes, require_held)
   try:
     yield log
   finally:
@@ -69,8 +76,15 @@ def open_run(
 class RunLog:
   """See `open_run`. Steps count over the whole run; `step` is the number of steps done before."""
 
-  def __init__(self, workdir: Path, console: Console, writes: bool = True):
+  def __init__(
+    self,
+    workdir: Path,
+    console: Console,
+    writes: bool = True,
+    require_held: Callable[[], None] | None = None,
+  ):
     self.console, self._writes = console, writes
+    self._require_held = require_held or (lambda: None)
     self._workdir = workdir
     self._events: Events | None = None
     self._bar: Progress | None = None
@@ -80,38 +94,71 @@ class RunLog:
     if writes:
       workdir.mkdir(parents=True, exist_ok=True)
 
-  def truncate(self, task: int, step: int) -> None:
+  def sync(self) -> dict[str, Any]:
+    """Returns bytes, lines and sha256 of metrics.jsonl once all of it is on the disk."""
+    data, path = b"", self._workdir / METRICS
+    if path.exists():
+      with explain_failure(path, 0), open(path, "rb") as file:
+        os.fsync(file.fileno())
+        fsync_parent(path)
+        data = file.read()
+    return {"bytes": len(data), "lines": data.count(b"\n"), "sha256": _sha256(data)}
+
+  def truncate(self, task: int, step: int, saved: Mapping[str, Any] | None = None) -> None:
     """Drops all lines at or after (task, step), so that a resumed run logs nothing twice.
 
     To be called once, before the first `scalars`; with (0, 0) in a fresh run. A last line that a
     crash cut off goes too, and so do the lines of the end of `task`, which come again.
+
+    Args:
+      saved: what `sync` returned before the checkpoint from which the run goes on. What the file
+        has lost since is said, and the file as it is now kept beside it.
     """
     if not self._writes:
       return
+    self._require_held()
     path = self._workdir / METRICS
-    if path.exists():
-      with open(path, encoding="utf-8", errors="replace") as lines:
-        earlier = [line for line in lines if _is_before(line, task, step)]
+    data = path.read_bytes() if path.exists() else b""
+    lines = data.decode(errors="replace").splitlines(keepends=True)
+    earlier = [line for line in lines if _is_before(line, task, step)]
+    if saved and _sha256(data[: saved["bytes"]]) != saved["sha256"]:
+      self._note_loss(path, data, saved["lines"], len(earlier))
+    if data:
       write_atomically(path, "".join(earlier))
     if self._events:
       self._events.close()
     self._events = Events(self._workdir / EVENTS, step)
 
+  def _note_loss(self, path: Path, data: bytes, before: int, now: int) -> None:
+    """Says that the file differs from what it was at the checkpoint; keeps what there is of it."""
+    what = f"{before - now} of {before} lines are missing" if now < before else "lines were changed"
+    kept = ""
+    if data:
+      name = f"{path.name}.{_sha256(data)[:8]}.unusable"
+      write_atomically(path.with_name(name), data)
+      kept = f"; the file as it was found is {name}"
+    self.note(
+      f"warning    {path} is not what it was at the checkpoint, {what}: the curves of this run "
+      f"have holes, its accuracies and parameters do not{kept}"
+    )
+
   def scalars(self, task: int, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line per value to metrics.jsonl, null for NaN, and an event for TensorBoard."""
     if not self._writes:
       return
+    self._require_held()
     self._events = self._events or Events(self._workdir / EVENTS)
     when = {"task": int(task), "step": int(step)}
     lines = [when | {"name": k, "value": jsonable(float(v), k)} for k, v in values.items()]
     path, text = self._workdir / METRICS, "".join(json.dumps(line) + "\n" for line in lines)
-    with explain_full_disk(path, len(text)), open(path, "a", encoding="utf-8") as file:
+    with explain_failure(path, len(text)), open(path, "a", encoding="utf-8") as file:
       file.write(text)
     self._events.add({name: float(value) for name, value in values.items()}, int(step))
 
   def not_finite(self, report: Mapping[str, Any]) -> None:
     """Writes the findings of a `NonFiniteError` to non_finite.json."""
     if report and self._writes:
+      self._require_held()
       path = self._workdir / NOT_FINITE
       write_atomically(path, json.dumps(report, indent=1) + "\n")
       self.note(f"the step's numbers and images are in {path}")
@@ -203,6 +250,10 @@ class RunLog:
 
 def _title(plan: TaskPlan) -> str:
   return f"task {plan.index + 1}/{plan.num_tasks} {plan.name}"
+
+
+def _sha256(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()
 
 
 def _short(value: Any) -> str:

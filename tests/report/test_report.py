@@ -265,7 +265,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
   assert "no RUN given" in refusal()
   assert "must end in .png" in refusal(tmp_path, plot="x.pdf")
-  assert "No such file or directory" in refusal(tmp_path, plot="/no/x.png")
+  assert "in a folder that exists, /no does not" in refusal(tmp_path, plot="/no/x.png")
 
 
 def test_pictures_need_no_pyplot():
@@ -285,6 +285,16 @@ def test_a_run_with_everything_gets_all_pictures(tmp_path, tasks):
   assert paths == [tmp_path / "plots" / f"{name}.png" for name in names]
   for path in paths:
     assert imread(path)[..., :3].std() > 0.01  # not a blank page
+
+
+def test_a_picture_replaces_a_link_and_never_what_it_leads_to(tmp_path):
+  (tmp_path / "plots").mkdir()
+  (tmp_path / "mine.png").write_text("mine")
+  (tmp_path / "plots" / "accuracy_matrix.png").symlink_to(tmp_path / "mine.png")
+  path, _ = plots.write_plots(result("l2p", ranks=None), tmp_path)
+  assert (tmp_path / "mine.png").read_text() == "mine"
+  assert not path.is_symlink() and imread(path).size
+  assert len(list(path.parent.iterdir())) == 2  # and no draft
 
 
 def test_a_run_without_ranks_gets_the_pictures_that_it_can(tmp_path):

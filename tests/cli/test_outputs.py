@@ -1,0 +1,63 @@
+"""Folders and files to write: what can't be is refused in one line, and nothing is made."""
+
+import os
+import pathlib
+import re
+
+import pytest
+
+from fmlora_jax.cli import outputs
+from fmlora_jax.config import ConfigError
+
+ODD = [f"a{c}b" for c in outputs.GLOBS] + ["x[1]", "gs:/x", "y" * 300, "y/" * 2500, "a\nb"]
+
+
+def tree(folder):
+  return sorted(folder.rglob("*"))
+
+
+def refused(check, *arguments):
+  with pytest.raises(ConfigError) as error:
+    check(*arguments)
+  message = str(error.value)
+  assert re.match(r"--out is '.+': must ", message) and "\n" not in message and len(message) < 600
+  return message
+
+
+@pytest.mark.parametrize("name", [*ODD, "file", "file/below", "loop"])
+def test_a_folder_that_cannot_be_is_refused_and_nothing_is_made(tmp_path, name):
+  (tmp_path / "file").write_text("mine")
+  (tmp_path / "loop").symlink_to("loop")
+  before = tree(tmp_path)
+  refused(outputs.require_folder, "--out", tmp_path / name)
+  assert tree(tmp_path) == before and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/null/x", "/proc", "/proc/x", "/sys/x"])
+def test_what_is_no_place_for_files_is_refused(path):
+  refused(outputs.require_folder, "--out", pathlib.Path(path))
+  refused(outputs.require_file, "--out", pathlib.Path(path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+  tmp_path.chmod(0o500)
+  assert "Permission denied" in refused(outputs.require_folder, "--out", tmp_path / "a" / "b")
+  assert "Permission denied" in refused(outputs.require_file, "--out", tmp_path / "a")
+  assert not outputs.is_writable(tmp_path)
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
+  for name in ("", "new", "a/b/c d/é", "x" * 255):
+    outputs.require_folder("--out", tmp_path / name)
+  assert outputs.is_writable(tmp_path) and not tree(tmp_path)
+
+
+def test_a_file_needs_a_folder_and_its_ending(tmp_path):
+  (tmp_path / "old.png").write_text("old")
+  for name in ("old.png", "new.png"):
+    outputs.require_file("--out", tmp_path / name, ".png")
+  assert [path.name for path in tree(tmp_path)] == ["old.png"]
+  assert "must end in .png" in refused(outputs.require_file, "--out", tmp_path / "x.pdf", ".png")
+  for name in ("no/x.png", "old.png/x.png", "", f"{'y' * 300}.png"):
+    refused(outputs.require_file, "--out", tmp_path / name)
