@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from fmlora_jax.cli import outputs
 from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import preflight
@@ -17,6 +18,11 @@ def state(workdir: pathlib.Path) -> str:
   if os.path.isfile(workdir / RESULT):
     return "finished"
   return "begun" if os.path.isfile(workdir / IDENTITY) else ""
+
+
+def is_only_read(folder: pathlib.Path, runs: Iterable[pathlib.Path]) -> bool:
+  """Returns whether all runs in a folder have finished and nothing can be written there."""
+  return all(state(run) == "finished" for run in runs) and not outputs.is_writable(folder)
 
 
 def describe(config: Config, workdir: pathlib.Path) -> Iterator[str]:

@@ -24,9 +24,9 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
   """Returns the results at or below `paths`, each once, and a line for every run left out.
 
   Raises:
-    ValueError: if a path holds no result, or is itself an unreadable one.
+    ValueError: if a path does not exist or holds no result, or no result is readable.
   """
-  results, notes, seen = [], [], set()
+  results, notes, errors, seen = [], [], [], set()
   for path in map(Path, paths):
     files = sorted(path.rglob(RESULT)) if os.path.isdir(path) else [path]
     if not files:
@@ -36,10 +36,13 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
       try:
         results.append(read_result(file))
       except ValueError as error:
-        if len(files) == 1:
+        if not file.exists():
           raise
+        errors.append(error)
         notes.append(f"left out: {error}")
     notes += _unfinished(path)
+  if not results and len(errors) == 1:
+    raise errors[0]
   if not results:
     raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
   return results, notes

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -139,6 +140,8 @@ class CheckpointStore:
     record |= {"digests": digest.tree_digests(arrays)}
     with files.explain_failure(target, num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
+      with tempfile.TemporaryFile(dir=self.folder):  # where it fails, orbax's threads would wait
+        pass
       ocp.save(str(target), arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
         files.fsync_tree(target)

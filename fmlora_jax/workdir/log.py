@@ -6,7 +6,6 @@ plain lines. `metrics.jsonl` is the record, `events/` a view of it for TensorBoa
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -20,11 +19,12 @@ from rich.text import Text
 
 from fmlora_jax.cli.text import duration
 from fmlora_jax.train import metrics
+from fmlora_jax.workdir import metrics_file
 from fmlora_jax.workdir.events import Events
-from fmlora_jax.workdir.files import explain_failure, fsync_parent, jsonable, write_atomically
+from fmlora_jax.workdir.files import explain_failure, jsonable, write_atomically
 from fmlora_jax.workdir.matrix_table import matrix_table
+from fmlora_jax.workdir.metrics_file import METRICS
 
-METRICS = "metrics.jsonl"
 NOT_FINITE = "non_finite.json"
 EVENTS = "events"
 LINE_EVERY_S = (10.0, 60.0)  # without a terminal: the shortest and the longest pause
@@ -95,52 +95,23 @@ class RunLog:
       workdir.mkdir(parents=True, exist_ok=True)
 
   def sync(self) -> dict[str, Any]:
-    """Returns bytes, lines and sha256 of metrics.jsonl once all of it is on the disk."""
-    data, path = b"", self._workdir / METRICS
-    if path.exists():
-      with explain_failure(path, 0), open(path, "rb") as file:
-        os.fsync(file.fileno())
-        fsync_parent(path)
-        data = file.read()
-    return {"bytes": len(data), "lines": data.count(b"\n"), "sha256": _sha256(data)}
+    """Returns what identifies all lines so far, once they are on the disk."""
+    return metrics_file.sync(self._workdir)
 
   def truncate(self, task: int, step: int, saved: Mapping[str, Any] | None = None) -> None:
     """Drops all lines at or after (task, step), so that a resumed run logs nothing twice.
 
-    To be called once, before the first `scalars`; with (0, 0) in a fresh run. A last line that a
-    crash cut off goes too, and so do the lines of the end of `task`, which come again.
-
-    Args:
-      saved: what `sync` returned before the checkpoint from which the run goes on. What the file
-        has lost since is said, and the file as it is now kept beside it.
+    To be called once, before the first `scalars`; with (0, 0) in a fresh run. A line tells what was
+    lost; see `metrics_file.truncate`.
     """
     if not self._writes:
       return
     self._require_held()
-    path = self._workdir / METRICS
-    data = path.read_bytes() if path.exists() else b""
-    lines = data.decode(errors="replace").splitlines(keepends=True)
-    earlier = [line for line in lines if _is_before(line, task, step)]
-    if saved and _sha256(data[: saved["bytes"]]) != saved["sha256"]:
-      self._note_loss(path, data, saved["lines"], len(earlier))
-    if data:
-      write_atomically(path, "".join(earlier))
+    if loss := metrics_file.truncate(self._workdir, task, step, saved):
+      self.note(loss)
     if self._events:
       self._events.close()
     self._events = Events(self._workdir / EVENTS, step)
-
-  def _note_loss(self, path: Path, data: bytes, before: int, now: int) -> None:
-    """Says that the file differs from what it was at the checkpoint; keeps what there is of it."""
-    what = f"{before - now} of {before} lines are missing" if now < before else "lines were changed"
-    kept = ""
-    if data:
-      name = f"{path.name}.{_sha256(data)[:8]}.unusable"
-      write_atomically(path.with_name(name), data)
-      kept = f"; the file as it was found is {name}"
-    self.note(
-      f"warning    {path} is not what it was at the checkpoint, {what}: the curves of this run "
-      f"have holes, its accuracies and parameters do not{kept}"
-    )
 
   def scalars(self, task: int, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line per value to metrics.jsonl, null for NaN, and an event for TensorBoard."""
@@ -252,22 +223,6 @@ def _title(plan: TaskPlan) -> str:
   return f"task {plan.index + 1}/{plan.num_tasks} {plan.name}"
 
 
-def _sha256(data: bytes) -> str:
-  return hashlib.sha256(data).hexdigest()
-
-
 def _short(value: Any) -> str:
   value = jsonable(value, "facts")
   return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_before(line: str, task: int, step: int) -> bool:
-  """Returns whether a line is whole, and of an earlier task or an earlier training step."""
-  try:
-    record = json.loads(line)
-    if not line.endswith("\n") or record["task"] > task:
-      return False
-    is_step = record["name"].startswith("train/") and record["step"] < step
-    return record["task"] < task or is_step
-  except (ValueError, KeyError, TypeError):
-    return False

@@ -246,6 +246,16 @@ def test_paths_without_a_result_are_refused(tmp_path):
     load([tmp_path])
 
 
+def test_an_unreadable_result_that_is_named_is_left_out_beside_others(tmp_path):
+  save(tmp_path / "good", result())
+  save(tmp_path / "bad", result() | {"acc": 100.0})
+  (good,), (note,) = load([tmp_path / "bad", tmp_path / "good"])
+  assert good["acc"] == result()["acc"]
+  assert note.startswith(f"left out: {tmp_path / 'bad' / 'result.json'}: acc is 100.0: must be ")
+  with pytest.raises(ValueError, match=r"^.*bad/result.json: acc is 100.0"):
+    load([tmp_path / "bad"])
+
+
 def test_the_command_prints_a_table_markdown_and_a_picture(tmp_path):
   save(tmp_path / "run", result())
   table = run_report(tmp_path)

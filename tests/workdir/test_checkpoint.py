@@ -203,6 +203,17 @@ def test_nothing_is_saved_where_the_lock_is_lost(tmp_path, monkeypatch, moment):
   assert left(tmp_path) == []
 
 
+def test_a_folder_that_became_read_only_is_one_line_before_orbax_begins(tmp_path, monkeypatch):
+  def refuse(*arguments, **options):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  opened = store(tmp_path)
+  monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
+  with pytest.raises(ConfigError, match=r"can't be written \(Read-only file system\): mend that"):
+    opened.save(3, snapshot(), keep=False)
+  assert left(tmp_path) == []
+
+
 def test_what_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
   opened = store(tmp_path)
   opened.save(3, snapshot(1.0), keep=False)

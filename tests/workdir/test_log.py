@@ -187,7 +187,7 @@ def test_lines_after_the_checkpoint_are_no_loss(tmp_path):
 def test_the_log_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypatch):
   synced = []
   name = "/proc/self/fd/{}".format
-  monkeypatch.setattr(writer.os, "fsync", lambda file: synced.append(os.readlink(name(file))))
+  monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(name(file))))
   saved = logged(tmp_path)
   assert {str(tmp_path / "metrics.jsonl"), str(tmp_path)} <= {*synced} and saved["lines"] == 5
 
