@@ -21,7 +21,7 @@ Examples:
 
 from absl import flags
 
-from fmlora_jax.cli import errors, methods_flag, program
+from fmlora_jax.cli import errors, methods_flag, outputs, program
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
@@ -53,6 +53,8 @@ def main(arguments: Arguments) -> None:
   choices, seeds = methods_flag.parse_methods(options.methods), dict.fromkeys(options.seeds)
   planned = comparison.plan(options.config, changes, choices, [*map(int, seeds)], folder)
   program.write_lines(comparison.listing(planned, folder))
+  if any(run.state != "finished" for run in planned):
+    outputs.require_folder("--workdir", folder)
   if options.dry_run:
     return
   program.enable_compilation_cache()

@@ -17,7 +17,7 @@ import pathlib
 from absl import flags
 
 from fmlora_jax.cli import flags as flags_lib
-from fmlora_jax.cli import output_files, program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
@@ -42,10 +42,10 @@ def main(arguments: Arguments) -> None:
   if len(arguments.words) != 1:
     raise ConfigError("name one benchmark, as in fmlora_jax prepare cifar100 (--help says more)")
   archives = pathlib.Path(options.archives).expanduser() if options.archives else None
-  if archives and not archives.is_dir():
+  if archives and not os.path.isdir(archives):
     raise ConfigError(f"--archives is {options.archives!r}: no such folder")
   if options.data_dir is not None:
-    output_files.require_folder("--data_dir", options.data_dir)
+    outputs.require_folder("--data_dir", options.data_dir)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   from fmlora_jax.tasks.tfds import build  # TFDS takes a second to import
 

@@ -401,8 +401,8 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
   )
   assert second.endswith(
     "0 validation and 4 test images are copies of training images, 2 test images of validation "
-    "images, such as Test/ant/0.png is Train/ant/0.png: remove them on one side, or the accuracies "
-    "are too good"
+    "images, such as Test/ant/0.png is Train/ant/0.png: move them out of one side, or the "
+    "accuracies are too good"
   ), second
   assert third.startswith("devices")
   assert (tmp_path / "run" / "result.json").exists()  # ~ is the home

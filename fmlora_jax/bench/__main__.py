@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from fmlora_jax.bench import peer
-from fmlora_jax.cli import output_files, program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> None:
   arguments.refuse_words()
   python = options.peers_python or sys.executable
   if options.json is not None:
-    output_files.require_file("--json", options.json)
+    outputs.require_file("--json", options.json)
   if options.peers_python is not None and not options.peers:
     raise ConfigError(f"--peers_python is {options.peers_python!r}: needs --peers")
   if options.peers:

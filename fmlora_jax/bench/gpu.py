@@ -20,7 +20,7 @@ import sys
 from absl import flags
 
 from fmlora_jax.bench import peer
-from fmlora_jax.cli import output_files, program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
@@ -49,7 +49,7 @@ def main(arguments: Arguments) -> None:
   arguments.refuse_words()
   if not options.out:
     raise ConfigError("--out is missing: name a folder for the results")
-  output_files.require_folder("--out", options.out)
+  outputs.require_folder("--out", options.out)
   if options.peers_python is not None:
     peer.check_python(options.peers_python)
   if not all(batch.isdecimal() and int(batch) for batch in options.batches) or not options.batches:

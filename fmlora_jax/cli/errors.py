@@ -6,7 +6,7 @@ prints the traceback instead.
 """
 
 import contextlib
-import pathlib
+import os
 import sys
 import tempfile
 import traceback
@@ -64,12 +64,15 @@ def _bug(error: Exception, workdir: str | None) -> str:
 
 def _traceback_file(error: Exception, workdir: str | None) -> str:
   """Writes the traceback to a new file in the workdir of a run or a temporary one; says where."""
-  of_run = workdir and pathlib.Path(workdir, "config.json").exists()
-  with tempfile.NamedTemporaryFile(
-    "w", prefix="error-", suffix=".txt", dir=workdir if of_run else None, delete=False
-  ) as file:
-    file.write("".join(traceback.format_exception(error)))
-  return f"traceback in {file.name}; --debug prints it"
+  of_run = workdir and os.path.isfile(os.path.join(workdir, "config.json"))
+  for folder in (workdir, None) if of_run else (None,):
+    with contextlib.suppress(OSError):  # a full or read-only disk
+      with tempfile.NamedTemporaryFile(
+        "w", prefix="error-", suffix=".txt", dir=folder, delete=False, errors="replace"
+      ) as file:
+        file.write("".join(traceback.format_exception(error)))
+      return f"traceback in {file.name}; --debug prints it"
+  return "--debug prints the traceback"
 
 
 @contextlib.contextmanager

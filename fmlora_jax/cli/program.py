@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from absl import flags
 from absl import logging as absl_logging
 
-from fmlora_jax.cli import errors, output
+from fmlora_jax.cli import errors, output, outputs
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
@@ -88,7 +88,7 @@ def resolve_workdir(given: str | None, name: Callable[[], str]) -> pathlib.Path:
   The path is absolute: the program may change its folder. Of several processes the first decides.
 
   Raises:
-    ConfigError: if it is given as a bucket or has characters that no folder should have.
+    ConfigError: if it is given as a bucket, or there can be no such folder.
   """
   if not (given or "").isprintable():
     raise ConfigError(f"--workdir is {given!r}: must be of printable characters")
@@ -97,7 +97,9 @@ def resolve_workdir(given: str | None, name: Callable[[], str]) -> pathlib.Path:
       f"--workdir is {given!r}: must be a local or mounted folder, buckets are not supported yet"
     )
   default = pathlib.Path("runs", hosts.run_on_first(name))
-  return pathlib.Path(given or default).expanduser().absolute()
+  path = pathlib.Path(os.path.expanduser(given or default)).absolute()
+  outputs.require_path("--workdir", path)
+  return path
 
 
 def join_hosts() -> None:

@@ -22,10 +22,14 @@ def require_within(record: Any, least: int, most: int, *names: str) -> None:
 
 
 def require_path(record: Any, *names: str) -> None:
-  """Raises ConfigError if one of these fields is a path with unprintable characters."""
+  """Raises ConfigError if one of these fields is a path that no file can have."""
   for name in names:
     value = getattr(record, name)
     require(value is None or value.isprintable(), name, value, "a path of printable characters")
+    sizes = [len(part.encode()) for part in (value or "").split("/")]
+    shown = value if sum(sizes) < 4000 else f"{str(value)[:80]}..."
+    is_short = max(sizes) <= 255 and sum(sizes) + len(sizes) <= 4096
+    require(is_short, name, shown, "a path of at most 4096 bytes, of names of at most 255")
 
 
 MOST_STEPS = 10**6  # epochs, and steps between checkpoints

@@ -6,7 +6,6 @@ early leaves the others waiting in a collective for ever, so each has a connecti
 """
 
 import contextlib
-import functools
 import json
 import multiprocessing.connection
 import os
@@ -180,15 +179,16 @@ def run_on_first(decide: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def entered_on_first(context: contextlib.AbstractContextManager) -> Iterator[None]:
-  """Holds a context in the first process, for all.
+def entered_on_first(context: contextlib.AbstractContextManager) -> Iterator[Any]:
+  """Holds a context in the first process, for all; yields there what it yields, elsewhere None.
 
   Raises:
     ConfigError: in all processes, if entering the context raises it in the first one.
   """
+  entered = []
   with contextlib.ExitStack() as stack:
-    run_on_first(functools.partial(stack.enter_context, context))
-    yield
+    run_on_first(lambda: entered.append(stack.enter_context(context)))
+    yield entered[0] if entered else None
 
 
 def gather(text: str) -> list[str]:

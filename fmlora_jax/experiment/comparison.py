@@ -4,6 +4,7 @@ Each run has the folder DIR/METHOD/SEED. Finished runs are read, others resumed.
 """
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -20,7 +21,7 @@ from fmlora_jax.cli.methods_flag import Choice
 from fmlora_jax.cli.text import duration
 from fmlora_jax.config import Config, ConfigError, moved_field
 from fmlora_jax.experiment import run as experiment
-from fmlora_jax.experiment.plan import state
+from fmlora_jax.experiment.plan import is_only_read, state
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.report import tables
 from fmlora_jax.workdir import lock
@@ -190,13 +191,18 @@ def compare(planned: Sequence[PlannedRun], folder: pathlib.Path, *, debug: bool)
 
   def run_one(one):  # of a finished run no more is shown than that it is
     quiet = Console(quiet=True) if one.state == "finished" else console
+    require_held()
     with errors.out_of_memory_explained(one.config.batch_size):
       return experiment.run(one.config, one.workdir, quiet, cache)
 
-  with lock.hold_lock(folder):
+  is_read = is_only_read(folder, [run.workdir for run in planned])
+  locked = contextlib.nullcontext(lambda: None) if is_read else lock.hold_lock(folder)
+  with locked as require_held:
     results, problems = run_all(planned, run_one, note, debug=debug)
     if results:
       tables.show(results, console, problems)
+    require_held()
+    if results and not is_read:
       write_atomically(folder / TABLE, tables.markdown(results, problems) + "\n")
       note(f"written: {folder / TABLE}{_plotted(results, folder / PLOT)}")
   return len(planned) - len(results)

@@ -1,29 +1,41 @@
 """Description of a run for --dry_run: nothing is loaded, trained or written."""
 
 import dataclasses
-import json
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from fmlora_jax.cli import outputs
 from fmlora_jax.config import Config
 from fmlora_jax.distributed import memory
 from fmlora_jax.experiment import preflight, provenance
-from fmlora_jax.workdir.identity import ENVIRONMENT, IDENTITY, changes
+from fmlora_jax.workdir.identity import (
+  ENVIRONMENT,
+  IDENTITY,
+  changes,
+  check_folder,
+  read_identity,
+)
 from fmlora_jax.workdir.result_file import RESULT
 
 
 def state(workdir: pathlib.Path) -> str:
   """Returns the progress of earlier sessions in a workdir: "finished", "begun", or ""."""
-  if (workdir / RESULT).exists():
+  if os.path.isfile(workdir / RESULT):
     return "finished"
-  return "begun" if (workdir / IDENTITY).exists() else ""
+  return "begun" if os.path.isfile(workdir / IDENTITY) else ""
+
+
+def is_only_read(folder: pathlib.Path, runs: Iterable[pathlib.Path]) -> bool:
+  """Returns whether all runs in a folder have finished and nothing can be written there."""
+  return all(state(run) == "finished" for run in runs) and not outputs.is_writable(folder)
 
 
 def describe(config: Config, workdir: pathlib.Path) -> Iterator[str]:
   """Yields lines on a run, or one for each of several seeds, that `config` asks for.
 
   Raises:
-    ConfigError: if a setting is invalid, as far as no file is needed to see it.
+    ConfigError: if a setting or a folder is invalid, as far as no data are needed to see it.
   """
   preflight.check(config, memory.host_memory())
   tasks, weights = config.tasks, config.weights
@@ -39,11 +51,11 @@ def describe(config: Config, workdir: pathlib.Path) -> Iterator[str]:
 
 
 def _action(config: Config, workdir: pathlib.Path) -> str:
+  check_folder(workdir)
   if not state(workdir):
     return "would start"
-  before = json.loads((workdir / IDENTITY).read_text())
   now = {"config": dataclasses.asdict(config), ENVIRONMENT: provenance.environment()}
-  changed = changes({name: before[name] for name in now if name in before}, now)
-  if changed:
+  before = read_identity(workdir, now)
+  if changed := changes({name: before[name] for name in now}, now):
     return f"would be refused, the folder belongs to another run ({'; '.join(changed)})"
   return "would print its result" if state(workdir) == "finished" else "would resume"

@@ -24,7 +24,7 @@ def check(config: Config, memory: int) -> None:
     ConfigError: if a name is unknown, the classes do not make so many tasks, settings of the method
       do not fit the ViT, or its variables do not fit the memory; also if jax computes in float64.
   """
-  if jax.config.jax_enable_x64:
+  if jax.config.values["jax_enable_x64"]:
     raise ConfigError("JAX_ENABLE_X64 is True: must be False, parameters are float32; unset it")
   tasks.check(config.tasks)
   augment.check(config.input.augmentation, config.input.normalisation or "half")

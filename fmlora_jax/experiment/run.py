@@ -1,10 +1,12 @@
 """A run: tasks learned in order, and every task so far measured after each one."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -49,9 +51,12 @@ def run(
     FrozenError: if training changes a frozen array.
   """
   workdir = pathlib.Path(workdir)
-  hosts.run_on_first(functools.partial(identity_lib.check_folder, workdir))
-  locked = hosts.entered_on_first(lock.hold_lock(workdir))
-  with Clock(time.monotonic() if began is None else began) as clock, locked:
+  is_finished = hosts.run_on_first(functools.partial(identity_lib.check_folder, workdir))
+  locked = contextlib.nullcontext() if is_finished else lock.hold_lock(workdir)
+  with (
+    Clock(time.monotonic() if began is None else began) as clock,
+    hosts.entered_on_first(locked) as require_held,
+  ):
     setup = (cache or SetupCache()).setup(config, clock.kind)
     task_text = task_file.dump_task_file(setup.sequence)
     identity = {
@@ -63,23 +68,41 @@ def run(
     }
     hosts.assert_same_on_all(identity | {"versions": provenance.versions()}, besides=OWN_FIELDS)
     hosts.run_on_first(functools.partial(identity_lib.claim_workdir, workdir, identity))
-    write = functools.partial(files.write_atomically, workdir / task_file.FILE, task_text)
-    hosts.run_on_first(write)
-    is_finished = hosts.run_on_first((workdir / result_file.RESULT).exists)
-    if not (workdir / task_file.FILE).exists():
+    is_finished = hosts.run_on_first((workdir / result_file.RESULT).is_file)  # also meanwhile
+    if not is_finished:
+      write = functools.partial(files.write_atomically, workdir / task_file.FILE, task_text)
+      hosts.run_on_first(write)
+    if not (workdir / (result_file.RESULT if is_finished else task_file.FILE)).exists():
       raise ConfigError(
         f"workdir {workdir} is not shared with process 0: put it on storage that all hosts share"
       )
-    with writer.open_run(workdir, console=console, writes=hosts.is_first()) as log:
+    with writer.open_run(
+      workdir, console=console, writes=hosts.is_first(), require_held=require_held
+    ) as log:
       _describe(setup, workdir, log)
       if is_finished:
-        log.note("finished before; its result:")
         result = result_file.read_result(workdir)
+        identity_lib.require_result(workdir / result_file.RESULT, result, _facts(setup))
+        log.note("finished before; its result:")
       else:
-        result = _learn(setup, workdir, identity, log, clock)
+        result = _learn(setup, workdir, identity, log, clock, require_held)
       for line in notes.costs(result):
         log.note(line)
   return result
+
+
+def _facts(setup: RunSetup) -> dict[str, Any]:
+  """Returns what the run's result has and is known before training."""
+  config, sequence = setup.config, setup.sequence
+  return {
+    "config": dataclasses.asdict(config),
+    "weights_sha256": setup.info.sha256,
+    "manifest_sha256": sequence.manifest_sha256,
+    "scenario": sequence.scenario,
+    "split_id": sequence.split_id,
+    "class_order": sequence.class_order,
+    "n_test": [len(getattr(task, config.tasks.evaluate_on)) for task in sequence.tasks],
+  }
 
 
 def _describe(setup: RunSetup, workdir: pathlib.Path, log: writer.RunLog) -> None:
@@ -103,6 +126,7 @@ def _learn(
   identity: dict[str, Any],
   log: writer.RunLog,
   clock: Clock,
+  require_held: Callable[[], None] | None,
 ) -> dict[str, Any]:
   """Learns the tasks that are left; writes plots and result.json, and returns its contents."""
   store = checkpoint.CheckpointStore(
@@ -111,6 +135,7 @@ def _learn(
     identity=identity,
     on_damage=setup.config.checkpoint.on_damage,
     note=log.note,
+    require_held=require_held,
   )
   session = Session(store)
   tests = TestSets(
@@ -124,7 +149,8 @@ def _learn(
   )
   TaskLoop(setup, session, tests, log, clock).run()
   result = build_result(setup, session.progress, session.variables, tests.sizes)
-  if hosts.is_first():
+  if require_held:  # in the first process
+    require_held()
     try:
       from fmlora_jax.report import plots  # matplotlib takes a second to import
 

@@ -5,22 +5,25 @@ over five seeds took 1.1 to 1.4 times as long on a CPU and gave other last bits:
 own past into the projections, so no product with the backbone can be shared.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from fmlora_jax.cli import outputs
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.distributed import hosts
+from fmlora_jax.experiment.plan import is_only_read, state
 from fmlora_jax.experiment.run import run
 from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.report.runs import RunResult
-from fmlora_jax.workdir import files, identity, lock, result_file
+from fmlora_jax.workdir import files, identity, lock
 
 SUMMARY = "seeds.json"
 SCORES = (
@@ -53,20 +56,33 @@ def run_each(
       f"config.seeds is {config.seeds}: --workdir must be a folder for several runs, and {workdir} "
       "is that of one; choose another"
     )
-  with hosts.entered_on_first(lock.hold_lock(workdir)):
-    results = _run_each(config, workdir, console, began)
-    if hosts.is_first():
+  with hosts.entered_on_first(_locked(config, workdir)) as require_held:
+    results = _run_each(config, workdir, console, began, require_held or (lambda: None))
+    if require_held:
+      require_held()
       text = json.dumps(files.jsonable(summary(results), SUMMARY), indent=1)
       files.write_atomically(workdir / SUMMARY, f"{text}\n")
   return results
 
 
-def _run_each(config, workdir, console, began):
+@contextlib.contextmanager
+def _locked(config: Config, workdir: pathlib.Path) -> Iterator[Callable[[], None] | None]:
+  """Holds the lock of a folder, as `hold_lock`, unless it is only read."""
+  if is_only_read(workdir, [workdir / str(seed) for seed in config.seeds]):
+    yield None
+    return
+  outputs.require_folder("workdir", workdir)
+  with lock.hold_lock(workdir) as require_held:
+    yield require_held
+
+
+def _run_each(config, workdir, console, began, require_held):
   console = (console or Console()) if hosts.is_first() else Console(quiet=True)
   cache, results = SetupCache(keeps_images=True), []
   for i, seed in enumerate(config.seeds):
     folder, single = workdir / str(seed), dataclasses.replace(config, seed=seed, seeds=())
-    finished = (folder / result_file.RESULT).exists()
+    finished = state(folder) == "finished"
+    require_held()
     note = f"\nseed {seed}, {i + 1} of {len(config.seeds)}{' (finished)' * finished}"
     console.print(Text(note), soft_wrap=True)
     shown = Console(quiet=True) if finished else console

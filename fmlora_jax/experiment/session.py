@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,7 @@ class Progress:
     devices: in words; one entry for each session that ran on others than the one before.
     code: the same of the commit and the versions of libraries.
     val_read: whether the method read validation images.
+    logged: size and hash of metrics.jsonl, as of `RunLog.sync`.
   """
 
   task: int = 0
@@ -48,6 +50,7 @@ class Progress:
   devices: list[str] = dataclasses.field(default_factory=list)
   code: list[str] = dataclasses.field(default_factory=list)
   val_read: bool = False
+  logged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def counts(self, num_tasks: int) -> Int[np.ndarray, "T T"]:
     """Returns right answers, [after task][test set]; 0 where nothing was measured."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fmlora_jax.distributed import stop
+from fmlora_jax.distributed import hosts, stop
 from fmlora_jax.experiment import provenance
 from fmlora_jax.experiment.clock import Clock
 from fmlora_jax.experiment.guards import FrozenGuard
@@ -106,7 +106,8 @@ class TaskLoop:
       state = self._restore()
       self._session.require_free_space(self._num_tasks)
       progress, done = self._session.progress, int(state.step) if state else 0
-      self._log.truncate(progress.task, trainer.steps_before(progress.task) + done)
+      step = trainer.steps_before(progress.task) + done
+      self._log.truncate(progress.task, step, progress.logged)
       for index in range(progress.task, self._num_tasks):
         stop.check()
         progress.task = index
@@ -225,4 +226,5 @@ class TaskLoop:
 
   def _save(self, step: int, state: TrainState | None = None) -> None:
     with self._clock.kind("checkpoint"):
+      self._session.progress.logged = hosts.run_on_first(self._log.sync)
       self._session.save(step, self._clock.seconds(), state)

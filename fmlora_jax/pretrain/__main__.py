@@ -13,7 +13,7 @@ import logging
 from absl import flags
 
 from fmlora_jax import config as config_lib
-from fmlora_jax.cli import config_flag, output_files, program
+from fmlora_jax.cli import config_flag, outputs, program
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 
@@ -41,7 +41,7 @@ def main(arguments: Arguments) -> None:
     raise config_lib.ConfigError(
       "--output is missing: name a file to write, such as my.safetensors"
     )
-  output = output_files.require_file("--output", options.output, ".safetensors")
+  output = outputs.require_file("--output", options.output, ".safetensors")
   values = config_flag.load_values(options.config)
   from fmlora_jax.models import vit  # imports jax
   from fmlora_jax.pretrain import training

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from fmlora_jax.cli import output_files, program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 
@@ -58,11 +58,11 @@ def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
   if not paths:
     raise ValueError("no RUN given: name a run's folder, as in fmlora_jax report runs")
   if options.plot is not None:
-    output_files.require_file("--plot", options.plot, ".png")
+    outputs.require_file("--plot", options.plot, ".png")
   if options.html is not None and not options.paper:
     raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
   if options.html is not None:
-    output_files.require_file("--html", options.html, ".html")
+    outputs.require_file("--html", options.html, ".html")
   from rich.console import Console
 
   from fmlora_jax.report import tables

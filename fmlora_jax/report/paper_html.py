@@ -67,7 +67,7 @@ def write(comparison: Comparison, notes: Iterable[str], path: str | os.PathLike)
     raise ValueError(f"--html is {str(path)!r}: must end in .html")
   if path.exists() and not _is_ours(path):
     raise ValueError(
-      f"--html is {str(path)!r}: must not be a file of another program; delete it or name another"
+      f"--html is {str(path)!r}: must not be a file of another program; name another"
     )
   write_atomically(path, page(comparison, notes))
 

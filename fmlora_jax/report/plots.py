@@ -31,6 +31,7 @@ from fmlora_jax.cli.text import printable, shortened
 from fmlora_jax.report.runs import Groups, RunResult
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Reported
+from fmlora_jax.workdir.files import write_atomically
 
 Target = str | os.PathLike | IO[bytes] | io.BytesIO  # where a PNG goes
 
@@ -226,4 +227,9 @@ def _save(figure: Figure, axes: Axes, heading: str, path: Target) -> None:
 def _write(figure: Figure, path: Target) -> None:
   for text in figure.findobj(Text):
     text.set(text=printable(text.get_text()), parse_math=False)  # "$" in a name is no formula
-  FigureCanvasAgg(figure).print_png(path)
+  canvas = FigureCanvasAgg(figure)
+  if isinstance(path, (str, os.PathLike)):
+    canvas.print_png(picture := io.BytesIO())
+    write_atomically(Path(path), picture.getvalue())
+  else:
+    canvas.print_png(path)

@@ -26,11 +26,11 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
   """Returns the results at or below `paths`, each once, and a line for every run left out.
 
   Raises:
-    ValueError: if a path holds no result, or is itself an unreadable one.
+    ValueError: if a path does not exist or holds no result, or no result is readable.
   """
-  results, notes, seen = [], [], set()
+  results, notes, errors, seen = [], [], [], set()
   for path in map(Path, paths):
-    files = sorted(path.rglob(RESULT)) if path.is_dir() else [path]
+    files = sorted(path.rglob(RESULT)) if os.path.isdir(path) else [path]
     if not files:
       raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
     for file in (f for f in files if f.resolve() not in seen):
@@ -38,10 +38,13 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
       try:
         results.append(read_result(file))
       except ValueError as error:
-        if len(files) == 1:
+        if not file.exists():
           raise
+        errors.append(error)
         notes.append(f"left out: {error}")
     notes += _unfinished(path)
+  if not results and len(errors) == 1:
+    raise errors[0]
   if not results:
     raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
   return results, notes
@@ -49,7 +52,7 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
 
 def _unfinished(path: Path) -> list[str]:
   """Returns a line for every unfinished run below `path`."""
-  logs = sorted(path.rglob(METRICS)) if path.is_dir() else []
+  logs = sorted(path.rglob(METRICS)) if os.path.isdir(path) else []
   folders = [log.parent for log in logs if not (log.parent / RESULT).exists()]
   return [f"left out: {run} is not finished; the same command resumes it" for run in folders]
 

@@ -226,11 +226,11 @@ def report_copies(sequence: TaskSequence, config: TasksConfig, *, warn: bool) ->
     found[text] = "no answer is right for both"
   if found and config.copies == "refuse":
     raise ConfigError(
-      f"config.tasks.copies is 'refuse': {sequence.split_id}: {'; '.join(found)}; remove them on "
-      "one side, or set it to report"
+      f"config.tasks.copies is 'refuse': {sequence.split_id}: {'; '.join(found)}; move them out "
+      "of one side, or set it to report"
     )
   for text, harm in found.items() if warn else ():
-    _log.warning("%s: %s: remove them on one side, or %s", sequence.split_id, text, harm)
+    _log.warning("%s: %s: move them out of one side, or %s", sequence.split_id, text, harm)
 
 
 def make_order(count: int, order: str, seed: int) -> list[int]:
@@ -445,5 +445,5 @@ def refuse_empty_classes(sequence: TaskSequence) -> None:
         raise ConfigError(
           f"{sequence.source.name}: no {split} image of class {', '.join(map(repr, empty[:10]))}"
           f"{' ...' if len(empty) > 10 else ''} in task {task.index + 1} ({task.name}): every "
-          "class needs one for training and one for test; add images, or remove the class"
+          "class needs one for training and one for test; add images, or move the class away"
         )

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -92,6 +93,8 @@ class CheckpointStore:
     identity: of the run, as in `identity.claim_workdir`; other runs' checkpoints are refused.
     on_damage: see CheckpointConfig.
     note: shows a line.
+    require_held: raises ConfigError where the workdir is no longer this run's; as `hold_lock`
+      yields it.
   """
 
   def __init__(
@@ -102,11 +105,13 @@ class CheckpointStore:
     identity: Mapping[str, Any],
     on_damage: Literal["fall_back", "refuse"] = "fall_back",
     note: Callable[[str], None] = print,
+    require_held: Callable[[], None] | None = None,
   ):
     self.folder = (workdir / "checkpoints").absolute()
     self._folders = StepFolders(self.folder, note)
     self._sharding, self._identity = sharding, identity
     self._on_damage, self._note = on_damage, note
+    self._require_held = require_held or (lambda: None)
     self._permanent: list[int] = []  # steps at task ends
 
   def save(self, step: int, snapshot: Snapshot, *, keep: bool) -> None:
@@ -117,15 +122,26 @@ class CheckpointStore:
 
     Raises:
       ConfigError: if the disk is full or returns other bits than were written; all earlier
-        checkpoints, also one of the same step, are then still there.
+        checkpoints, also one of the same step, are then still there. Also if the workdir is no
+        longer this run's.
     """
+    hosts.run_on_first(self._require_held)
+    try:
+      self._save(step, snapshot, keep)
+    except Exception:
+      self._require_held()  # if it is not, that is the reason
+      raise
+
+  def _save(self, step: int, snapshot: Snapshot, keep: bool) -> None:
     target = self._folders.new_path(step)
     arrays = {name: jnp.asarray(leaf) for name, leaf in snapshot.arrays.items()}
     permanent = [*self._permanent, step] if keep else self._permanent
     record = snapshot.record | {"step": step, "kept": permanent, "identity": self._identity}
     record |= {"digests": digest.tree_digests(arrays)}
-    with files.explain_full_disk(target, num_bytes(arrays)), _quiet():
+    with files.explain_failure(target, num_bytes(arrays)), _quiet():
       metadata = record | {"sha256": _sha256(record)}
+      with tempfile.TemporaryFile(dir=self.folder):  # where it fails, orbax's threads would wait
+        pass
       ocp.save(str(target), arrays, overwrite=True, custom_metadata=metadata)
       if hosts.is_first():
         files.fsync_tree(target)

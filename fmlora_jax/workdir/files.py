@@ -14,6 +14,7 @@ import numpy as np
 from fmlora_jax.config import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def require_free_space(folder: pathlib.Path, num_bytes: int, purpose: str) -> None:
@@ -27,12 +28,19 @@ def require_free_space(folder: pathlib.Path, num_bytes: int, purpose: str) -> No
 
 
 @contextlib.contextmanager
-def explain_full_disk(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
-  """Turns the error of a full disk or quota, while `path` is written, into a ConfigError."""
+def explain_failure(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
+  """Turns the error of a full or read-only disk, while `path` is written, into a ConfigError."""
   try:
     yield
+  except ConfigError:
+    raise
   except Exception as error:  # orbax hands on TensorStore's error as one of many types
-    if not _is_full(error):
+    if code := _code(error, REFUSED):
+      raise ConfigError(
+        f"{path} can't be written ({os.strerror(code)}): mend that, and the same command "
+        "resumes from the last checkpoint"
+      ) from None
+    if not _code(error, FULL):
       raise
     free = shutil.disk_usage(path.parent).free
     raise ConfigError(
@@ -41,21 +49,28 @@ def explain_full_disk(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
     ) from None
 
 
-def _is_full(error: BaseException) -> bool:
-  has_code = isinstance(error, OSError) and error.errno in FULL
-  return has_code or any(os.strerror(code) in str(error) for code in FULL)
+def _code(error: BaseException, codes: tuple[int, ...]) -> int | None:
+  """Returns the one of these error codes that is the reason of an error."""
+  if isinstance(error, OSError) and error.errno in codes:
+    return error.errno
+  return next((code for code in codes if os.strerror(code) in str(error)), None)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes `path`; a crash leaves the old text or the new one, never a mixture.
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes `path`; a crash leaves the old content or the new one, never a mixture.
+
+  Where `path` is a link it is replaced, and what it leads to stays.
 
   Raises:
-    ConfigError: if the disk is full; the old text stays.
+    ConfigError: if the disk is full or read-only, or `path` no file; what was there stays.
   """
+  if path.exists() and not path.is_file():
+    raise ConfigError(f"{path} is a folder or device: must be a file or new")
   draft = path.with_name(f"{_draft_start(path)}{os.getpid()}")
-  with explain_full_disk(path, len(text)):
-    with open(draft, "w", encoding="utf-8") as file:
-      file.write(text)
+  data = content.encode() if isinstance(content, str) else content
+  with explain_failure(path, len(data)):
+    with open(draft, "wb") as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())
     os.replace(draft, path)
@@ -94,15 +109,15 @@ def _fsync(path: str | os.PathLike) -> None:
 
 
 def refuse_links(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
-  """Refuses symbolic links in a workdir: a run would write outside of it.
+  """Refuses symbolic links below a workdir: a run would write outside of it.
 
   Raises:
     ConfigError: naming the first link.
   """
-  if links := sorted(path.name for path in paths if path.is_symlink()):
+  if links := sorted(str(path.relative_to(folder)) for path in paths if path.is_symlink()):
     raise ConfigError(
-      f"workdir {folder} holds the link {links[0]!r}: must hold plain files and folders; remove "
-      "it, or choose another --workdir"
+      f"workdir {folder} holds the link {links[0]!r}: must hold plain files and folders; move it "
+      "away, or choose another --workdir"
     )
 
 

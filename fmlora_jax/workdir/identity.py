@@ -1,28 +1,57 @@
 """Identity of a run: settings, weights and data that a workdir and its checkpoints belong to."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from fmlora_jax import methods
+from fmlora_jax.cli import outputs
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError
 from fmlora_jax.config.diff import differences, leaves
+from fmlora_jax.tasks import task_file
 from fmlora_jax.workdir import lock
 from fmlora_jax.workdir.files import is_draft, refuse_links, write_atomically
+from fmlora_jax.workdir.log import EVENTS, METRICS
+from fmlora_jax.workdir.result_file import RESULT
 
 IDENTITY, ENVIRONMENT = "config.json", "environment"
+FILES = (IDENTITY, RESULT, METRICS, task_file.FILE)
+FOLDERS = ("checkpoints", EVENTS, "plots")
 
 
-def check_folder(workdir: pathlib.Path) -> None:
-  """Refuses a folder with files that no run wrote.
+def check_folder(workdir: pathlib.Path) -> bool:
+  """Refuses what can't be the folder of a run; makes nothing.
+
+  Returns:
+    Whether a run has finished there; such a folder is only read.
 
   Raises:
-    ConfigError: with their names.
+    ConfigError: if the folder can't be made or written, or holds links or files that no run wrote.
   """
   path = workdir / IDENTITY
-  if path.exists() or not workdir.exists():
+  outputs.require_path("workdir", workdir)
+  is_finished = os.path.isfile(path) and os.path.isfile(workdir / RESULT)
+  if not is_finished:
+    outputs.require_folder("workdir", workdir)
+  if workdir.exists():
+    refuse_links(workdir, workdir.rglob("*"))
+    _refuse_others(workdir, path)
+  return is_finished
+
+
+def _refuse_others(workdir: pathlib.Path, path: pathlib.Path) -> None:
+  """Refuses files that no run wrote, and folders in the place of files."""
+  for name in (*FILES, *FOLDERS):
+    entry, kind = workdir / name, "folder" if name in FOLDERS else "file"
+    if entry.exists() and not (entry.is_dir() if kind == "folder" else entry.is_file()):
+      raise ConfigError(
+        f"{entry} is no {kind}: must be one; move it away, or choose another --workdir"
+      )
+  if path.exists():
     return
   others = [p for p in workdir.iterdir() if p.name != lock.FILE and not is_draft(p, of=path)]
   if others:
@@ -45,27 +74,66 @@ def claim_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
       links or files that no run wrote.
   """
   path = workdir / IDENTITY
-  refuse_links(workdir, workdir.glob("*"))
   check_folder(workdir)
   if not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
     _write(path, identity)
     return
-  try:
-    before = json.loads(path.read_text())
-  except ValueError as error:
-    raise ConfigError(f"{path} can't be read ({error}); choose another --workdir") from None
-  if changed := changes(before, identity):
+  if changed := changes(read_identity(workdir, identity), identity):
     raise ConfigError(
       f"workdir {workdir} belongs to another run ({'; '.join(changed)}): undo the change to "
       "resume it, or choose another --workdir"
     )
-  if ENVIRONMENT in identity and ENVIRONMENT not in before:
+  before = json.loads(path.read_text(encoding="utf-8"))
+  if ENVIRONMENT in identity and ENVIRONMENT not in before and not (workdir / RESULT).exists():
     _write(path, {**before, ENVIRONMENT: identity[ENVIRONMENT]})
 
 
 def _write(path: pathlib.Path, identity: Mapping[str, Any]) -> None:
   write_atomically(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+
+
+def read_identity(workdir: pathlib.Path, now: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the identity of the run in a workdir, as this version writes it.
+
+  Args:
+    now: an identity, of which it has all fields.
+
+  Raises:
+    ConfigError: if its config.json is not as a run wrote it.
+  """
+  path, reason = workdir / IDENTITY, "not the identity of a run"
+  with contextlib.suppress(TypeError, AttributeError, RecursionError):
+    try:
+      before = upgrade(json.loads(path.read_text(encoding="utf-8")), now)
+      changes(before, now)  # raises where a group is none
+      if not (lost := [name for name in now if name not in before]):
+        return before
+      reason = f"it lacks {', '.join(lost)}"
+    except (OSError, ValueError) as error:
+      reason = str(error)
+  raise ConfigError(
+    f"{path} can't be read ({reason}): must be as the run wrote it; put back a copy, or choose "
+    "another --workdir"
+  )
+
+
+def require_result(path: pathlib.Path, result: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """Refuses a result that is not that of the run that it is found with.
+
+  Args:
+    path: of the result.
+    now: what it must have: hash of the weights, and fields of a result.
+
+  Raises:
+    ConfigError: with the fields that differ.
+  """
+  there = {**result, "weights_sha256": result["weights"]["sha256"]}
+  if changed := changes({name: there[name] for name in now}, now):
+    raise ConfigError(
+      f"{path} is the result of another run ({'; '.join(changed)}): must be this run's; move it "
+      "away, and the same command makes it again"
+    )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

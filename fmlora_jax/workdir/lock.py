@@ -6,17 +6,18 @@ Readers need none.
 import contextlib
 import datetime
 import errno
+import functools
 import json
 import logging
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import filelock
 
 from fmlora_jax.config import ConfigError
-from fmlora_jax.workdir.files import refuse_links
+from fmlora_jax.workdir.files import explain_failure, refuse_links
 
 FILE = ".lock"
 UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
@@ -26,18 +27,40 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def hold_lock(folder: pathlib.Path) -> Iterator[None]:
+def hold_lock(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
   """Holds the lock of a folder; makes the folder, and removes it if nothing was written into it.
 
   On a file system without locks one line warns, and nothing is held.
 
+  Yields:
+    A function to be called before each write: it raises ConfigError if the folder has another lock
+    file by now, or none, as another process may then write there.
+
   Raises:
     ConfigError: if another process holds it, with its host, number and start; or if the lock file
-      is a link.
+      is a link, a folder or can't be written.
   """
   is_new, path = not folder.exists(), folder / FILE
-  folder.mkdir(parents=True, exist_ok=True)
+  with explain_failure(path, 100):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _acquire(folder, path)
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}))
+  held = _file(path)
+  try:
+    yield functools.partial(_require_held, path, held)
+  finally:
+    if _file(path) == held and [each.name for each in folder.iterdir()] == [FILE]:
+      path.unlink()
+      if is_new:
+        folder.rmdir()
+    lock.release()
+
+
+def _acquire(folder: pathlib.Path, path: pathlib.Path) -> filelock.BaseFileLock:
   refuse_links(folder, [path])
+  if path.exists() and not path.is_file():
+    raise ConfigError(f"{path} is a folder or device: must be a file; choose another --workdir")
   lock = filelock.FileLock(path, timeout=WAIT_S, fallback_to_soft=False)
   try:
     lock.acquire()
@@ -50,16 +73,24 @@ def hold_lock(folder: pathlib.Path) -> Iterator[None]:
     if error.errno not in UNSUPPORTED:
       raise
     _log.warning("workdir %s can't be locked (%s): start no second run in it", folder, error)
-  now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-  path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}))
-  try:
-    yield
-  finally:
-    if [each.name for each in folder.iterdir()] == [FILE]:
-      path.unlink()
-      if is_new:
-        folder.rmdir()
-    lock.release()
+  return lock
+
+
+def _require_held(path: pathlib.Path, held: tuple[int, int] | None) -> None:
+  if _file(path) != held:
+    raise ConfigError(
+      f"workdir {path.parent} is not this run's any more, its {path.name} was removed or it was "
+      "renamed: stopped before two runs write there; rerun the command with the folder's present "
+      "name, and it resumes from the last checkpoint"
+    )
+
+
+def _file(path: pathlib.Path) -> tuple[int, int] | None:
+  """Returns device and inode of a file; None if there is none."""
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    status = path.stat(follow_symlinks=False)
+    return status.st_dev, status.st_ino
+  return None
 
 
 def _holder(path: pathlib.Path) -> str:

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -21,11 +21,12 @@ from rich.text import Text
 from fmlora_jax.cli.output import Unfailing
 from fmlora_jax.cli.text import duration, shortened
 from fmlora_jax.train import metrics
+from fmlora_jax.workdir import metrics_file
 from fmlora_jax.workdir.events import Events
-from fmlora_jax.workdir.files import explain_full_disk, jsonable, write_atomically
+from fmlora_jax.workdir.files import explain_failure, jsonable, write_atomically
 from fmlora_jax.workdir.matrix_table import matrix_table
+from fmlora_jax.workdir.metrics_file import METRICS
 
-METRICS = "metrics.jsonl"
 NOT_FINITE = "non_finite.json"
 EVENTS = "events"
 NAME_WIDTH = 48  # characters of a task's name in its title
@@ -53,7 +54,11 @@ class TaskPlan:
 
 @contextlib.contextmanager
 def open_run(
-  workdir: str | os.PathLike, *, console: Console | None = None, writes: bool = True
+  workdir: str | os.PathLike,
+  *,
+  console: Console | None = None,
+  writes: bool = True,
+  require_held: Callable[[], None] | None = None,
 ) -> Iterator["RunLog"]:
   """Yields the log of the run in `workdir`; closes bar and events on any exit.
 
@@ -61,11 +66,12 @@ def open_run(
     workdir: a local or mounted folder; made if need be.
     console: for progress; None takes the standard output.
     writes: False shows nothing and writes no file: only one process of a run does.
+    require_held: called before each write; see `hold_lock`.
   """
   quiet = not writes or sys.stdout is None  # closed
   if quiet or console is None:
-    console = Console(quiet=True) if quiet else Console(file=Unfailing(sys.stdout))
-  log = RunLog(Path(workdir), console, writes)
+    console = Console(quiet=True) if quiet else Console(file=cast(IO[str], Unfailing(sys.stdout)))
+  log = RunLog(Path(workdir), console, writes, require_held)
   try:
     yield log
   finally:
@@ -75,8 +81,15 @@ def open_run(
 class RunLog:
   """See `open_run`. Steps count over the whole run; `step` is the number of steps done before."""
 
-  def __init__(self, workdir: Path, console: Console, writes: bool = True):
+  def __init__(
+    self,
+    workdir: Path,
+    console: Console,
+    writes: bool = True,
+    require_held: Callable[[], None] | None = None,
+  ):
     self.console, self._writes = console, writes
+    self._require_held = require_held or (lambda: None)
     self._workdir = workdir
     self._events: Events | None = None
     self._bar: Progress | None = None
@@ -86,19 +99,21 @@ class RunLog:
     if writes:
       workdir.mkdir(parents=True, exist_ok=True)
 
-  def truncate(self, task: int, step: int) -> None:
+  def sync(self) -> dict[str, Any]:
+    """Returns what identifies all lines so far, once they are on the disk."""
+    return metrics_file.sync(self._workdir)
+
+  def truncate(self, task: int, step: int, saved: Mapping[str, Any] | None = None) -> None:
     """Drops all lines at or after (task, step), so that a resumed run logs nothing twice.
 
-    To be called once, before the first `scalars`; with (0, 0) in a fresh run. A last line that a
-    crash cut off goes too, and so do the lines of the end of `task`, which come again.
+    To be called once, before the first `scalars`; with (0, 0) in a fresh run. A line tells what was
+    lost; see `metrics_file.truncate`.
     """
     if not self._writes:
       return
-    path = self._workdir / METRICS
-    if path.exists():
-      with open(path, encoding="utf-8", errors="replace") as lines:
-        earlier = [line for line in lines if _is_before(line, task, step)]
-      write_atomically(path, "".join(earlier))
+    self._require_held()
+    if loss := metrics_file.truncate(self._workdir, task, step, saved):
+      self.note(loss)
     if self._events:
       self._events.close()
     self._events = Events(self._workdir / EVENTS, step)
@@ -107,17 +122,19 @@ class RunLog:
     """Appends one line per value to metrics.jsonl, null for NaN, and an event for TensorBoard."""
     if not self._writes:
       return
+    self._require_held()
     self._events = self._events or Events(self._workdir / EVENTS)
     when = {"task": int(task), "step": int(step)}
     lines = [when | {"name": k, "value": jsonable(float(v), k)} for k, v in values.items()]
     path, text = self._workdir / METRICS, "".join(json.dumps(line) + "\n" for line in lines)
-    with explain_full_disk(path, len(text)), open(path, "a", encoding="utf-8") as file:
+    with explain_failure(path, len(text)), open(path, "a", encoding="utf-8") as file:
       file.write(text)
     self._events.add({name: float(value) for name, value in values.items()}, int(step))
 
   def not_finite(self, report: Mapping[str, Any]) -> None:
     """Writes the findings of a `NonFiniteError` to non_finite.json."""
     if report and self._writes:
+      self._require_held()
       path = self._workdir / NOT_FINITE
       write_atomically(path, json.dumps(report, indent=1) + "\n")
       self.note(f"the step's numbers and images are in {path}")
@@ -222,15 +239,3 @@ def _title(plan: TaskPlan) -> str:
 def _short(value: Any) -> str:
   value = jsonable(value, "facts")
   return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_before(line: str, task: int, step: int) -> bool:
-  """Returns whether a line is whole, and of an earlier task or an earlier training step."""
-  try:
-    record = json.loads(line)
-    if not line.endswith("\n") or record["task"] > task:
-      return False
-    is_step = record["name"].startswith("train/") and record["step"] < step
-    return record["task"] < task or is_step
-  except (ValueError, KeyError, TypeError):
-    return False

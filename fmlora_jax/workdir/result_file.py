@@ -1,13 +1,21 @@
 """`result.json`: its schema, and the only code that writes and reads it."""
 
+import dataclasses
 import json
 import os
+import reprlib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmlora_jax import methods
+from fmlora_jax.config import Config, ConfigError
+from fmlora_jax.train import metrics
 from fmlora_jax.workdir.files import jsonable, write_atomically
+from fmlora_jax.workdir.kinds import fits
 
 RESULT = "result.json"
 SCHEMA = 2  # version; results of version 1 lack the field
@@ -56,6 +64,41 @@ FIELDS = {  # every result has these, and those that its method declares
 }
 ADDED = ("protocol", "input")  # early results of version 1 lack them
 NAMES = ("class_names", "class_ranges")  # early results of version 2 lack them
+SCORES = (
+  *("acc", "aaa", "acc_task_mean", "aaa_task_mean"),
+  *("forgetting", "forgetting_clipped", "bwt", "learning_accuracy"),
+)
+_LEAF = (None, bool, int, float, str)
+_SETTING = (*_LEAF, [_LEAF])
+for _ in range(4):  # groups of settings in groups
+  _SETTING = (*_LEAF, [_LEAF], {...: _SETTING})
+KINDS = {  # of each field's value, as of `kinds.fits`
+  **dict.fromkeys(("schema", "seed", "statistics_bytes", "epochs", "batch_size"), int),
+  **dict.fromkeys(("method", "benchmark", "scenario", "split_id", "manifest_sha256"), str),
+  **dict.fromkeys(("normalisation", "augmentation", "params_sha256"), str),
+  **{name: [int] for name in ("class_order", "n_test")},
+  **{name: [str] for name in ("task_names", "caveats", "devices")},
+  **dict.fromkeys((*SCORES, "fwt"), (float, None)),
+  "accuracy": [[(float, None)]],
+  "params": {"trained": int, "stored_per_task": [int], "stored_total": int},
+  "protocol": (
+    None,
+    {
+      **dict.fromkeys(("old_image_bytes", "old_statistics_bytes", "validation_images"), int),
+      **dict.fromkeys(("task_identity_at_test", "validation_read_by_method"), bool),
+      "measured_on": str,
+      "copies": (None, {...: _LEAF}),
+    },
+  ),
+  "passes": {"train": int, "test": int, "between": int},
+  "weights": {"tag": str, "sha256": (str, None)},
+  "input": (None, {"mode": str, "workers": int}),
+  "wall_seconds": {"total": float, ...: float},
+  "versions": {...: str},
+  "git_commit": (str, None),
+  "config": {"method": {"name": str}, ...: _SETTING},
+  "finished": bool,
+}
 
 
 def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> Path:
@@ -83,32 +126,114 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     path: of the run's folder or of its result.json.
 
   Raises:
-    ValueError: if there is none, the run is not finished, or the file is damaged; one line.
+    ConfigError: if there is none, the run is not finished, or the file is damaged; one line.
   """
   path = Path(path)
-  file = path / RESULT if path.is_dir() else path
-  fix = "delete the file and rerun the run's command to write it again"
+  file = path / RESULT if os.path.isdir(path) else path
   try:
     result = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    if not path.exists():
-      raise ValueError(f"{path}: no such file or folder") from None
-    raise ValueError(f"{path}: no {RESULT}; a run writes it at its very end") from None
-  except (OSError, ValueError) as error:  # json and unicode errors are ValueErrors
-    raise ValueError(f"{file}: can't be read as a result ({error}); {fix}") from None
-  if not isinstance(result, dict) or not result.get("finished"):
-    raise ValueError(f"{file}: not the result of a finished run; {fix}")
-  if result.get("schema", 1) not in range(1, SCHEMA + 1):
-    raise ValueError(
-      f"{file}: schema is {result['schema']}: must be at most {SCHEMA}; update fmlora_jax"
-    )
+  except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(path):
+      raise ConfigError(f"{path}: no such file or folder") from None
+    raise ConfigError(f"{path}: no {RESULT}; a run writes it at its very end") from None
+  except (OSError, ValueError, RecursionError) as error:  # json and unicode errors are ValueErrors
+    raise ConfigError(f"{file}: can't be read as a result ({error}); {_fix(file)}") from None
+  if not isinstance(result, dict) or result.get("finished") is not True:
+    raise ConfigError(f"{file}: not the result of a finished run; {_fix(file)}")
+  version = result.get("schema", 1)
+  if type(version) is not int or version not in range(1, SCHEMA + 1):
+    shown = reprlib.repr(version)
+    raise ConfigError(f"{file}: schema is {shown}: must be at most {SCHEMA}; update fmlora_jax")
   try:
     result = upgrade(result)
-  except (AttributeError, KeyError, TypeError, ValueError):
-    raise ValueError(f"{file}: its config is damaged; {fix}") from None
-  if missing := [name for name in FIELDS if name not in result]:
-    raise ValueError(f"{file}: lacks {', '.join(missing)}; {fix}")
+  except (AttributeError, TypeError, ValueError):
+    raise ConfigError(f"{file}: its config is damaged; {_fix(file)}") from None
+  try:
+    _require_valid(result)
+  except ValueError as error:
+    raise ConfigError(f"{file}: {error}; {_fix(file)}") from None
   return result
+
+
+def _fix(file: Path) -> str:
+  """Returns what to do about a file that is no result."""
+  if file.name != RESULT:
+    return f"name the folder of a run, or its {RESULT}"
+  if (file.parent / "checkpoints").is_dir():
+    return "move it away, and the command of the run makes it again from the checkpoints"
+  return "put back a copy of what the run wrote"
+
+
+def _require_valid(result: Mapping[str, Any]) -> None:
+  """Refuses a result whose fields are not of the schema, or contradict each other.
+
+  Raises:
+    ValueError: with the first such field.
+  """
+  if missing := [name for name in FIELDS if name not in result]:
+    raise ValueError(f"lacks {', '.join(missing)}")
+  for name, kind in KINDS.items():
+    _require(fits(result[name], kind), result, name, f"as runs write it ({FIELDS[name]})")
+  config = result["config"]
+  methods.build_config(_known(config))
+  there = {"seed": config.get("seed"), "epochs": config.get("epochs"), **config["method"]}
+  for name, key in (("seed", "seed"), ("epochs", "epochs"), ("method", "name")):
+    same = there[key] in (None, result[name])
+    _require(same, result, name, f"{there[key]}, as in its config")
+  _require_scores(result)
+  _require_facts(result)
+
+
+def _require(ok: bool, result: Mapping[str, Any], name: str, allowed: str) -> None:
+  if not ok:
+    raise ValueError(f"{name} is {reprlib.repr(result.get(name))}: must be {allowed}")
+
+
+def _known(values: Mapping[str, Any], kind: type = Config) -> dict[str, Any]:
+  """Returns the settings that this version has."""
+  hints = typing.get_type_hints(kind)
+  if kind is Config and values["method"]["name"] in methods.names():
+    hints["method"] = methods.config_class(values["method"]["name"])
+  elif kind is Config:  # a method of another version
+    del hints["method"]
+  return {
+    name: _known(value, hints[name])
+    if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
+    else value
+    for name, value in values.items()
+    if name in hints
+  }
+
+
+def _require_scores(result: Mapping[str, Any]) -> None:
+  """Refuses scores that are not those of the result's own accuracy matrix."""
+  tasks, rows = len(result["task_names"]), result["accuracy"]
+  n_test = np.array(result["n_test"], int)
+  fit = len(n_test) == tasks and [len(row) for row in rows] == [tasks] * tasks
+  _require(fit and tasks > 0, result, "accuracy", f"of {tasks} tasks, as task_names and n_test")
+  accuracy, lower = np.array(rows, float), np.tri(tasks, dtype=bool)
+  fit = np.all((accuracy[lower] >= 0) & (accuracy[lower] <= 1)) and np.isnan(accuracy[~lower]).all()
+  correct = np.where(lower & fit, accuracy, 0) * n_test
+  whole = np.allclose(correct, np.rint(correct), rtol=0, atol=1e-4)
+  allowed = "shares of whole images of n_test, null above the diagonal"
+  _require(bool(fit and whole), result, "accuracy", allowed)
+  expected = metrics.summarise(np.rint(correct).astype(int), n_test)
+  for name in SCORES:
+    there, right = (np.array(values[name], float) for values in (result, expected))
+    same = np.allclose(there, right, rtol=0, atol=1e-6, equal_nan=True)
+    _require(same, result, name, f"{expected[name]}, as its accuracy matrix says")
+
+
+def _require_facts(result: Mapping[str, Any]) -> None:
+  """Refuses values of the facts that the method declares which are not of their kinds."""
+  numbers: Any = [(int, float, None)]
+  for fact in methods.reports(result["method"]):
+    kind = (numbers, [numbers]) if fact.kind is list else (fact.kind, None)
+    values = result.get(fact.field)
+    if values is not None:
+      ok = fits(values, kind if fact.is_final else [kind])
+      ok = ok and (fact.is_final or len(values) == len(result["task_names"]))
+      _require(ok, result, fact.field, f"{fact.name} of each task, as the method declares")
 
 
 def upgrade(result: Mapping[str, Any]) -> dict[str, Any]:

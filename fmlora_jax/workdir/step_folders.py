@@ -2,14 +2,18 @@
 
 import itertools
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Collection
 
+from fmlora_jax.cli.text import printable
 from fmlora_jax.distributed import hosts
 from fmlora_jax.workdir import files
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # suffix of folders that orbax has not finished
 AGAIN, BEFORE = ".again", ".before"  # suffixes of the new and old folder of a step saved twice
+UNUSABLE = ".unusable"  # suffix of what is set aside, perhaps with hyphens
+STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 
 
 class StepFolders:
@@ -34,7 +38,7 @@ class StepFolders:
 
   def steps(self) -> list[int]:
     """Returns the steps that have a folder, ascending."""
-    return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in self._folder.iterdir() if _is_of_step(path, ""))
 
   def replace(self, step: int, new: pathlib.Path) -> None:
     """Gives a step the folder `new` in place of its old one, if it has one."""
@@ -50,31 +54,47 @@ class StepFolders:
     self._drop(path.with_name(f"{step}{BEFORE}"))
 
   def clean_up(self) -> None:
-    """Deletes unfinished checkpoints and completes a replacement that was interrupted."""
+    """Deletes unfinished checkpoints and completes a replacement that was interrupted.
+
+    What no run wrote is set aside.
+    """
     hosts.gather("")
     if hosts.is_first():
-      for before in sorted(self._folder.glob(f"*{BEFORE}")):
-        step = int(before.name.removesuffix(BEFORE))
-        if self.path(step).exists():
+      for before in self._ending_in(BEFORE):
+        path, again = (before.with_suffix(suffix) for suffix in ("", AGAIN))
+        if path.exists():
           self._drop(before)
+        elif again.exists():
+          self._finish_replacement(int(path.name))
         else:
-          self._finish_replacement(step)
+          before.rename(path)
     for suffix, state in ((AGAIN, "verified"), (TEMPORARY, "finished")):
-      for path in sorted(self._folder.glob(f"*{suffix}")):
+      for path in self._ending_in(suffix):
         name = path.name.removesuffix(TEMPORARY)
         self._note(f"checkpoint {name} was not {state}: dropped")
         self._drop(path)
+    if hosts.is_first():
+      for path in sorted(self._folder.iterdir()):
+        is_known = UNUSABLE in path.name or path.name.startswith(".")
+        if not (is_known or _is_of_step(path, "")):
+          self._rename(path, f"{printable(str(path))} is no checkpoint")
     hosts.gather("")
 
   def set_aside(self, step: int, reason: str) -> None:
     """Renames an unusable checkpoint, which is then no step any more."""
-    targets = (self._folder / f"{step}.unusable{'-' * i}" for i in itertools.count())
-    target = next(path for path in targets if not path.exists())
-    hosts.gather("")  # all have seen the same names
-    if hosts.is_first():
-      self.path(step).rename(target)
-    self._note(f"{reason}; set aside as {target.name}")
     hosts.gather("")
+    if hosts.is_first():
+      self._rename(self.path(step), reason)
+    hosts.gather("")
+
+  def _ending_in(self, suffix: str) -> list[pathlib.Path]:
+    return sorted(path for path in self._folder.iterdir() if _is_of_step(path, suffix))
+
+  def _rename(self, path: pathlib.Path, reason: str) -> None:
+    names = (f"{path.name[:50]}{UNUSABLE}{'-' * i}" for i in itertools.count())
+    target = next(target for target in map(self._folder.joinpath, names) if not target.exists())
+    path.rename(target)
+    self._note(f"{reason}; set aside as {printable(target.name)}")
 
   def drop_all_but(self, steps: Collection[int]) -> None:
     """Deletes the folders of all other steps."""
@@ -85,3 +105,11 @@ class StepFolders:
   def _drop(self, path: pathlib.Path) -> None:
     if hosts.is_first():
       shutil.rmtree(path)
+
+
+def _is_of_step(path: pathlib.Path, suffix: str) -> bool:
+  """Returns whether this is a folder that is named by a step and then `suffix`."""
+  name = path.name.removesuffix(suffix)
+  if suffix == TEMPORARY:  # orbax's, also of a step that is saved again
+    name = name.removesuffix(AGAIN)
+  return path.name.endswith(suffix) and bool(STEP.fullmatch(name)) and path.is_dir()

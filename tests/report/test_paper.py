@@ -485,8 +485,8 @@ def test_a_page_replaces_no_file_of_others(tmp_path):
   for name, message in (
     ("x.pdf", "must end in .html"),
     ("mine.html", "must not be a file of another program"),
-    ("folder.html", "is a folder, must be a file"),
-    ("no/x.html", "there is no folder"),
+    ("folder.html", "must be a file or new"),
+    ("no/x.html", "in a folder that exists"),
   ):
     assert message in refusal(tmp_path / "run", paper=True, html=str(tmp_path / name))
   assert "needs --paper" in refusal(tmp_path / "run", html=str(tmp_path / "x.html"))

@@ -273,6 +273,16 @@ def test_paths_without_a_result_are_refused(tmp_path):
     load([tmp_path])
 
 
+def test_an_unreadable_result_that_is_named_is_left_out_beside_others(tmp_path):
+  save(tmp_path / "good", result())
+  save(tmp_path / "bad", result() | {"acc": 100.0})
+  (good,), (note,) = load([tmp_path / "bad", tmp_path / "good"])
+  assert good["acc"] == result()["acc"]
+  assert note.startswith(f"left out: {tmp_path / 'bad' / 'result.json'}: acc is 100.0: must be ")
+  with pytest.raises(ValueError, match=r"^.*bad/result.json: acc is 100.0"):
+    load([tmp_path / "bad"])
+
+
 def test_the_command_prints_a_table_markdown_and_a_picture(tmp_path):
   save(tmp_path / "run", result())
   table = run_report(tmp_path)
@@ -292,7 +302,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
   assert "no RUN given" in refusal()
   assert "must end in .png" in refusal(tmp_path, plot="x.pdf")
-  assert "there is no folder '/no'" in refusal(tmp_path, plot="/no/x.png")
+  assert "in a folder that exists, /no does not" in refusal(tmp_path, plot="/no/x.png")
 
 
 def test_pictures_need_no_pyplot():
@@ -330,6 +340,16 @@ def test_pictures_show_the_names_of_tasks(monkeypatch, tasks):
   assert below == (labels if tasks == 5 else [str(i + 1) for i in range(tasks)])
   assert (labels == [label.get_text() for label in one.get_xticklabels()]) == (tasks == 5)
   assert not any("n0" in label.get_text() for label in two.get_xticklabels())
+
+
+def test_a_picture_replaces_a_link_and_never_what_it_leads_to(tmp_path):
+  (tmp_path / "plots").mkdir()
+  (tmp_path / "mine.png").write_text("mine")
+  (tmp_path / "plots" / "accuracy_matrix.png").symlink_to(tmp_path / "mine.png")
+  path, _ = plots.write_plots(result("l2p", ranks=None), tmp_path)
+  assert (tmp_path / "mine.png").read_text() == "mine"
+  assert not path.is_symlink() and imread(path).size
+  assert len(list(path.parent.iterdir())) == 2  # and no draft
 
 
 def test_a_run_without_ranks_gets_the_pictures_that_it_can(tmp_path):

@@ -341,7 +341,7 @@ def test_nothing_but_broken_files_is_refused(tmp_path):
   (tmp_path / "dog").mkdir()
   (tmp_path / "dog" / "x.png").touch()
   message = refusal(tmp_path, broken_files="skip")
-  assert "1 of 1 images can't be used; repair or remove them:" in message
+  assert "1 of 1 images can't be used; repair or move them away:" in message
 
 
 def test_a_file_that_changes_during_the_run_is_named(tmp_path):

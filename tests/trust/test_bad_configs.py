@@ -81,6 +81,8 @@ BAD = [  # (values, the key that the message begins with, what is allowed)
   ({"tasks": {"benchmark": "domainnet", "domains": ("..",)}}, "config.tasks.domains", "one of cl"),
   ({"tasks": {"data_dir": "a\nb"}}, "config.tasks.data_dir", "printable characters"),
   ({"tasks": {"task_file": "a\0b"}}, "config.tasks.task_file", "printable characters"),
+  ({"tasks": {"data_dir": "y" * 300}}, "config.tasks.data_dir", "names of at most 255"),
+  ({"weights": {"path": "y/" * 2500}}, "config.weights.path", "at most 4096 bytes"),
 ]
 
 

@@ -12,15 +12,56 @@ import stopping
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment.run import run
 from fmlora_jax.models.weights import registry
-from fmlora_jax.workdir import log
+from fmlora_jax.workdir import lock, log
+from fmlora_jax.workdir.checkpoint import CheckpointStore
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(tmp_path, monkeypatch):
-  settings = stopping.settings(method={"name": "linear_probe"})
-  whole, workdir = tmp_path / "whole", tmp_path / "run"
-  expected = run(settings, whole)
+SETTINGS = stopping.settings(method={"name": "linear_probe"}, checkpoint={"every_steps": 4})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(workdir, result) of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  return workdir, run(SETTINGS, workdir)
+
+
+def assert_same(finished, workdir, result):
+  whole, expected = finished
+  for name in stopping.SAME:
+    assert result.get(name) == expected.get(name), name
+  assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("owner, name", [(log.RunLog, "scalars"), (CheckpointStore, "_save")])
+@pytest.mark.parametrize("renamed", [False, True], ids=["lock removed", "folder renamed"])
+def test_a_run_that_lost_its_lock_writes_no_more_and_another_ends_the_same(
+  finished, tmp_path, monkeypatch, owner, name, renamed
+):
+  workdir, original, calls, results = tmp_path / "run", getattr(owner, name), [], []
+  elsewhere = tmp_path / "elsewhere" if renamed else workdir
+
+  def then_lose(self, *arguments):
+    calls.append(name)
+    original(self, *arguments)
+    if len(calls) == 3:
+      workdir.rename(elsewhere) if renamed else (workdir / lock.FILE).unlink()
+      if not renamed:
+        results.append(run(SETTINGS, workdir))
+
+  monkeypatch.setattr(owner, name, then_lose)
+  with pytest.raises(ConfigError, match=f"^workdir {workdir} is not this run's any more"):
+    run(SETTINGS, workdir)
+  assert workdir.exists() is not renamed
+  assert_same(finished, elsewhere, results[0] if results else run(SETTINGS, elsewhere))
+
+
+def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(
+  finished, tmp_path, monkeypatch
+):
+  settings, workdir = SETTINGS, tmp_path / "run"
   scalars, load, took = log.RunLog.scalars, registry.load, []
 
   def nothing(*arguments):
@@ -38,9 +79,7 @@ def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(tmp_
 
   monkeypatch.setattr(log.RunLog, "scalars", then_start_another)
   result = run(settings, workdir)
-  for name in stopping.SAME:
-    assert result.get(name) == expected.get(name), name
-  assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+  assert_same(finished, workdir, result)
   print(f"{len(took)}/10 second runs refused, the slowest in {1e3 * max(took):.1f} ms")
   assert len(took) == 10 and max(took) < 5
 

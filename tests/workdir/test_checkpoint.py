@@ -155,6 +155,65 @@ def test_a_kill_while_a_step_is_replaced_does_no_harm(tmp_path, monkeypatch, ren
   assert left(tmp_path) == ["3"]
 
 
+JUNK = [  # folders, then files
+  *("0999", "\u0663", "x.before", "x.again", "9" * 23, "x.orbax-checkpoint-tmp", "y" * 250),
+  *("17", "notes.txt", "9.orbax-checkpoint-tmp", "7.again", "5.before"),
+]
+
+
+def test_what_no_run_wrote_is_set_aside_and_nothing_of_it_lost(tmp_path):
+  store(tmp_path).save(3, snapshot(1.0), keep=True)
+  for name in JUNK[:7]:
+    (tmp_path / "checkpoints" / name).mkdir()
+  for name in JUNK[7:]:
+    (tmp_path / "checkpoints" / name).write_text(name)
+  (tmp_path / "checkpoints" / ".DS_Store").touch()
+  notes = []
+  opened = store(tmp_path, note=notes.append)
+  assert float(opened.latest().arrays["shared/x"][0]) == 1.0
+  assert left(tmp_path) == sorted([".DS_Store", "3", *(f"{name[:50]}.unusable" for name in JUNK)])
+  assert len(notes) == len(JUNK) and all("is no checkpoint; set aside as " in x for x in notes)
+  opened.save(17, snapshot(2.0), keep=False)
+  assert float(store(tmp_path).latest().arrays["shared/x"][0]) == 2.0
+
+
+def test_an_old_folder_of_a_step_that_lost_its_new_one_is_the_step_again(tmp_path):
+  store(tmp_path).save(3, snapshot(1.0), keep=True)
+  (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "3.before")
+  assert float(store(tmp_path).latest().arrays["shared/x"][0]) == 1.0
+  assert left(tmp_path) == ["3"]
+
+
+@pytest.mark.parametrize("moment", ["before", "in"])
+def test_nothing_is_saved_where_the_lock_is_lost(tmp_path, monkeypatch, moment):
+  held = [moment == "in"]
+
+  def require_held():
+    if not held[0]:
+      raise ConfigError("lost")
+
+  def taken(*arguments, **options):
+    held[0] = False
+    raise FileNotFoundError
+
+  opened = store(tmp_path, require_held=require_held)
+  monkeypatch.setattr(checkpoint.ocp, "save", taken)
+  with pytest.raises(ConfigError, match="lost"):
+    opened.save(3, snapshot(), keep=False)
+  assert left(tmp_path) == []
+
+
+def test_a_folder_that_became_read_only_is_one_line_before_orbax_begins(tmp_path, monkeypatch):
+  def refuse(*arguments, **options):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  opened = store(tmp_path)
+  monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
+  with pytest.raises(ConfigError, match=r"can't be written \(Read-only file system\): mend that"):
+    opened.save(3, snapshot(), keep=False)
+  assert left(tmp_path) == []
+
+
 def test_what_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
   opened = store(tmp_path)
   opened.save(3, snapshot(1.0), keep=False)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fmlora_jax.cli import outputs
 from fmlora_jax.config import ConfigError
 from fmlora_jax.workdir import files, identity
 
@@ -95,10 +96,30 @@ def test_a_folder_that_no_run_made_is_refused_untouched(tmp_path):
     identity.check_folder(tmp_path)
 
 
-def test_a_damaged_config_is_refused_in_one_line(tmp_path):
-  (tmp_path / "config.json").write_text('{"config": ')
-  with pytest.raises(ConfigError, match=r"config\.json can't be read .*choose another --workdir"):
+@pytest.mark.parametrize(
+  "text",
+  [
+    *('{"config": ', "", "[]", "5", "null", "{}", "[" * 100_000, "\udcff"),
+    *('{"config": 5}', '{"config": {}}', '{"config": [], "weights_sha256": "ab"}'),
+    *('{"config": {"optim": 5}, "weights_sha256": "ab"}',),
+  ],
+)
+def test_a_damaged_config_is_refused_in_one_line_and_left_alone(tmp_path, text):
+  (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+  before = (tmp_path / "config.json").read_bytes()
+  message = r"config\.json can't be read \(.*\): must be as the run wrote it; put back a copy"
+  with pytest.raises(ConfigError, match=message) as error:
     identity.claim_workdir(tmp_path, IDENTITY)
+  assert "\n" not in str(error.value) and (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "checkpoints", "plots"])
+def test_a_folder_in_the_place_of_a_file_is_refused_and_the_reverse(tmp_path, name):
+  identity.claim_workdir(tmp_path / "run", IDENTITY)
+  path, kind = tmp_path / "run" / name, "file" if "." in name else "folder"
+  path.mkdir() if kind == "file" else path.touch()
+  with pytest.raises(ConfigError, match=f"{name} is no {kind}: must be one; move it away"):
+    identity.check_folder(tmp_path / "run")
 
 
 def old_and_new(old_file=None, new_file=None):
@@ -120,8 +141,29 @@ def test_tasks_from_a_file_are_not_taken_for_those_of_an_earlier_version(files_r
   assert identity.changes(*old_and_new(*files_read)) == ["task_file_sha256: '12' there, '34' now"]
 
 
-def test_a_link_in_a_workdir_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["checkpoints", "plots/x.png", "checkpoints/20/state", "events/a"])
+def test_a_link_below_a_workdir_is_refused(tmp_path, name):
   identity.claim_workdir(tmp_path / "run", IDENTITY)
-  (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
-  with pytest.raises(ConfigError, match="holds the link 'checkpoints': must hold plain files"):
+  link = tmp_path / "run" / name
+  link.parent.mkdir(parents=True, exist_ok=True)
+  link.symlink_to(tmp_path)
+  with pytest.raises(ConfigError, match=f"holds the link '{name}': must hold plain files"):
     identity.claim_workdir(tmp_path / "run", IDENTITY)
+
+
+def test_a_finished_run_may_be_where_nothing_can_be_written(tmp_path, monkeypatch):
+  identity.claim_workdir(tmp_path, IDENTITY)
+  monkeypatch.setattr(outputs, "_write_error", lambda folder: f"{folder} can't be written (why)")
+  with pytest.raises(ConfigError, match=r"must be writable, .* can't be written \(why\)"):
+    identity.check_folder(tmp_path)
+  (tmp_path / "result.json").touch()
+  assert identity.check_folder(tmp_path)
+
+
+def test_the_result_of_another_run_is_refused(tmp_path):
+  now = IDENTITY | {"n_test": [4, 5]}
+  result = now | {"weights": {"sha256": "ab"}}
+  identity.require_result(tmp_path, result, now)
+  for name, value in (("weights", {"sha256": "cd"}), ("n_test", [4, 6]), ("config", {"seed": 2})):
+    with pytest.raises(ConfigError, match="is the result of another run .*: must be this run's"):
+      identity.require_result(tmp_path, result | {name: value}, now)

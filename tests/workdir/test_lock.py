@@ -101,6 +101,36 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, caplog):
   )
 
 
+def lose(folder):
+  (folder / lock.FILE).unlink()
+
+
+def exchange(folder):
+  lose(folder)
+  (folder / lock.FILE).touch()
+
+
+def rename(folder):
+  folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("change", [lose, exchange, rename])
+def test_a_lock_that_is_lost_is_noticed_and_what_is_there_left_alone(tmp_path, change):
+  folder = tmp_path / "run"
+  with pytest.raises(ConfigError) as lost, lock.hold_lock(folder) as require_held:
+    require_held()
+    change(folder)
+    require_held()
+  assert f"workdir {folder} is not this run's any more" in str(lost.value)
+  assert [path.name for path in folder.glob("*")] == [lock.FILE] * (change is exchange)
+
+
+def test_a_folder_in_the_place_of_the_lock_is_one_line(tmp_path):
+  (tmp_path / lock.FILE).mkdir()
+  with pytest.raises(ConfigError, match=r"\.lock is a folder or device: must be a file"):
+    lock.hold_lock(tmp_path).__enter__()
+
+
 def test_a_link_is_not_followed(tmp_path):
   (tmp_path / "mine").write_text("important")
   (tmp_path / "run").mkdir()

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import re
 import struct
 import types
@@ -123,6 +124,72 @@ def test_what_was_said_of_a_tasks_end_is_said_once_if_it_comes_again(tmp_path):
     log.scalars(0, 1, {"test/task_1": 1})
     log.truncate(1, 2)  # resumed after task 0
     assert [line["name"] for line in lines_of(tmp_path)] == ["train/loss", "test/task_1"]
+
+
+def logged(workdir):
+  """Logs five lines; returns what a checkpoint notes of them."""
+  with writer.open_run(workdir, console=plain_console()) as log:
+    for step in range(5):
+      log.scalars(0, step, {"train/loss": step})
+    return log.sync()
+
+
+def cut(lines):
+  return b"".join(lines[:3])
+
+
+def empty(lines):
+  return b""
+
+
+def garble(lines):
+  return b"".join([lines[0], b"\xff\x00?\n", *lines[2:]])
+
+
+def edit(lines):
+  return b"".join(lines).replace(b'"value": 3', b'"value": 7')
+
+
+@pytest.mark.parametrize(
+  ("change", "what"),
+  [
+    (cut, "2 of 5 lines are missing"),
+    (empty, "5 of 5 lines are missing"),
+    (garble, "1 of 5 lines are missing"),
+    (edit, "lines were changed"),
+  ],
+)
+def test_what_the_log_lost_between_sessions_is_said_and_what_is_left_kept(tmp_path, change, what):
+  saved, path = logged(tmp_path), tmp_path / "metrics.jsonl"
+  path.write_bytes(change(path.read_bytes().splitlines(keepends=True)))
+  found = path.read_bytes()
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 5, saved)
+  line = shown(log)
+  assert line.startswith(f"warning    {path} is not what it was at the checkpoint, {what}: ")
+  kept = [one.read_bytes() for one in tmp_path.glob("metrics.jsonl.*.unusable")]
+  assert kept == ([found] if found else []) and line.count("\n") == 1
+
+
+def test_lines_after_the_checkpoint_are_no_loss(tmp_path):
+  saved, path = logged(tmp_path), tmp_path / "metrics.jsonl"
+  before = path.read_bytes()
+  path.write_bytes(before + b'{"task": 0, "step": 5, "name": "train/loss", "value": 1.0}\n{"ta')
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 5, saved)
+  assert not shown(log) and path.read_bytes() == before
+  path.unlink()
+  with writer.open_run(tmp_path, console=plain_console()) as log:
+    log.truncate(0, 5, saved)
+  assert "5 of 5 lines are missing" in shown(log)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypatch):
+  synced = []
+  name = "/proc/self/fd/{}".format
+  monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(name(file))))
+  saved = logged(tmp_path)
+  assert {str(tmp_path / "metrics.jsonl"), str(tmp_path)} <= {*synced} and saved["lines"] == 5
 
 
 def test_a_fresh_run_drops_the_log_of_another(tmp_path):

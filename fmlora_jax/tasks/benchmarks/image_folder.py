@@ -223,7 +223,7 @@ def _refuse_gaps(
     raise _refusal(
       root,
       f"no image in folder {_listed(gaps)}: each class needs some in every split and domain; "
-      "add them, or remove the class everywhere",
+      "add them, or move the class out of all of them",
     )
 
 
@@ -281,7 +281,7 @@ def _check(
       reasons[MAX_LISTED:] = [f"  and {len(reasons) - MAX_LISTED} more"]
     count = f"{len(bad)} of {len(files)} images can't be used"
     if not (skip and good):
-      fix = "repair or remove them" + (", or set config.tasks.broken_files to skip" * (not skip))
+      fix = "repair or move them away" + (", or set config.tasks.broken_files to skip" * (not skip))
       raise _refusal(reader.root, "\n".join([f"{count}; {fix}:", *reasons]))
     _log.warning("%s: %s, skipped:\n%s", reader.root, count, "\n".join(reasons))
   return good

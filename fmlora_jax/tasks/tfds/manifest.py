@@ -59,8 +59,8 @@ class Manifest:
     if facts and any(digests[name] != digest for name, digest in facts["sha256"].items()):
       raise ConfigError(
         f"{files.split} in {str(self._root)!r} has other labels, images or order than when first "
-        f"used ({first_change(files, stored, index)}): prepare it again, or remove "
-        f"{self._path.name} there if this was meant"
+        f"used ({first_change(files, stored, index)}): prepare it again, or move "
+        f"{self._path.name} there away if this was meant"
       )
     self._facts["splits"][split] = {
       "num": len(index.labels),
@@ -88,8 +88,8 @@ class Manifest:
     elif stored != facts:
       raise ConfigError(
         f"config.tasks.split is {rule!r}: its split of {self._builder} has changed; "
-        f"{self._path.name} in {str(self._root)!r} says {stored}, now it is {facts}; remove that "
-        "file if this was meant"
+        f"{self._path.name} in {str(self._root)!r} says {stored}, now it is {facts}; move that "
+        "file away if this was meant"
       )
 
   def _read(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Manifest:
       rules = facts.get("split_rules", facts.pop("cuts", {}))  # earlier versions called them cuts
       return {**facts, "splits": dict(facts["splits"]), "split_rules": dict(rules)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ConfigError(f"{self._path} can't be read ({error}): remove it") from None
+      raise ConfigError(f"{self._path} can't be read ({error}): move it away") from None
 
   def _write_facts(self) -> None:
     self._write(self._path, json.dumps(self._facts, indent=1, sort_keys=True).encode())

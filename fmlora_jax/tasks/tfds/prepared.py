@@ -117,8 +117,8 @@ class PreparedSplit:
       image = images.decode(io.BytesIO(content))
     except images.BrokenImage as error:
       raise ConfigError(
-        f"{self.files.shown(position)} can't be used: {error}; remove the folder of "
-        f"{self.name.split()[0]} and prepare it again"
+        f"{self.files.shown(position)} can't be used: {error}; move the folder of "
+        f"{self.name.split()[0]} away and prepare it again"
       ) from error
     return np.asarray(images.resize_shorter_side(image, side))
 
@@ -200,8 +200,8 @@ class PreparedData:
     paths = tuple(pathlib.Path(path) for path in splits[name].filepaths)
     if missing := [path.name for path in paths if not path.is_file()]:
       raise ConfigError(
-        f"{self.name} in {str(self._root)!r} lacks {', '.join(missing[:MAX_LISTED])}: remove "
-        f"{str(self.builder.data_path)!r} and prepare it again"
+        f"{self.name} in {str(self._root)!r} lacks {', '.join(missing[:MAX_LISTED])}: move "
+        f"{str(self.builder.data_path)!r} away and prepare it again"
       )
     lengths = tuple(splits[name].shard_lengths)
     return index.SplitFiles(split=f"{self.name} {name}", paths=paths, lengths=lengths)
@@ -225,5 +225,5 @@ class PreparedData:
     names = ", ".join(path.name for path in files.paths[:MAX_LISTED])
     return ConfigError(
       f"{files.split} in {str(self._root)!r} can't be read ({' '.join(str(reason).split())}), of "
-      f"{names}: remove {str(self.builder.data_path)!r} and prepare it again"
+      f"{names}: move {str(self.builder.data_path)!r} away and prepare it again"
     )

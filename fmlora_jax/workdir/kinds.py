@@ -1,0 +1,30 @@
+"""Kinds of JSON values, and the check that a value is of its kind.
+
+A kind is a type, None, [kind] for a list, {name: kind} for an object that has these names and
+perhaps more, {...: kind} for the values of all its names, or a tuple of kinds of which one fits.
+"""
+
+import math
+from typing import Any
+
+LARGEST = 2**53  # of a whole number that a float holds
+
+
+def fits(value: Any, kind: Any) -> bool:
+  """Returns whether a value is of a kind; an int is a float, a bool is no int."""
+  if isinstance(kind, tuple):
+    return any(fits(value, one) for one in kind)
+  if isinstance(kind, list):
+    return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+  if isinstance(kind, dict):
+    named = {name: one for name, one in kind.items() if name is not ...}
+    return (
+      isinstance(value, dict)
+      and all(name in value and fits(value[name], one) for name, one in named.items())
+      and all(fits(item, kind[...]) for item in value.values() if ... in kind)
+    )
+  if type(value) is int and kind in (int, float):
+    return abs(value) < LARGEST
+  if kind is float:
+    return type(value) is float and math.isfinite(value)
+  return value is None if kind is None else type(value) is kind
