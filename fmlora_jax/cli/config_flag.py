@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field
-from fmlora_jax.config.diff import differences
+from fmlora_jax.config.diff import differences, leaves, shallowest
 
 Changes = Iterable[tuple[str, str]]  # (FIELD, VALUE) of --config.FIELD=VALUE
 
@@ -42,9 +42,9 @@ def config_path(text: str | None) -> pathlib.Path:
   Raises:
     ConfigError: if it is not given or there is no such file.
   """
-  if not text:
+  if not (text or "").partition(":")[0]:
     raise ConfigError("--config is missing: name a config file, as in --config=digits")
-  name = text.partition(":")[0]
+  name = str(text).partition(":")[0]
   path, files = pathlib.Path(name).expanduser(), shipped()
   if path.suffix in (".py", ".json") and path.is_file():
     return path
@@ -196,11 +196,17 @@ def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:
 def _field_type(values: ml_collections.ConfigDict, field: str) -> type:
   """Returns the type of a field such as "optim.name"; refuses what is not a field."""
   *groups, name = field.split(".")
+  if field in ("method", "method.name"):
+    raise ConfigError(
+      f"--config.{field}: a method is named by the file's variant, --config=FILE:method=NAME, as "
+      f"it decides about other settings; NAME is one of {', '.join(methods.names())}"
+    )
   group = values
   for i, part in enumerate((*groups, name)):
     if not isinstance(group, ml_collections.ConfigDict) or part not in group:
       known = list(group) if isinstance(group, ml_collections.ConfigDict) else []
-      hint = _field_hint(field, part, known, in_method=i == 1 and groups[0] == "method")
+      paths = [path for path, _ in leaves(values.to_dict()) if path != "method.name"]
+      hint = _field_hint(part, known, paths, in_method=i == 1 and groups[0] == "method")
       raise ConfigError(f"--config.{field}: {part!r} is not a field{hint}")
     parent, group = group, group[part]
   if isinstance(group, ml_collections.ConfigDict):
@@ -211,7 +217,18 @@ def _field_type(values: ml_collections.ConfigDict, field: str) -> type:
   return parent.get_type(name)
 
 
-def _field_hint(field: str, part: str, known: list[str], *, in_method: bool) -> str:
+def _field_hint(part: str, known: list[str], paths: list[str], *, in_method: bool) -> str:
+  """Returns what may have been meant.
+
+  Args:
+    part: that is no field.
+    known: fields of its group.
+    paths: of all fields.
+    in_method: whether the group is the method's.
+  """
+  elsewhere = shallowest(path for path in paths if path.rpartition(".")[2] == part)
+  if elsewhere and not in_method:
+    return f"; did you mean --config.{' or --config.'.join(elsewhere)}?"
   if near := difflib.get_close_matches(part, known, n=1):
     return f"; did you mean {near[0]!r}?"
   if in_method:
