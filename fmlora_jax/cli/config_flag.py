@@ -9,7 +9,7 @@ import pathlib
 import re
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files
-from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field, raise_problems
 from fmlora_jax.config.diff import differences, leaves, shallowest
 
 Changes = Iterable[tuple[str, str]]  # (FIELD, VALUE) of --config.FIELD=VALUE
@@ -181,16 +181,25 @@ def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:
   texts: dict[str, list[str]] = {}
   for field, text in changes:
     texts.setdefault(field, []).append(text)
+  problems = []
   for field, given in texts.items():
-    kind = _field_type(values, field)
-    argv = ["", *(f"--config.{field}={text}" for text in given)]
-    parsed = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
     try:
-      parsed(argv)
-    except (flags.Error, ValueError, TypeError, SyntaxError):
-      allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
-      raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
+      _set_field(values, field, given)
+    except ConfigError as error:
+      problems.append(str(error))
+  raise_problems(problems)
+
+
+def _set_field(values: ml_collections.ConfigDict, field: str, given: Sequence[str]) -> None:
+  kind = _field_type(values, field)
+  argv = ["", *(f"--config.{field}={text}" for text in given)]
+  parsed = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
+  try:
+    parsed(argv)
+  except (flags.Error, ValueError, TypeError, SyntaxError):
+    allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
+    raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
 
 
 def _field_type(values: ml_collections.ConfigDict, field: str) -> type:
