@@ -10,7 +10,8 @@ FILE:method=NAME; --config.FIELD=VALUE is for all methods.
 
 Each run has the folder DIR/METHOD/SEED, which `main` and `report` take too. The same command again
 continues: finished runs are read, the one that was interrupted resumes at its checkpoint. A run
-that is refused or diverges is one line, the others go on, and the exit code is 1. The table is
+that is refused or diverges is one line, the others go on, and the exit code is 1; it is 2 if none
+is left. The table is
 written to DIR/compare.md and the accuracies over tasks to DIR/compare.png.
 
 Examples:
@@ -53,13 +54,16 @@ def main(arguments: Arguments) -> None:
   choices, seeds = methods_flag.parse_methods(options.methods), dict.fromkeys(options.seeds)
   planned = comparison.plan(options.config, changes, choices, [*map(int, seeds)], folder)
   program.write_lines(comparison.listing(planned, folder))
+  if all(run.problem for run in planned):
+    errors.fail(f"all {len(planned)} runs are left out: {planned[0].problem}")
   if any(run.state != "finished" for run in planned):
     outputs.require_folder("--workdir", folder)
   if options.dry_run:
     return
   program.enable_compilation_cache()
   if missing := comparison.compare(planned, folder, debug=options.debug):
-    errors.fail(f"{missing} of {len(planned)} runs are left out", code=1)
+    left_out = f"{missing} of {len(planned)} runs are left out"
+    errors.fail(left_out, code=2 if missing == len(planned) else 1)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_a_comparison_goes_on_where_it_was_and_says_what_it_left_out(tmp_path):
 
   changes = ("--config.batch_size=128", f"--workdir={folder}")
   other = call(*SMALL, "--methods=linear_probe", *changes, cwd=tmp_path)
-  assert other.returncode == 1
+  assert other.returncode == 2
   assert "config.batch_size: 256 there, 128 now" in other.stdout
   assert other.stderr == "error: 2 of 2 runs are left out\n"
 
@@ -76,4 +76,11 @@ def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
   done = call(*arguments, cwd=tmp_path)
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_of_nothing_ends_with_code_2_before_work(tmp_path):
+  done = call(DIGITS, "--methods=linear_probe,finetune", "--config.epochs=0", cwd=tmp_path)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: all 6 runs are left out: config.epochs is 0: must be >= 1")
   assert not list(tmp_path.iterdir())

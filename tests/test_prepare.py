@@ -50,6 +50,16 @@ def test_missing_packages_are_named_with_the_command(tmp_path):
   assert f"{sys.executable} -m pip install tensorflow-cpu opencv-python-headless" in last
 
 
+def test_weights_and_packages_that_are_missing_are_said_at_once(tmp_path):
+  done = call("cub200", f"--data_dir={tmp_path}", "--with_weights")
+  assert done.returncode == 2
+  first, weights, packages = done.stderr.splitlines()[-3:]
+  assert first == "error: 2 problems:" and "`hf download timm/vit_base_patch16" in weights
+  assert packages.startswith("  building needs tensorflow-cpu and opencv-python-headless")
+  done = call("cub200", f"--data_dir={tmp_path}", "--with_weights", "--dry_run")
+  assert done.stdout.startswith("weights augreg2_in21k_ft_in1k: would be downloaded\n")
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

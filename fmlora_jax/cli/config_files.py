@@ -122,15 +122,17 @@ def parse_variant(text: str | None, *known: str) -> dict[str, str]:
   """Returns {key: value} of a config file's argument such as "method=lora,tasks=10".
 
   Raises:
-    ConfigError: if a part has no "=", or a key that is not `known`.
+    ConfigError: if a part has no value, or a key that is not `known` or was there before.
   """
   chosen = {}
   for part in (text or "").split(","):
     key, equals, value = part.partition("=")
-    if part and not equals:
+    if part and not (equals and value):
       raise ConfigError(f"config variant {part!r}: must be key=value, as in method=lora,tasks=10")
     if part and key not in known:
       raise ConfigError(f"config variant {part!r}: the key must be one of {', '.join(known)}")
+    if key in chosen:
+      raise ConfigError(f"config variant {part!r}: {key} must be given once, is {chosen[key]} too")
     if part:
       chosen[key] = value
   return chosen

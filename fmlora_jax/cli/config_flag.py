@@ -9,7 +9,7 @@ import pathlib
 import re
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files
-from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field
-from fmlora_jax.config.diff import differences
+from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field, raise_problems
+from fmlora_jax.config.diff import differences, leaves, shallowest
 
 Changes = Iterable[tuple[str, str]]  # (FIELD, VALUE) of --config.FIELD=VALUE
 
@@ -42,9 +42,9 @@ def config_path(text: str | None) -> pathlib.Path:
   Raises:
     ConfigError: if it is not given or there is no such file.
   """
-  if not text:
+  if not (text or "").partition(":")[0]:
     raise ConfigError("--config is missing: name a config file, as in --config=digits")
-  name = text.partition(":")[0]
+  name = str(text).partition(":")[0]
   path, files = pathlib.Path(name).expanduser(), shipped()
   if path.suffix in (".py", ".json") and path.is_file():
     return path
@@ -181,26 +181,41 @@ def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:
   texts: dict[str, list[str]] = {}
   for field, text in changes:
     texts.setdefault(field, []).append(text)
+  problems = []
   for field, given in texts.items():
-    kind = _field_type(values, field)
-    argv = ["", *(f"--config.{field}={text}" for text in given)]
-    parsed = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
     try:
-      parsed(argv)
-    except (flags.Error, ValueError, TypeError, SyntaxError):
-      allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
-      raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
+      _set_field(values, field, given)
+    except ConfigError as error:
+      problems.append(str(error))
+  raise_problems(problems)
+
+
+def _set_field(values: ml_collections.ConfigDict, field: str, given: Sequence[str]) -> None:
+  kind = _field_type(values, field)
+  argv = ["", *(f"--config.{field}={text}" for text in given)]
+  parsed = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
+  try:
+    parsed(argv)
+  except (flags.Error, ValueError, TypeError, SyntaxError):
+    allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
+    raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
 
 
 def _field_type(values: ml_collections.ConfigDict, field: str) -> type:
   """Returns the type of a field such as "optim.name"; refuses what is not a field."""
   *groups, name = field.split(".")
+  if field in ("method", "method.name"):
+    raise ConfigError(
+      f"--config.{field}: a method is named by the file's variant, --config=FILE:method=NAME, as "
+      f"it decides about other settings; NAME is one of {', '.join(methods.names())}"
+    )
   group = values
   for i, part in enumerate((*groups, name)):
     if not isinstance(group, ml_collections.ConfigDict) or part not in group:
       known = list(group) if isinstance(group, ml_collections.ConfigDict) else []
-      hint = _field_hint(field, part, known, in_method=i == 1 and groups[0] == "method")
+      paths = [path for path, _ in leaves(values.to_dict()) if path != "method.name"]
+      hint = _field_hint(part, known, paths, in_method=i == 1 and groups[0] == "method")
       raise ConfigError(f"--config.{field}: {part!r} is not a field{hint}")
     parent, group = group, group[part]
   if isinstance(group, ml_collections.ConfigDict):
@@ -211,7 +226,18 @@ def _field_type(values: ml_collections.ConfigDict, field: str) -> type:
   return parent.get_type(name)
 
 
-def _field_hint(field: str, part: str, known: list[str], *, in_method: bool) -> str:
+def _field_hint(part: str, known: list[str], paths: list[str], *, in_method: bool) -> str:
+  """Returns what may have been meant.
+
+  Args:
+    part: that is no field.
+    known: fields of its group.
+    paths: of all fields.
+    in_method: whether the group is the method's.
+  """
+  elsewhere = shallowest(path for path in paths if path.rpartition(".")[2] == part)
+  if elsewhere and not in_method:
+    return f"; did you mean --config.{' or --config.'.join(elsewhere)}?"
   if near := difflib.get_close_matches(part, known, n=1):
     return f"; did you mean {near[0]!r}?"
   if in_method:

@@ -13,8 +13,10 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from fmlora_jax.config import ConfigError
+from fmlora_jax.config import ConfigError, ConfigErrors
 from fmlora_jax.distributed import hosts, stop
+
+MOST_LINES = 20
 
 
 @contextlib.contextmanager
@@ -43,7 +45,15 @@ def guard(*, debug: bool = False, workdir: str | None = None) -> Iterator[None]:
 
 
 def explain(error: Exception, workdir: str | None = None) -> str | None:
-  """Returns an error that a user may be able to fix as one line; None for a bug."""
+  """Returns an error that a user may be able to fix as one line, several as one each.
+
+  None for a bug.
+  """
+  if isinstance(error, ConfigErrors):
+    lines = [" ".join(problem.split()) for problem in error.problems]
+    if len(lines) >= MOST_LINES:
+      lines[MOST_LINES - 2 :] = [f"and {len(lines) - MOST_LINES + 2} more"]
+    return "\n  ".join([f"{len(error.problems)} problems:", *lines])
   message = " ".join(str(error).split())
   if isinstance(error, ConfigError):
     return message

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from fmlora_jax.config import ConfigError
+from fmlora_jax.config import Config, ConfigError
+from fmlora_jax.config.diff import leaves, shallowest
 
 WIDTH = 100  # columns of the help
 
@@ -74,7 +75,9 @@ def describe(values: flags.FlagValues) -> str:
     shown = f"--{name}" if flag.boolean else f"--{name}=VALUE"
     paragraphs.append((shown, f"{flag.help}{default}"))
     if name == "config":
-      paragraphs.append(("--config.FIELD=VALUE", "Change a setting (--list shows all)."))
+      paragraphs.append(
+        ("--config.FIELD=VALUE", "Change a setting (--list shows all); the last value counts.")
+      )
   indent = " " * 26
   return "\n".join(
     textwrap.fill(
@@ -100,9 +103,27 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Arguments:
   try:
     _, *words = values([argv[0], *others])
   except flags.Error as error:
-    raise ConfigError(" ".join(str(error).split())) from None
+    hint = ""
+    if isinstance(error, flags.UnrecognizedFlagError) and "workdir" in values:
+      hint = _setting_hint(error.flagname)
+    raise ConfigError(" ".join(str(error).split()) + hint) from None
+  for name in values:
+    if values[name].present > 1 and not values[name].boolean:
+      raise ConfigError(f"--{name} is given {values[name].present} times: must be given once")
   options = types.SimpleNamespace(**values.flag_values_dict())
   return Arguments(options=options, words=tuple(words), changes=tuple(changes))
+
+
+def _setting_hint(name: str) -> str:
+  """Returns how a setting is given that was given as a flag; nothing if there is none."""
+  if name in ("method", "tasks"):
+    return f"; in the config files that ship it is a variant, as in --config=FILE:{name}=VALUE"
+  from fmlora_jax import methods  # imports jax
+
+  settings = [Config(method=methods.config_class(method)()) for method in methods.names()]
+  paths = dict.fromkeys(path for one in settings for path, _ in leaves(dataclasses.asdict(one)))
+  named = shallowest(p for p in paths if p.rpartition(".")[2] == name and p != "method.name")
+  return f"; a setting is given as --config.{' or --config.'.join(named)}" if named else ""
 
 
 def _split_changes(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

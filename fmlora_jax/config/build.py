@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any, Literal, cast
 
-from fmlora_jax.config.checks import ConfigError
+from fmlora_jax.config.checks import ConfigError, problems_of, raise_problems
 from fmlora_jax.config.schema import MethodConfig
 
 
@@ -25,31 +25,57 @@ def build(
     method_config: the settings class of the method, which a MethodConfig field is built as.
 
   Raises:
-    ConfigError: on an unknown field (with the nearest known one), a wrong type or a value that the
-      dataclass refuses; the message starts with the field's full path.
+    ConfigError: on unknown fields (with the nearest known one), wrong types and values that a
+      dataclass refuses; each message starts with the field's full path.
   """
   hints: dict[str, Any] = typing.get_type_hints(cls)
   known = [field.name for field in dataclasses.fields(cls)]
-  filled = {}
+  filled, problems, made = {}, [], None
   for name, value in values.items():
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(known)}"
-      raise ConfigError(f"{path}.{name} is not a field{hint}")
-    kind = hints[name]
-    if dataclasses.is_dataclass(kind):
-      if not isinstance(value, dict):
-        raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
-      default = getattr(cls() if base is None else base, name)
-      if kind is MethodConfig and method_config is not None:
-        kind, default = method_config, None
-      filled[name] = build(cast(type, kind), value, f"{path}.{name}", default, method_config)
-    else:
-      filled[name] = _convert(kind, value, f"{path}.{name}")
+    try:
+      if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(known)}"
+        raise ConfigError(f"{path}.{name} is not a field{hint}")
+      kind = hints[name]
+      if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+          raise ConfigError(f"{path}.{name} is {value!r}: must be a group of fields")
+        default = getattr(cls() if base is None else base, name)
+        if kind is MethodConfig and method_config is not None:
+          kind, default = method_config, None
+        filled[name] = build(cast(type, kind), value, f"{path}.{name}", default, method_config)
+      else:
+        filled[name] = _convert(kind, value, f"{path}.{name}")
+    except ConfigError as error:
+      problems += problems_of(error)
   try:
-    return cls(**filled) if base is None else dataclasses.replace(base, **filled)
+    made = _with(cls, filled, base)
   except ConfigError as error:
-    raise ConfigError(f"{path}.{error}") from None
+    problems += _refused(cls, filled, base, path) or ([] if problems else [f"{path}.{error}"])
+  except TypeError:  # a field without a default is among the invalid ones
+    if not problems:
+      raise
+  raise_problems(problems)
+  return made
+
+
+def _with(cls: type, fields: dict[str, Any], base: Any) -> Any:
+  return cls(**fields) if base is None else dataclasses.replace(base, **fields)
+
+
+def _refused(cls: type, fields: dict[str, Any], base: Any, path: str) -> list[str]:
+  """Returns why each of these fields is refused by itself, where it is."""
+  problems = []
+  for name, value in fields.items():
+    try:
+      _with(cls, {name: value}, base)
+    except ConfigError as error:
+      if str(error).startswith(f"{name} is "):  # not of another, which needs this one
+        problems.append(f"{path}.{error}")
+    except TypeError:  # another field has no default
+      pass
+  return problems
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:

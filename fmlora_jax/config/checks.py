@@ -1,10 +1,36 @@
 """Checks of single settings, and the error of an invalid one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
 class ConfigError(ValueError):
   """An invalid setting. The message gives the field, its value, what is allowed, how to fix it."""
+
+
+class ConfigErrors(ConfigError):
+  """Several invalid settings or missing things at once.
+
+  Attributes:
+    problems: a line for each.
+  """
+
+  def __init__(self, problems: Sequence[str]):
+    super().__init__("; ".join(problems))
+    self.problems = tuple(problems)
+
+
+def problems_of(error: ConfigError) -> tuple[str, ...]:
+  """Returns a line for each problem."""
+  return error.problems if isinstance(error, ConfigErrors) else (str(error),)
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+  """Raises a ConfigError of all problems; none if there are none."""
+  if len(problems) == 1:
+    raise ConfigError(problems[0])
+  if problems:
+    raise ConfigErrors(problems)
 
 
 def require(ok: bool, field: str, value: Any, allowed: str) -> None:

@@ -1,6 +1,6 @@
 """Comparison of nested dicts, such as the configs in results and checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -21,3 +21,9 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
       yield from leaves(value, f"{path}.{name}" if path else name)
   else:
     yield path, tree
+
+
+def shallowest(paths: Iterable[str]) -> list[str]:
+  """Returns the paths within the fewest groups."""
+  found = [*paths]
+  return [path for path in found if path.count(".") == min(other.count(".") for other in found)]

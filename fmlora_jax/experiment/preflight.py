@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from fmlora_jax import methods, tasks
-from fmlora_jax.config import Config, ConfigError
+from fmlora_jax.config import Config, ConfigError, raise_problems
 from fmlora_jax.input import augment
 from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.models import vit
-from fmlora_jax.models.weights import registry
+from fmlora_jax.models.weights import download, registry
 from fmlora_jax.types import Backbone, SequenceSpec, Sizes
 
 
@@ -31,6 +31,29 @@ def check(config: Config, memory: int) -> None:
   sizes = registry.check(config.weights, config.input.image_size)
   if sizes is not None:
     _check_method(config, sizes, memory)
+
+
+def check_files(config: Config) -> None:
+  """Refuses a config whose data or weights are missing, with all that is and what gets it.
+
+  Weights that are the only thing that is missing may be downloaded.
+
+  Raises:
+    ConfigError: with a line for each.
+  """
+  data, weights = tasks.missing_data(config.tasks), registry.missing(config.weights)
+  if data or (weights and (config.weights.path is not None or not download.has_hub())):
+    if data and weights and config.weights.path is None and _is_prepared(config):
+      root = f" --data_dir={config.tasks.data_dir}" if config.tasks.data_dir else ""
+      both = f"fmlora_jax prepare {config.tasks.benchmark}{root} --with_weights"
+      weights[0] += f"; {both} gets them with the data"
+    raise_problems([*data, *weights])
+
+
+def _is_prepared(config: Config) -> bool:
+  """Returns whether the command `prepare` makes the benchmark."""
+  is_tfds = config.tasks.benchmark.startswith("tfds:")
+  return is_tfds or hasattr(tasks.find(config.tasks.benchmark), "BUILDERS")
 
 
 def _check_method(config: Config, sizes: Sizes, memory: int) -> None:

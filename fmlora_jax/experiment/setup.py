@@ -163,6 +163,7 @@ class SetupCache:
       ConfigError: if a setting or a file is invalid.
     """
     preflight.check(config, memory.host_memory())
+    preflight.check_files(config)
     mesh = mesh_lib.make_mesh(config.mesh.fsdp)
     with kind("weights"):
       weights, sizes, info = self._load_weights(config, mesh)

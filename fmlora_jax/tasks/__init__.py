@@ -22,7 +22,16 @@ from fmlora_jax.tasks.sequence import (
   report_copies,
 )
 
-__all__ = ["DataSource", "Task", "TaskSequence", "benchmark_names", "check", "make", "num_classes"]
+__all__ = [
+  "DataSource",
+  "Task",
+  "TaskSequence",
+  "benchmark_names",
+  "check",
+  "make",
+  "missing_data",
+  "num_classes",
+]
 
 
 def benchmark_names() -> list[str]:
@@ -82,6 +91,28 @@ def check(config: TasksConfig) -> None:
     check_divides(config.num_tasks, count, config.benchmark)
   if config.task_file is not None:
     task_file.load(config)
+
+
+def missing_data(config: TasksConfig) -> list[str]:
+  """Returns what is missing of the data, a line each, with what gets it; reads no image."""
+  module, root = find(config.benchmark), config.data_dir
+  names = [n for n in getattr(module, "BUILDERS", ()) if _is_wanted(n, config.domains)]
+  if config.benchmark.startswith("tfds:"):
+    names = [config.benchmark.removeprefix("tfds:")]
+  if names:
+    from fmlora_jax.tasks.tfds import prepared  # TFDS takes a second to import
+
+    return prepared.missing(names, prepared.data_root(root), config.benchmark)
+  if hasattr(module, "check_folder"):
+    try:
+      module.check_folder(root)
+    except ConfigError as error:
+      return [str(error)]
+  return []
+
+
+def _is_wanted(builder: str, domains: Sequence[str]) -> bool:
+  return not domains or builder.rpartition("/")[2] in domains
 
 
 def num_classes(benchmark: str) -> int | None:

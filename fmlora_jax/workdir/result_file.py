@@ -80,6 +80,8 @@ KINDS = {  # of each field's value, as of `kinds.fits`
   **{name: [str] for name in ("task_names", "caveats", "devices")},
   **dict.fromkeys((*SCORES, "fwt"), (float, None)),
   "accuracy": [[(float, None)]],
+  "class_names": (None, [str]),
+  "class_ranges": (None, [[int]]),
   "params": {"trained": int, "stored_per_task": [int], "stored_total": int},
   "protocol": (
     None,
@@ -95,6 +97,7 @@ KINDS = {  # of each field's value, as of `kinds.fits`
   "input": (None, {"mode": str, "workers": int}),
   "wall_seconds": {"total": float, ...: float},
   "versions": {...: str},
+  "environment": (None, {...: _LEAF}),
   "git_commit": (str, None),
   "config": {"method": {"name": str}, ...: _SETTING},
   "finished": bool,

@@ -167,6 +167,10 @@ def test_a_variant_is_read_as_pairs():
   assert config_files.parse_variant(None) == {}
   with pytest.raises(config.ConfigError, match="key=value"):
     config_files.parse_variant("lora")
+  with pytest.raises(config.ConfigError, match="'tasks=': must be key=value"):
+    config_files.parse_variant("tasks=", "tasks")
+  with pytest.raises(config.ConfigError, match="'tasks=5': tasks must be given once, is 2 too"):
+    config_files.parse_variant("tasks=2,tasks=5", "tasks")
   with pytest.raises(config.ConfigError, match="the key must be one of method"):
     config_files.parse_variant("metod=lora", "method")
 

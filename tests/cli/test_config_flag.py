@@ -99,6 +99,21 @@ def test_values_are_set_with_the_type_of_their_field():
   assert read("digits", [("seeds", "3"), ("seeds", "4")]).seeds == (3, 4)
 
 
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ([("method", "lora")], "--config.method: a method is named by .* --config=FILE:method=NAME"),
+    ([("method.name", "lora")], "--config.method.name: a method is named by .*FILE:method=NAME"),
+    ([("learning_rate", "1")], r"did you mean --config.optim.learning_rate\?"),
+    ([("weight_decay", "1")], r"did you mean --config.optim.weight_decay\?"),
+    ([("optim.epochs", "1")], r"'epochs' is not a field; did you mean --config.epochs\?"),
+  ],
+)
+def test_a_setting_that_is_given_wrongly_is_told_the_right_way(changes, said):
+  with pytest.raises(ConfigError, match=said):
+    read("digits", changes)
+
+
 def test_old_names_of_fields_set_the_new_ones_and_nothing_in_other_methods():
   old = {"bases.max_rank": "16", "drs.rank": "4", "prompt.num_tokens": "3"}
   settings = read("digits", old.items()).method

@@ -42,6 +42,23 @@ def test_an_unknown_flag_is_refused_with_a_near_one():
     flags.parse(values(), ["x", "--workdr=a"])
 
 
+@pytest.mark.parametrize(
+  ("line", "said"),
+  [
+    ("--epochs=2", "flag 'epochs'; a setting is given as --config.epochs$"),
+    ("--learning_rate=2", "a setting is given as --config.optim.learning_rate"),
+    ("--rank=2", "a setting is given as --config.method.rank$"),
+    ("--method=lora", "as in --config=FILE:method=VALUE"),
+    ("--config=a --config b", "--config is given 2 times: must be given once"),
+    ("--workdir=a --workdir=a", "--workdir is given 2 times: must be given once"),
+    ("--config", "Missing value for flag --config"),
+  ],
+)
+def test_a_flag_that_is_given_wrongly_is_told_the_right_way(line, said):
+  with pytest.raises(ConfigError, match=said):
+    flags.parse(values(), ["x", *line.split()])
+
+
 @pytest.mark.parametrize("command", top.COMMANDS)
 def test_help_is_usage_examples_and_our_flags(command, capsys):
   module = importlib.import_module(top.COMMANDS[command])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fmlora_jax import tasks
-from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.config import ConfigError, ConfigErrors, TasksConfig
 from fmlora_jax.input import resident
 from fmlora_jax.tasks import images, task_file
 from fmlora_jax.tasks.benchmarks import image_folder
@@ -450,3 +450,14 @@ def test_every_layout_is_found_from_its_own_example():
   for layout in image_folder.LAYOUTS:
     files = [(*(example[role][i] for role in layout), "0.png") for i in (0, 1)]
     assert image_folder._layout(pathlib.Path("x"), files) == layout
+
+
+def test_gaps_and_broken_files_are_said_at_once(tmp_path):
+  fill(tmp_path)
+  (tmp_path / "dog").mkdir()
+  (tmp_path / "bee" / "0.png").write_bytes(b"no image")
+  with pytest.raises(ConfigErrors) as error:
+    make(tmp_path)
+  gap, broken = error.value.problems
+  assert "no image in folder 'dog'" in gap
+  assert "1 of 15 images can't be used" in broken and "'bee/0.png'" in broken

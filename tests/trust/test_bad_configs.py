@@ -5,6 +5,7 @@ import time
 import pytest
 
 from fmlora_jax import config, methods, tasks
+from fmlora_jax.cli import config_flag, errors
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment import preflight, setup
 from fmlora_jax.models.weights import registry
@@ -132,3 +133,46 @@ def test_statistics_that_do_not_fit_in_memory_are_refused_by_their_number():
   settings = methods.build_config(B16 | {"head": head})
   with pytest.raises(ConfigError, match=r"config\.head\.num_centroids is 10000.*would take "):
     preflight.check(settings, 1000)
+
+
+def test_all_that_is_wrong_is_said_at_once_in_at_most_twenty_lines():
+  wrong = {
+    "epochs": 0,
+    "batch_size": 0,
+    "optim": {"learning_rate": -1.0, "name": "x"},
+    "nonsense": 1,
+  }
+  with pytest.raises(ConfigError) as error:
+    methods.build_config(wrong)
+  first, *lines = errors.explain(error.value).splitlines()
+  assert first == "5 problems:"
+  for start in (
+    "config.epochs is 0: must be",
+    "config.batch_size is 0: must be",
+    "config.optim.name is 'x': must be one of",
+    "config.optim.learning_rate is -1.0: must be > 0",
+    "config.nonsense is not a field",
+  ):
+    assert sum(line.startswith(f"  {start}") for line in lines) == 1, lines
+  many = errors.explain(config.ConfigErrors([f"problem {i}" for i in range(30)])).splitlines()
+  assert len(many) == 20 and many[-1] == "  and 12 more"
+
+
+def test_all_data_and_weights_that_are_missing_are_said_at_once(tmp_path):
+  domainnet = config_flag.read_config("domainnet", [("tasks.data_dir", str(tmp_path / "none"))])
+  with pytest.raises(config.ConfigErrors) as error:
+    preflight.check_files(domainnet)
+  *data, weights = error.value.problems
+  assert "domainnet/clipart, domainnet/infograph, " in data[0]
+  assert data[0].endswith(f"fmlora_jax.prepare domainnet --data_dir={tmp_path / 'none'}")
+  assert "run `hf download timm/vit_base" in weights and "--with_weights" in weights
+  folder = config_flag.read_config(
+    "image_folder", [("tasks.data_dir", "/no"), ("weights.path", "/no.npz")]
+  )
+  with pytest.raises(config.ConfigErrors) as error:
+    preflight.check_files(folder)
+  assert [problem.partition(" is ")[0] for problem in error.value.problems] == [
+    "config.tasks.data_dir",
+    "config.weights.path",
+  ]
+  preflight.check_files(config_flag.read_config("digits"))

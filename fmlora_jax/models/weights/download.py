@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import pathlib
 import shutil
@@ -10,11 +11,28 @@ from collections.abc import Iterator
 
 from etils import epath
 
+CONNECT_S = 10  # to the Hub; without this try its library retries for half a minute
+
 _log = logging.getLogger(__name__)
 
 
 class FetchError(Exception):
   """A failed download; the message is the reason in one line."""
+
+
+def has_hub() -> bool:
+  """Returns whether huggingface_hub is installed."""
+  return importlib.util.find_spec("huggingface_hub") is not None
+
+
+def is_cached(repository: str, name: str, revision: str | None) -> bool:
+  """Returns whether a file is in the cache of huggingface_hub, whole."""
+  if not has_hub():
+    return False
+  import huggingface_hub
+
+  cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+  return isinstance(cached, str)
 
 
 def from_hub(repository: str, name: str, revision: str | None) -> pathlib.Path:
@@ -34,6 +52,7 @@ def from_hub(repository: str, name: str, revision: str | None) -> pathlib.Path:
     return pathlib.Path(cached)
   ask = functools.partial(huggingface_hub.hf_hub_download, repository, name, revision=revision)
   try:
+    huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_S)
     size = ask(dry_run=True).file_size or 0
     _log.info("downloading %s of %s, %.0f MB, once", name, repository, size / 1e6)
     return pathlib.Path(ask())

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -393,6 +394,34 @@ def _located(config: WeightsConfig) -> Iterator[pathlib.Path]:
       ) from None
   else:
     yield _local(config)
+
+
+def missing(config: WeightsConfig) -> list[str]:
+  """Returns what is missing of the weights, a line each, with what gets it; downloads nothing."""
+  if config.path is None and config.tag in WEIGHTS and WEIGHTS[config.tag].files:
+    source = WEIGHTS[config.tag]
+    file = source.files[0]
+    if file.repository and not download.is_cached(file.repository, file.name, file.revision):
+      where = f"{source.where} and pass --config.weights.path=FILE"
+      fault = f"its file is not on this machine: {where}"
+      if not download.has_hub():
+        fault += f"; {sys.executable} -m pip install huggingface_hub has runs download it"
+      return [f"config.weights.tag is {config.tag!r}: {fault}"]
+  elif config.path is not None and "://" not in config.path:
+    try:
+      _local(config)
+    except ConfigError as error:
+      return [str(error)]
+  return []
+
+
+def fetch(tag: str) -> pathlib.Path:
+  """Returns the tag's file, downloaded if it does not ship with the package.
+
+  Raises:
+    ConfigError: if it can't be downloaded, with where to get it.
+  """
+  return _published(tag)
 
 
 def _published(tag: str) -> pathlib.Path:

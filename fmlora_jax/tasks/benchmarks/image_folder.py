@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.config import ConfigError, TasksConfig, raise_problems
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource, check_test_from
 
@@ -50,15 +50,19 @@ def make(config: TasksConfig, source_size: int) -> DataSource:
     ConfigError: if there is no such folder, its layout is none of `LAYOUTS`, a class is missing
       somewhere, or a file can't be decoded and config.broken_files is "refuse".
   """
-  root = _root(config.data_dir)
+  root = check_folder(config.data_dir)
   files, empty = _walk(root)
   layout = _layout(root, files)
-  _refuse_gaps(root, files, empty)
+  problems = []
+  try:
+    _refuse_gaps(root, files, empty)
+  except ConfigError as error:
+    problems.append(str(error))
   names = {role: sorted({path[i] for path in files}) for i, role in enumerate(layout)}
   check_test_from(config, {SPLIT_NAMES[name.casefold()] for name in names.get("split", ())})
   _log.info("checking %d files of %s: %s", len(files), root, _described(layout, files))
   reader = ImageReader(root=root, side=source_size, max_pixels=config.max_pixels)
-  checked = _check(reader, files, skip=config.broken_files == "skip")
+  checked = _check(reader, files, skip=config.broken_files == "skip", problems=problems)
   _warn_of_black(root, [path for path, found in checked.items() if found.is_near_black])
   files = list(checked)
   ids = {role: _ids(files, layout.index(role), names[role]) for role in layout}
@@ -116,7 +120,12 @@ def _listed(paths: Sequence[RelativePath]) -> str:
   return ", ".join(repr("/".join(path)) for path in paths[:MAX_LISTED]) + more
 
 
-def _root(data_dir: str | None) -> pathlib.Path:
+def check_folder(data_dir: str | None) -> pathlib.Path:
+  """Returns the folder with the images.
+
+  Raises:
+    ConfigError: if there is none.
+  """
   if not data_dir:
     raise ConfigError(
       f"config.tasks.data_dir is {data_dir!r}: must be the folder with the images, as in "
@@ -263,9 +272,16 @@ class ImageReader:
 
 
 def _check(
-  reader: ImageReader, files: Sequence[RelativePath], *, skip: bool
+  reader: ImageReader, files: Sequence[RelativePath], *, skip: bool, problems: Sequence[str]
 ) -> dict[RelativePath, Checked]:
-  """Returns the files that can be decoded, with the results of `ImageReader.check`."""
+  """Returns the files that can be decoded, with the results of `ImageReader.check`.
+
+  Args:
+    problems: found before, to be said with those of the files.
+
+  Raises:
+    ConfigError: if there are such problems, or a file can't be used that is not to be skipped.
+  """
   good, bad, line_due = {}, {}, time.monotonic() + LINE_EVERY_S
   with images.threads(reader.max_pixels) as pool:
     chunks = (files[lo : lo + CHUNK] for lo in range(0, len(files), CHUNK))
@@ -282,8 +298,10 @@ def _check(
     count = f"{len(bad)} of {len(files)} images can't be used"
     if not (skip and good):
       fix = "repair or move them away" + (", or set config.tasks.broken_files to skip" * (not skip))
-      raise _refusal(reader.root, "\n".join([f"{count}; {fix}:", *reasons]))
+      refusal = _refusal(reader.root, "\n".join([f"{count}; {fix}:", *reasons]))
+      raise_problems([*problems, str(refusal)])
     _log.warning("%s: %s, skipped:\n%s", reader.root, count, "\n".join(reasons))
+  raise_problems(problems)
   return good
 
 

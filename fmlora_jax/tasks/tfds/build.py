@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
 from fmlora_jax import tasks
-from fmlora_jax.config import ConfigError, TasksConfig
+from fmlora_jax.config import ConfigError, TasksConfig, raise_problems
 from fmlora_jax.tasks.tfds import prepared
 
 # missing in the wheel of TFDS
@@ -138,8 +138,12 @@ def prepare(
   domains: Sequence[str] = (),
   unverified: bool = False,
   dry_run: bool = False,
+  problems: Sequence[str] = (),
 ) -> None:
   """Builds the sets that are missing, then reads all records once, which writes the manifests.
+
+  Args:
+    problems: found before, to be said with those of the build.
 
   Raises:
     ConfigError: if the benchmark or a domain is unknown, the disk is too small, or as `build`.
@@ -159,10 +163,12 @@ def prepare(
   if dry_run:
     return
   if missing and (packages := missing_packages(list(missing))):
-    raise ConfigError(
+    problems = [
+      *problems,
       f"building needs {' and '.join(packages)}, training does not: run "
-      f"{sys.executable} -m pip install {' '.join(packages)}, then the same command again"
-    )
+      f"{sys.executable} -m pip install {' '.join(packages)}, then the same command again",
+    ]
+  raise_problems(problems)
   for builder, files in missing.values():
     build(builder, {file.url: file.checked_info(unverified=unverified) for file in files}, archives)
   config = TasksConfig(benchmark=benchmark, data_dir=str(root), num_tasks=1, domains=tuple(domains))

@@ -6,8 +6,11 @@ takes the indices of a palette for grey.
 
 import dataclasses
 import difflib
+import importlib.util
 import io
 import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -77,6 +80,26 @@ def open_builder(name: str, root: pathlib.Path, benchmark: str) -> tfds.core.Dat
       f"with: {_command(benchmark, root)}"
     )
   return builder
+
+
+def missing(names: Sequence[str], root: pathlib.Path, benchmark: str) -> list[str]:
+  """Returns why builders of a benchmark can't be read, a line for all that are not prepared."""
+  problems, absent = [], []
+  for name in names:
+    try:
+      open_builder(name, root, benchmark)
+    except ConfigError as error:
+      is_absent = "is not prepared there;" in str(error)
+      (absent if is_absent else problems).append(name if is_absent else str(error))
+  if absent:
+    verb = "is" if len(absent) == 1 else "are"
+    problems.append(
+      f"config.tasks.data_dir is {str(root)!r}: {', '.join(absent)} {verb} not prepared there; do "
+      f"so once with: {_command(benchmark, root)}"
+    )
+    if importlib.util.find_spec("tensorflow") is None:
+      problems.append(f"preparing needs TensorFlow: {sys.executable} -m pip install tensorflow-cpu")
+  return problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
