@@ -64,6 +64,7 @@ FIELDS = {  # every result has these, and those that its method declares
 }
 ADDED = ("protocol", "input")  # early results of version 1 lack them
 NAMES = ("class_names", "class_ranges")  # early results of version 2 lack them
+COPIES = ("val_of_train", "test_of_train", "test_of_val")
 SCORES = (
   *("acc", "aaa", "acc_task_mean", "aaa_task_mean"),
   *("forgetting", "forgetting_clipped", "bwt", "learning_accuracy"),
@@ -89,7 +90,7 @@ KINDS = {  # of each field's value, as of `kinds.fits`
       **dict.fromkeys(("old_image_bytes", "old_statistics_bytes", "validation_images"), int),
       **dict.fromkeys(("task_identity_at_test", "validation_read_by_method"), bool),
       "measured_on": str,
-      "copies": (None, {...: _LEAF}),
+      "copies": (None, {**dict.fromkeys(COPIES, int), ...: _LEAF}),
     },
   ),
   "passes": {"train": int, "test": int, "between": int},

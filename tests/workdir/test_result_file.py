@@ -126,7 +126,7 @@ def places(value, path=()):
 def test_a_result_with_a_value_of_another_kind_is_left_out_and_named(tmp_path):
   card = {"old_image_bytes": 0, "old_statistics_bytes": 0, "validation_images": 0}
   card |= {"task_identity_at_test": False, "validation_read_by_method": False}
-  card |= {"measured_on": "test", "copies": {"val_of_train": 0}}
+  card |= {"measured_on": "test", "copies": dict.fromkeys(result_file.COPIES, 0)}
   result = made_up.result(tasks=2, ranks=[8, 4], complexity=[None, 0.5], protocol=card)
   result["config"]["head"] = {"kind": "linear", "alignment": {"epochs": 1}}
   made_up.save(tmp_path / "good", result)
