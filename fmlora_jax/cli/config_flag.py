@@ -122,13 +122,17 @@ def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     raise ConfigError(f"{path} is not the config.json of a run ({error})") from None
 
 
-def read_config(text: str | None, changes: Changes = ()) -> Config:
+def read_config(text: str | None, changes: Changes = (), shared: Changes = ()) -> Config:
   """Returns the config that --config=FILE[:VARIANT] and --config.FIELD=VALUE make.
+
+  Args:
+    changes: of this config.
+    shared: changes for several methods, as of `change_config`; `changes` win.
 
   Raises:
     ConfigError: if the file is missing or fails, a field is unknown or a value invalid.
   """
-  return change_config(load_values(text), changes)
+  return change_config(load_values(text), changes, shared)
 
 
 def load_config(file: str, **fields: Any) -> Config:
@@ -151,17 +155,21 @@ def load_config(file: str, **fields: Any) -> Config:
   return methods.build_config(config_files.merged(values, methods.upgrade_config(fields)))
 
 
-def change_config(values: ml_collections.ConfigDict, changes: Changes = ()) -> Config:
+def change_config(
+  values: ml_collections.ConfigDict, changes: Changes = (), shared: Changes = ()
+) -> Config:
   """Returns the config of a run with changes as --config.FIELD=VALUE gives them.
 
-  Settings that were once every run's and are now FM-LoRA's alone change nothing in other methods.
+  Args:
+    shared: changes for several methods; FM-LoRA's settings under their old names, which were once
+      every run's, change nothing in other methods.
 
   Raises:
     ConfigError: if a field is unknown or a value invalid.
   """
   values = config_files.to_config_dict(methods.build_config(values.to_dict()))
-  now = ((old, moved_field(old), text) for old, text in changes)
-  set_fields(values, [(new, text) for old, new, text in now if _applies(values, old, new)])
+  both = [pair for pair in shared if _applies(values, pair[0], moved_field(pair[0]))]
+  set_fields(values, [(moved_field(field), text) for field, text in (*both, *changes)])
   return methods.build_config(values.to_dict())
 
 

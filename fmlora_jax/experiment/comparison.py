@@ -71,7 +71,7 @@ def plan(
       text = f"{file}{',' if ':' in file else ':'}method={choice.name}"
       config, problem = None, ""
       try:
-        config = config_flag.read_config(text, [*common, *of_run])
+        config = config_flag.read_config(text, of_run, common)
       except ConfigError as error:
         problem = str(error)
       workdir = folder / label / str(seed)

@@ -114,12 +114,14 @@ def test_a_setting_that_is_given_wrongly_is_told_the_right_way(changes, said):
     read("digits", changes)
 
 
-def test_old_names_of_fields_set_the_new_ones_and_nothing_in_other_methods():
+def test_old_names_of_fields_set_the_new_ones_and_nothing_in_compared_methods():
   old = {"bases.max_rank": "16", "drs.rank": "4", "prompt.num_tokens": "3"}
   settings = read("digits", old.items()).method
   assert (settings.bases.max_rank, settings.drs.rank, settings.prompt.num_tokens) == (16, 4, 3)
   assert read("digits", [("tasks.stream", "a.json")]).tasks.task_file == "a.json"
-  assert read("digits:method=lora", old.items()) == read("digits:method=lora")
+  assert read("digits:method=lora", shared=old.items()) == read("digits:method=lora")
+  with pytest.raises(ConfigError, match="'drs' is not a field of this method; fm_lora has it"):
+    read("digits:method=lora", [("drs.rank", "4")])
   with pytest.raises(ConfigError, match="'rnk' is not a field; did you mean 'rank'"):
     read("digits", [("drs.rnk", "4")])
 
