@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fmlora_jax import methods, tasks
 from fmlora_jax.config import Config, ConfigError, raise_problems
+from fmlora_jax.experiment import provenance
 from fmlora_jax.input import augment
 from fmlora_jax.methods.common.base import AdaptedViT
 from fmlora_jax.models import vit
@@ -24,7 +25,7 @@ def check(config: Config, memory: int) -> None:
     ConfigError: if a name is unknown, the classes do not make so many tasks, settings of the method
       do not fit the ViT, or its variables do not fit the memory; also if jax computes in float64.
   """
-  if jax.config.jax_enable_x64:
+  if provenance.environment()["JAX_ENABLE_X64"]:
     raise ConfigError("JAX_ENABLE_X64 is True: must be False, parameters are float32; unset it")
   tasks.check(config.tasks)
   augment.check(config.input.augmentation, config.input.normalisation or "half")

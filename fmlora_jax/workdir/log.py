@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -63,7 +63,7 @@ def open_run(
   """
   quiet = not writes or sys.stdout is None  # closed
   if quiet or console is None:
-    console = Console(quiet=True) if quiet else Console(file=Unfailing(sys.stdout))
+    console = Console(quiet=True) if quiet else Console(file=cast(Any, Unfailing(sys.stdout)))
   log = RunLog(Path(workdir), console, writes)
   try:
     yield log
