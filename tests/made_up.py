@@ -77,7 +77,7 @@ def run_report(*argv):
 
 def refusal(*paths, **options):
   """Returns why the report's command refuses these paths and flags."""
-  flags = {"plot": None, "html": None, "paper": False, "markdown": False} | options
+  flags = {"plot": None, "html": None, "share": None, "paper": False, "markdown": False} | options
   with pytest.raises((ValueError, OSError)) as error:
     report.report([str(path) for path in paths], types.SimpleNamespace(**flags))
   return str(error.value)

@@ -25,10 +25,11 @@ class TaskLearner:
     setup: of the run.
     session: whose variables and progress it changes.
     log: of the run.
+    clock: of the session.
   """
 
-  def __init__(self, setup: RunSetup, session: Session, log: RunLog):
-    self._setup, self._session, self._log = setup, session, log
+  def __init__(self, setup: RunSetup, session: Session, log: RunLog, clock: Clock):
+    self._setup, self._session, self._log, self._clock = setup, session, log, clock
     self._guard = FrozenGuard(setup.weights, setup.method.rules)
 
   def begin(self, view: TaskView) -> TrainState:
@@ -49,14 +50,17 @@ class TaskLearner:
     rules = self._setup.method.rules(index)
     self._session.progress.trained = num_trained(state.params, rules)
     self._guard.begin(index, state.params)
+    self._log.phase("compiling, first steps")
+    compiled = self._clock.seconds()["compile"]
     for state, stats, seconds in trainer.train(state, self._session.variables, view):  # noqa: B020
       num = len(stats["loss"])
       for i in range(num):
         values = {f"train/{name}": stats[name][i] for name in stats}
         self._log.scalars(index, before + done + i, values)
       done += num
-      loss, speed = float(stats["loss"][-1]), num * batch_size / seconds
-      self._log.progress(done, loss=loss, images_per_second=speed)
+      before_it, compiled = compiled, self._clock.seconds()["compile"]
+      speed = num * batch_size / max(seconds - (compiled - before_it), 1e-9)
+      self._log.progress(done, loss=float(stats["loss"][-1]), images_per_second=speed)
       yield state
     self.check(state)
 
@@ -91,7 +95,7 @@ class TaskLoop:
   def __init__(self, setup: RunSetup, session: Session, tests: TestSets, log: RunLog, clock: Clock):
     self._setup, self._session, self._tests, self._log = setup, session, tests, log
     self._clock, self._prefetcher = clock, Prefetcher()
-    self._learner = TaskLearner(setup, session, log)
+    self._learner = TaskLearner(setup, session, log, clock)
     self._num_tasks = len(setup.sequence.tasks)
     self._unsaved: tuple[Variables, TrainState] | None = None  # trained since the last checkpoint
 

@@ -1,6 +1,6 @@
 """Compares finished runs side by side, as mean ± std over seeds.
 
-Usage: fmlora_jax report RUN... [--markdown] [--plot=FILE.png]
+Usage: fmlora_jax report RUN... [--markdown] [--plot=FILE.png] [--share=FILE.zip]
        fmlora_jax report --paper RUN... [--html=FILE.html] [--plot=FILE.png]
 
 RUN is a run's folder, its result.json, or a folder with runs at any depth. Runs that differ in the
@@ -12,6 +12,7 @@ Examples:
   fmlora_jax report runs/digits-lora-1993 runs/digits-fm_lora-1993 --markdown --plot=runs.png
 """
 
+import pathlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_bool("paper", False, text, flag_values=values)
   text = "With --paper: HTML file for tables and pictures."
   flags.DEFINE_string("html", None, text, flag_values=values)
+  text = "ZIP file to pack the finished runs into, without host name and paths of this machine."
+  flags.DEFINE_string("share", None, text, flag_values=values)
   return values
 
 
@@ -63,9 +66,11 @@ def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
     raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
   if options.html is not None:
     outputs.require_file("--html", options.html, ".html")
+  if options.share is not None:
+    outputs.require_file("--share", options.share, ".zip")
   from rich.console import Console
 
-  from fmlora_jax.report import tables
+  from fmlora_jax.report import share, tables
   from fmlora_jax.report.runs import group, load
 
   results, notes = load(paths)
@@ -79,6 +84,9 @@ def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
     from fmlora_jax.report import plots  # matplotlib takes a second to import
 
     plots.plot_accuracy_over_tasks(group(results), options.plot)
+  if options.share:
+    runs = share.pack(paths, pathlib.Path(options.share).expanduser())
+    program.write_lines([f"packed {len(runs)} runs into {options.share}"])
 
 
 def _report_on_paper(
