@@ -96,8 +96,8 @@ def passes_text(passes: Mapping[str, int]) -> str:
   return f"{passes['train']}/{passes['test']}{between}"
 
 
-def modes_text(values: Sequence[Sequence[int] | None]) -> str:
-  """Returns the most frequent value of each task over seeds, [seed][task]; "-" without values.
+def modes_text(values: Sequence[Sequence[int | None] | None]) -> str:
+  """Returns the most frequent value of each task over seeds, [seed][task]; "-" without a value.
 
   One number if all tasks agree, else a list, or of more than ten tasks the range and the mean.
   """
@@ -105,11 +105,13 @@ def modes_text(values: Sequence[Sequence[int] | None]) -> str:
   if not known:
     return "-"
   modes = [collections.Counter(column).most_common(1)[0][0] for column in zip(*known, strict=True)]
+  shown = ["-" if mode is None else str(mode) for mode in modes]
   if len(set(modes)) == 1:
-    return str(modes[0])
+    return shown[0]
   if len(modes) <= 10:
-    return " ".join(map(str, modes))
-  return f"{min(modes)}..{max(modes)}, mean {np.mean(modes):.1f}"
+    return " ".join(shown)
+  numbers = [mode for mode in modes if mode is not None]
+  return f"{min(numbers)}..{max(numbers)}, mean {np.mean(numbers):.1f}"
 
 
 FORMATS = {"modes": modes_text}  # of facts that methods report: [seed] -> text

@@ -57,15 +57,19 @@ def tasks(groups: Groups) -> list[str]:
 
 
 def protocols(groups: Groups) -> list[str]:
-  """Returns one line for each row of a table: how its numbers came about; none of old results."""
-  return [
-    f"protocol {label}: {line}"
+  """Returns how the numbers of a table came about, and those of a row; none of old results."""
+  cards = [
+    (label, card)
     for label, runs in groups.items()
-    for line in sorted({_protocol(run) for run in runs if run["protocol"]})
+    for card in sorted({_protocol(run) for run in runs if run["protocol"]})
   ]
+  of_all = set.intersection(*({*card} for _, card in cards)) if len(cards) > 1 else set()
+  lines = [("of all rows", [part for part in cards[0][1] if part in of_all])] if cards else []
+  lines += [(label, [part for part in card if part not in of_all]) for label, card in cards]
+  return [f"protocol {label}: {'; '.join(parts)}" for label, parts in lines if parts]
 
 
-def _protocol(run: RunResult) -> str:
+def _protocol(run: RunResult) -> tuple[str, ...]:
   card, copies = run["protocol"], run["protocol"]["copies"]
   num_copies = "not counted"
   if copies is not None:
@@ -73,17 +77,15 @@ def _protocol(run: RunResult) -> str:
     if copies.get("in_two_classes"):
       num_copies += f", images in two classes {copies['in_two_classes']}"
   read = "read" if card["validation_read_by_method"] else "not read"
-  return "; ".join(
-    [
-      f"stored of old tasks {bytes_text(card['old_image_bytes'])} of images, "
-      f"{bytes_text(card['old_statistics_bytes'])} of statistics",
-      f"task {'given' if card['task_identity_at_test'] else 'not given'} at test time",
-      f"measured on {card['measured_on']} images of {run['split_id']}, copies across its splits "
-      f"{num_copies}",
-      f"{card['validation_images']} validation images {read} by the method",
-      f"weights {' '.join(weights(run))}, pixels {run['normalisation']}",
-      f"on {'; then '.join(run['devices'])}",
-    ]
+  return (
+    f"stored of old tasks {bytes_text(card['old_image_bytes'])} of images, "
+    f"{bytes_text(card['old_statistics_bytes'])} of statistics",
+    f"task {'given' if card['task_identity_at_test'] else 'not given'} at test time",
+    f"measured on {card['measured_on']} images of {run['split_id']}, copies across its splits "
+    f"{num_copies}",
+    f"{card['validation_images']} validation images {read} by the method",
+    f"weights {' '.join(weights(run))}, pixels {run['normalisation']}",
+    f"on {'; then '.join(run['devices'])}",
   )
 
 

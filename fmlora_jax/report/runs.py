@@ -25,10 +25,12 @@ Numbers = Sequence[int | float | None]
 def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]]:
   """Returns the results at or below `paths`, each once, and a line for every run left out.
 
+  A run that was made twice, with the same parameters, counts once.
+
   Raises:
     ValueError: if a path does not exist or holds no result, or no result is readable.
   """
-  results, notes, errors, seen = [], [], [], set()
+  results, notes, errors, seen = {}, [], [], set()
   for path in map(Path, paths):
     files = sorted(path.rglob(RESULT)) if os.path.isdir(path) else [path]
     if not files:
@@ -36,7 +38,11 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
     for file in (f for f in files if f.resolve() not in seen):
       seen.add(file.resolve())
       try:
-        results.append(read_result(file))
+        result = read_result(file)
+        same = _fingerprint(result), result["seed"], result["params_sha256"]
+        first, _ = results.setdefault(same, (file, result))
+        if first is not file:
+          notes.append(f"left out: {file.parent} repeats {first.parent}, with the same parameters")
       except ValueError as error:
         if not file.exists():
           raise
@@ -47,7 +53,7 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
     raise errors[0]
   if not results:
     raise ValueError(f"no readable {RESULT}: {'; '.join(notes)}")
-  return results, notes
+  return [result for _, result in results.values()], notes
 
 
 def _unfinished(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from fmlora_jax import methods
 from fmlora_jax.config import FREE_FIELDS
 from fmlora_jax.report import notes, plots, tables
+from fmlora_jax.report.columns import modes_text
 from fmlora_jax.report.runs import group, load, mean_std
 from fmlora_jax.workdir import result_file
 
@@ -145,6 +146,8 @@ def test_ranks_are_modes_over_seeds_and_long_lists_are_summed_up():
     "-",
   ]
   assert "rank" not in tables.header({"l2p": groups["l2p"]})
+  assert modes_text([[8, None]]) == "8 -"
+  assert modes_text([[8, None] * 6, None]) == "8..8, mean 8.0"
 
 
 def test_unfair_comparisons_are_warned_about():
@@ -174,6 +177,28 @@ def test_heads_that_differ_are_warned_about():
 def test_the_same_seed_twice_is_warned_about():
   (line,) = notes.warnings({"fm_lora": [result(), result()]})
   assert line == "fm_lora has several runs of seed 1993: ± is not over seeds alone"
+
+
+def test_a_run_that_was_made_twice_counts_once(tmp_path):
+  for name, hashed in (("a", "12"), ("b", "12"), ("c", "34")):
+    save(tmp_path / name, result(params_sha256=hashed))
+  results, (note,) = load([tmp_path])
+  assert [run["params_sha256"] for run in results] == ["12", "34"]
+  assert note == f"left out: {tmp_path / 'b'} repeats {tmp_path / 'a'}, with the same parameters"
+
+
+def test_what_all_rows_share_of_the_protocol_is_said_once():
+  card = dict.fromkeys(("old_image_bytes", "old_statistics_bytes", "validation_images"), 0)
+  card |= {"task_identity_at_test": False, "validation_read_by_method": False}
+  card |= {"measured_on": "test", "copies": None}
+  one, two = (result(protocol=card | {"old_statistics_bytes": n}) for n in (0, 8))
+  of_all, of_one, of_two = notes.protocols({"one": [one, one], "two": [two]})
+  assert of_all.startswith("protocol of all rows: task not given at test time; ")
+  assert of_one == "protocol one: stored of old tasks 0 B of images, 0 B of statistics"
+  assert of_two == "protocol two: stored of old tasks 0 B of images, 8 B of statistics"
+  (alone,) = notes.protocols({"one": [one]})
+  assert alone.startswith("protocol one: stored of old tasks 0 B of images, ")
+  assert notes.protocols({"old": [result(protocol=None)]}) == []
 
 
 def test_what_a_method_keeps_and_computes_besides_has_its_columns():
