@@ -11,7 +11,7 @@ from fmlora_jax import methods, tasks
 from fmlora_jax.cli import config_flag
 from fmlora_jax.config import Config
 from fmlora_jax.config.field_docs import FieldDoc, field_docs
-from fmlora_jax.models.weights import registry
+from fmlora_jax.models.weights import published
 
 WIDTH = 100
 
@@ -32,7 +32,7 @@ def _lines() -> Iterator[str]:
   yield "\nConfig files (--config=NAME):"
   yield from _table((name, _file_summary(path)) for name, path in config_flag.shipped().items())
   yield "\nWeights (config.weights.tag):"
-  yield from _table((tag, _weights(entry)) for tag, entry in registry.WEIGHTS.items())
+  yield from _table((tag, _weights(entry)) for tag, entry in published.WEIGHTS.items())
   yield "\nSettings of every method (--config.FIELD=VALUE), their types and defaults:"
   yield from _settings(doc for doc in field_docs(Config()) if doc.path != "method.name")
   for name in methods.names():
@@ -54,7 +54,7 @@ def _file_summary(path: pathlib.Path) -> str:
   return str(ast.get_docstring(ast.parse(path.read_text()))).splitlines()[0]
 
 
-def _weights(entry: registry.Checkpoint) -> str:
+def _weights(entry: published.Checkpoint) -> str:
   if not entry.files:
     return "any architecture; random numbers"
   file = entry.files[0]

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from fmlora_jax.experiment import provenance
 from fmlora_jax.experiment.session import GROUPS, Progress
 from fmlora_jax.experiment.setup import RunSetup
-from fmlora_jax.tasks.sequence import find_copies
+from fmlora_jax.tasks.copies import find_copies
 from fmlora_jax.train import metrics
 from fmlora_jax.types import Facts, Params, Reported, Variables
 from fmlora_jax.workdir import result_file

@@ -110,8 +110,8 @@ class TaskLoop:
       state = self._restore()
       self._session.require_free_space(self._num_tasks)
       progress, done = self._session.progress, int(state.step) if state else 0
-      step = trainer.steps_before(progress.task) + done
-      self._log.truncate(progress.task, step, progress.logged)
+      done += trainer.steps_before(progress.task)
+      self._log.truncate(progress.task, done, progress.logged)
       for index in range(progress.task, self._num_tasks):
         stop.check()
         progress.task = index
@@ -187,8 +187,8 @@ class TaskLoop:
     if tests:
       with self._clock.kind("data"):
         tests.result()
+    self._log.phase("testing")
     with self._clock.kind("eval"):
-      self._log.phase("testing")
       self._measure(index)
 
   def _plan(self, index: int) -> TaskPlan:
@@ -207,8 +207,7 @@ class TaskLoop:
   def _measure(self, index: int) -> None:
     """Fills row `index` of the accuracy matrix, and logs it."""
     progress, sizes = self._session.progress, self._tests.sizes
-    num_sets = self._tests.num_after(index)
-    counts = self._tests.count_correct(self._session.variables, index, num_sets)
+    counts = self._tests.count_correct(self._session.variables, index, self._tests.num_after(index))
     progress.correct.append(counts[: index + 1])
     progress.ahead += counts[index + 1 :]
     matrix, facts = progress.matrix(sizes), progress.facts[index]

@@ -9,6 +9,7 @@ from typing import cast
 
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import task_file
+from fmlora_jax.tasks.copies import report_copies
 from fmlora_jax.tasks.sequence import (
   TEST,
   TRAIN,
@@ -19,7 +20,6 @@ from fmlora_jax.tasks.sequence import (
   check_divides,
   check_test_from,
   make_sequence,
-  report_copies,
 )
 
 __all__ = [

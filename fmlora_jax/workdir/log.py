@@ -94,8 +94,7 @@ class RunLog:
     self._events: Events | None = None
     self._bar: Progress | None = None
     self._plan: TaskPlan
-    self._began = self._last_time = 0.0
-    self._last_done = 0
+    self._began, self._last_time, self._last_done = 0.0, 0.0, 0
     if writes:
       workdir.mkdir(parents=True, exist_ok=True)
 
@@ -135,8 +134,7 @@ class RunLog:
     """Writes the findings of a `NonFiniteError` to non_finite.json."""
     if report and self._writes:
       self._require_held()
-      path = self._workdir / NOT_FINITE
-      write_atomically(path, json.dumps(report, indent=1) + "\n")
+      write_atomically(path := self._workdir / NOT_FINITE, json.dumps(report, indent=1) + "\n")
       self.note(f"the step's numbers and images are in {path}")
 
   def note(self, text: str) -> None:

@@ -14,7 +14,7 @@ from fmlora_jax.config import ConfigError, ConfigErrors, TasksConfig
 from fmlora_jax.input import resident
 from fmlora_jax.tasks import images, task_file
 from fmlora_jax.tasks.benchmarks import image_folder
-from fmlora_jax.tasks.sequence import find_copies
+from fmlora_jax.tasks.copies import find_copies
 
 COLORS = {"ant": 40, "bee": 140, "cat": 240}
 

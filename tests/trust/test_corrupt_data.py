@@ -151,7 +151,7 @@ def test_a_test_image_that_is_a_training_image_too_is_reported_or_refused(tmp_pa
   with caplog.at_level(logging.WARNING):
     sequence = look(root)
   example_of = rf"record \d+ of cifar100 test \({FILE}\) is record \d+ of cifar100 train"
-  found = tasks.sequence.find_copies(sequence)
+  found = tasks.copies.find_copies(sequence)
   assert found.test_of_train + found.test_of_val == 3
   assert "are copies of training images" in caplog.text
   with pytest.raises(ConfigError, match=f"config.tasks.copies is 'refuse': .*{example_of}"):

@@ -220,11 +220,9 @@ class AdaptedViT(Generic[Settings]):
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Returns how many parameters the tasks with these facts leave behind, besides head and ViT.
 
-    {"shared": n, "per_task": [n, ...]}, and "statistics": n where numbers computed from the data
-    are stored too, such as means of features.
+    {"shared": n, "per_task": [n, ...]}, and "statistics": n of numbers computed from the data.
     """
-    counts = {"shared": 0, "per_task": [0] * len(facts)}
-    alignment = self.head.alignment
+    counts, alignment = {"shared": 0, "per_task": [0] * len(facts)}, self.head.alignment
     return counts | ({"statistics": alignment.num_stored} if alignment else {})
 
 

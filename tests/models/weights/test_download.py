@@ -14,12 +14,12 @@ from on_disk import TINY, assert_equal, random_params, to_google, to_timm, write
 
 from fmlora_jax.config import ConfigError, WeightsConfig
 from fmlora_jax.models import vit
-from fmlora_jax.models.weights import registry
+from fmlora_jax.models.weights import published, registry
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = (
-  registry.CheckpointFile(layout="timm", repository="ada/tiny", revision=COMMIT),
-  registry.CheckpointFile(layout="google", bucket="ada/augreg", name="Ti.npz"),
+  published.CheckpointFile(layout="timm", repository="ada/tiny", revision=COMMIT),
+  published.CheckpointFile(layout="google", bucket="ada/augreg", name="Ti.npz"),
 )
 
 
@@ -27,7 +27,7 @@ FILES = (
 def tiny_checkpoint(monkeypatch):
   """One checkpoint that tests can afford, on the Hub and in a bucket."""
   monkeypatch.setitem(vit.ARCHITECTURES, "tiny", TINY)
-  source = registry.Checkpoint(files=FILES, architecture="tiny", normalisation="half")
+  source = published.Checkpoint(files=FILES, architecture="tiny", normalisation="half")
   monkeypatch.setitem(registry.WEIGHTS, "tiny", source)
 
 
@@ -121,13 +121,13 @@ DOWNLOAD = """
 import logging, sys
 from fmlora_jax.config import WeightsConfig
 from fmlora_jax.models import vit
-from fmlora_jax.models.weights import registry
+from fmlora_jax.models.weights import published, registry
 from fmlora_jax.types import Sizes
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 vit.ARCHITECTURES["tiny"] = Sizes(image_size=16, patch_size=4, width=12, depth=3, num_heads=2)
-file = registry.CheckpointFile(layout="timm", repository="ada/tiny")
-source = registry.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
+file = published.CheckpointFile(layout="timm", repository="ada/tiny")
+source = published.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
 registry.WEIGHTS["tiny"] = source
 try:
   print(registry.load(WeightsConfig(tag="tiny"))[2].sha256)
@@ -196,8 +196,8 @@ def test_another_address_is_refused(path):
 
 
 def test_a_file_that_ships_and_is_gone_is_named(monkeypatch):
-  source = registry.Checkpoint(
-    files=(registry.CheckpointFile(layout="ours", name="gone.safetensors"),),
+  source = published.Checkpoint(
+    files=(published.CheckpointFile(layout="ours", name="gone.safetensors"),),
     architecture="tiny",
     normalisation="half",
   )

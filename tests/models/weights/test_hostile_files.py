@@ -17,7 +17,7 @@ from on_disk import TINY, random_params, to_google, to_timm, write, write_npz
 
 from fmlora_jax.config import ConfigError, WeightsConfig
 from fmlora_jax.models import vit
-from fmlora_jax.models.weights import files, layouts, registry
+from fmlora_jax.models.weights import files, layouts, published, registry
 
 WEIGHT, SQUARE = "blocks.1.mlp.fc1.weight", "blocks.1.attn.proj.weight"
 
@@ -28,8 +28,8 @@ def tiny_tag(monkeypatch):
   monkeypatch.setitem(vit.ARCHITECTURES, "tiny", TINY)
 
   def add(tag, layout, sha256=None):
-    file = registry.CheckpointFile(layout=layout, repository="ada/tiny", sha256=sha256)
-    source = registry.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
+    file = published.CheckpointFile(layout=layout, repository="ada/tiny", sha256=sha256)
+    source = published.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
     monkeypatch.setitem(registry.WEIGHTS, tag, source)
 
   add("timm", "timm")

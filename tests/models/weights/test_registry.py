@@ -28,7 +28,7 @@ from on_disk import (
 
 from fmlora_jax.config import ConfigError, WeightsConfig
 from fmlora_jax.models import vit
-from fmlora_jax.models.weights import files, layouts, registry
+from fmlora_jax.models.weights import files, layouts, published, registry
 from fmlora_jax.types import Sizes
 
 
@@ -41,8 +41,10 @@ def tiny_checkpoints(monkeypatch):
     ("tiny_timm", "tiny", "timm"),
     ("tiny_dinov2", "tiny_scaled", "dinov2"),
   ):
-    file = registry.CheckpointFile(layout=layout, repository=f"ada/{layout}")
-    source = registry.Checkpoint(files=(file,), architecture=architecture, normalisation="imagenet")
+    file = published.CheckpointFile(layout=layout, repository=f"ada/{layout}")
+    source = published.Checkpoint(
+      files=(file,), architecture=architecture, normalisation="imagenet"
+    )
     monkeypatch.setitem(registry.WEIGHTS, tag, source)
 
 
@@ -94,8 +96,8 @@ def test_other_float_types_become_float32(tmp_path, dtype):
 @pytest.mark.parametrize("size", ["tiny", pytest.param("vit_b16", marks=pytest.mark.tier(2))])
 def test_every_file_of_a_checkpoint_gives_the_same_features(tmp_path, monkeypatch, size):
   sizes = vit.ARCHITECTURES[size]
-  source = registry.Checkpoint(
-    files=tuple(registry.CheckpointFile(layout=layout) for layout in ("timm", "google")),
+  source = published.Checkpoint(
+    files=tuple(published.CheckpointFile(layout=layout) for layout in ("timm", "google")),
     architecture=size,
     normalisation="half",
   )
@@ -403,10 +405,10 @@ def test_metadata_that_mean_nothing_are_refused(tmp_path, metadata):
 
 
 def test_another_file_than_the_tag_promises_is_refused(timm_file, monkeypatch):
-  file = registry.CheckpointFile(
+  file = published.CheckpointFile(
     layout="timm", repository="ada/timm", revision="abc", sha256="0" * 64
   )
-  source = registry.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
+  source = published.Checkpoint(files=(file,), architecture="tiny", normalisation="half")
   monkeypatch.setitem(registry.WEIGHTS, "pinned", source)
   message = refusal("pinned", timm_file)
   digest = hashlib.sha256(pathlib.Path(timm_file).read_bytes()).hexdigest()
