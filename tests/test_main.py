@@ -26,15 +26,15 @@ from fmlora_jax.workdir import result_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = memory.host_memory() / 2**30
-SMALL = {
+PROBE = {  # a small run of linear_probe
   "epochs": 1,
   "batch_size": 32,
   "weights": {"tag": "random", "architecture": "micro", "depth": 2},
   "input": {"normalisation": "half", "image_size": 16, "steps_per_dispatch": 1},
   "tasks": {"num_tasks": 2},
-  "drs": {"strategy": "fixed", "rank": 8},
   "checkpoint": {"every_steps": 4},
 }
+SMALL = PROBE | {"drs": {"strategy": "fixed", "rank": 8}}  # of fm_lora
 
 
 def command(*arguments, config="configs/digits.py"):
@@ -265,7 +265,7 @@ def run_main(monkeypatch, tmp_path):
 
 
 def test_several_seeds_are_one_table_and_an_estimate_leaves_nothing(run_main, tmp_path, capsys):
-  small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}, "seeds": (3, 4)}
+  small = PROBE | {"weights": PROBE["weights"] | {"depth": 1}, "seeds": (3, 4)}
   probe, workdir = "digits:method=linear_probe", tmp_path / "run"
   run_main(small, "--estimate", file=probe)
   assert "for 2 seeds; each (train" in capsys.readouterr().out
@@ -338,7 +338,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_pa
 
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
-  small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}}
+  small = PROBE | {"weights": PROBE["weights"] | {"depth": 1}}
   began = time.time()
   done = call(
     command(*settings(small), config=f"{ROOT}/configs/digits.py:method=linear_probe"), cwd=tmp_path
@@ -363,7 +363,7 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
 
 
 def test_a_run_without_a_reader_and_with_the_backend_of_a_notebook_ends_with_its_result(tmp_path):
-  small = SMALL | {"weights": SMALL["weights"] | {"depth": 1}}
+  small = PROBE | {"weights": PROBE["weights"] | {"depth": 1}}
   arguments = command(
     *settings(small), "--workdir=run", config=f"{ROOT}/configs/digits.py:method=linear_probe"
   )
@@ -386,9 +386,9 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
     for i, label in enumerate(("ant", "bee")):
       (tmp_path / "data" / split / label).mkdir(parents=True)
       for j in range(3):
-        shade = Image.new("RGB", (16, 16), (100 * i, 20 * j, 0))
+        shade = Image.new("RGB", (16, 16), (100 * i, 20 * j, 99))
         shade.save(tmp_path / "data" / split / label / f"{j}.png")
-  small = SMALL | {"tasks": {"num_tasks": 1, "data_dir": tmp_path / "data"}, "batch_size": 2}
+  small = PROBE | {"tasks": {"num_tasks": 1, "data_dir": tmp_path / "data"}, "batch_size": 2}
   arguments = command(
     *settings(small), "--workdir=~/run", config="configs/image_folder.py:method=linear_probe"
   )
