@@ -20,7 +20,7 @@ from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.text import duration
 from fmlora_jax.distributed import hosts, memory, stop
 from fmlora_jax.experiment import clock
-from fmlora_jax.experiment.run import run
+from fmlora_jax.experiment.run import _checked, run
 from fmlora_jax.types import FrozenError, NonFiniteError
 from fmlora_jax.workdir import result_file
 
@@ -206,6 +206,26 @@ def test_a_signal_says_how_to_go_on(guarded, capsys, name, code):
     guarded(stop.Stopped(signal.Signals[name]))
   assert stopped.value.code == code
   assert capsys.readouterr().err == f"stopped by {name}; the same command resumes\n"
+
+
+def test_a_full_table_of_files_is_not_out_of_memory():
+  text = "RESOURCE_EXHAUSTED: Error writing: Too many open files [os_error_code='24']"
+  with pytest.raises(ValueError, match="Too many open files"), errors.out_of_memory_explained(512):
+    raise ValueError(text)
+
+
+@pytest.mark.parametrize(
+  ("settings", "workdir", "message"),
+  [
+    ("digits", "run", "config is 'digits': must be a Config"),
+    (config.Config(seeds=(1, 2)), "run", r"config.seeds is \(1, 2\): must be \(\), as this is one"),
+    (config.Config(), None, "workdir is None: must be the path of a folder"),
+    (config.Config(), "", "workdir is '': must be"),
+  ],
+)
+def test_python_calls_with_wrong_values_are_refused(settings, workdir, message):
+  with pytest.raises(config.ConfigError, match=message):
+    _checked(settings, workdir)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def read_config(text: str | None, changes: Changes = (), shared: Changes = ()) -
   return change_config(load_values(text), changes, shared)
 
 
-def load_config(file: str, **fields: Any) -> Config:
+def load_config(file: str | pathlib.Path, **fields: Any) -> Config:
   """Returns the config of a file with other settings; for Python what --config is for a shell.
 
   Args:
@@ -146,8 +146,12 @@ def load_config(file: str, **fields: Any) -> Config:
   Raises:
     ConfigError: as `read_config`.
   """
-  method = fields.pop("method", {})
+  if not isinstance(file, (str, pathlib.Path)):
+    raise ConfigError(f"file is {file!r:.60}: must be the name of a config file, such as 'digits'")
+  file, method = str(file), fields.pop("method", {})
   method = {"name": method} if isinstance(method, str) else method
+  if not isinstance(method, dict):
+    raise ConfigError(f"config.method is {method!r}: must be a name, or a dict with name and more")
   if "name" in method:
     file = f"{file}{',' if ':' in file else ':'}method={method['name']}"
   values = load_values(file).to_dict()

@@ -95,7 +95,9 @@ def out_of_memory_explained(batch_size: int) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    # XLA's; tensorstore's are of files
+    of_xla = "RESOURCE_EXHAUSTED" in str(error) and "os_error_code" not in str(error)
+    if not isinstance(error, MemoryError) and not of_xla:
       raise
     from fmlora_jax.distributed import memory  # imports jax
 

@@ -1,6 +1,7 @@
 """Flags of the programs: definition, parsing and help."""
 
 import dataclasses
+import itertools
 import textwrap
 import types
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Arguments:
   others, changes = [*argv[1:]], ()
   if "config" in values:
     others, changes = _split_changes(others)
+  _require_values(values, others)
   try:
     _, *words = values([argv[0], *others])
   except flags.Error as error:
@@ -112,6 +114,15 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Arguments:
       raise ConfigError(f"--{name} is given {values[name].present} times: must be given once")
   options = types.SimpleNamespace(**values.flag_values_dict())
   return Arguments(options=options, words=tuple(words), changes=tuple(changes))
+
+
+def _require_values(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+  """Refuses a flag that would take the next one for its value."""
+  for argument, after in itertools.pairwise(arguments):
+    name = argument.lstrip("-")
+    takes_it = argument.startswith("-") and name in values and not values[name].boolean
+    if takes_it and after.startswith("--"):
+      raise ConfigError(f"--{name} has no value: write --{name}=VALUE, before {after}")
 
 
 def _setting_hint(name: str) -> str:

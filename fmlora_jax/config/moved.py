@@ -33,7 +33,7 @@ def upgrade_config(values: Mapping[str, Any], method_fields: Collection[str]) ->
     parent = upgraded
     for group in old_groups:
       parent = parent.get(group, {})
-    if old_name not in parent:
+    if not isinstance(parent, dict) or old_name not in parent:  # build refuses what is no group
       continue
     value = parent.pop(old_name)
     if new_group != "method" or new_name in method_fields:

@@ -50,7 +50,7 @@ def run(
     Stopped: if the program was asked to stop; what was trained is saved.
     FrozenError: if training changes a frozen array.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = _checked(config, workdir)
   is_finished = hosts.run_on_first(functools.partial(identity_lib.check_folder, workdir))
   locked = contextlib.nullcontext() if is_finished else lock.hold_lock(workdir)
   with (
@@ -89,6 +89,19 @@ def run(
       for line in notes.costs(result):
         log.note(line)
   return result
+
+
+def _checked(config: Any, workdir: Any) -> pathlib.Path:
+  """Returns the workdir, after a look at what a Python program has passed."""
+  if not isinstance(config, Config):
+    raise ConfigError(
+      f"config is {config!r:.60}: must be a Config, such as fmlora_jax.load_config('digits')"
+    )
+  if config.seeds:
+    raise ConfigError(f"config.seeds is {config.seeds}: must be (), as this is one run; set seed")
+  if not isinstance(workdir, (str, pathlib.Path)) or not str(workdir):
+    raise ConfigError(f"workdir is {workdir!r:.60}: must be the path of a folder")
+  return pathlib.Path(workdir)
 
 
 def _facts(setup: RunSetup) -> dict[str, Any]:

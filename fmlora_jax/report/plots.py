@@ -93,7 +93,12 @@ def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None
     panels: title -> {label: runs}. Several runs become their mean, with a band of one standard
       deviation (ddof 1). A single group without a label has no legend.
     path: of the PNG file, or an open binary file.
+
+  Raises:
+    ValueError: if there is no panel.
   """
+  if not panels:
+    raise ValueError("panels is {}: must have a title with groups of runs")
   figure = Figure(figsize=(6.4 * len(panels), 4.4), dpi=150, layout="constrained")
   for axes, (heading, groups) in zip(
     figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True

@@ -13,6 +13,7 @@ import numpy as np
 
 from fmlora_jax.config import FREE_FIELDS, Config
 from fmlora_jax.config.diff import leaves
+from fmlora_jax.workdir.identity import require_own_result
 from fmlora_jax.workdir.log import METRICS
 from fmlora_jax.workdir.result_file import RESULT, read_result
 
@@ -39,6 +40,7 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
       seen.add(file.resolve())
       try:
         result = read_result(file)
+        require_own_result(file, result)
         same = _fingerprint(result), result["seed"], result["params_sha256"]
         first, _ = results.setdefault(same, (file, result))
         if first is not file:

@@ -34,6 +34,9 @@ def check_folder(workdir: pathlib.Path) -> bool:
   """
   path = workdir / IDENTITY
   outputs.require_path("workdir", workdir)
+  for parent in workdir.absolute().parents:
+    if os.path.isfile(parent / IDENTITY) and os.path.isdir(parent / "checkpoints"):
+      raise ConfigError(f"workdir {workdir} is in the folder of a run, {parent}: choose another")
   is_finished = os.path.isfile(path) and os.path.isfile(workdir / RESULT)
   if not is_finished:
     outputs.require_folder("workdir", workdir)
@@ -134,6 +137,21 @@ def require_result(path: pathlib.Path, result: Mapping[str, Any], now: Mapping[s
       f"{path} is the result of another run ({'; '.join(changed)}): must be this run's; move it "
       "away, and the same command makes it again"
     )
+
+
+def require_own_result(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Refuses a result that is not that of the config.json beside it, if one can be read there.
+
+  Raises:
+    ConfigError: with the fields that differ.
+  """
+  try:
+    there = json.loads((path.parent / IDENTITY).read_text(encoding="utf-8"))
+    there["config"] = methods.upgrade_config(there["config"])
+    now = {name: there[name] for name in ("config", "weights_sha256", "manifest_sha256")}
+  except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    return
+  require_result(path, result, now)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

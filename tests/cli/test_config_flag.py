@@ -152,8 +152,14 @@ def test_python_loads_what_a_shell_does():
   shell = read("digits:tasks=2,method=lora", [("method.rank", "3")])
   assert load("digits:tasks=2", method={"name": "lora", "rank": 3}) == shell
   assert load("digits", drs={"rank": 4}) == read("digits", [("drs.rank", "4")])
-  with pytest.raises(fmlora_jax.ConfigError, match="config.epoch is not a field"):
-    load("digits", epoch=2)
+  assert load(pathlib.Path("digits")) == load("digits")
+  for wrong, message in (
+    ({"epoch": 2}, "config.epoch is not a field"),
+    ({"tasks": 2}, "config.tasks is 2: must be a group of fields"),
+    ({"method": 3}, "config.method is 3: must be a name"),
+  ):
+    with pytest.raises(fmlora_jax.ConfigError, match=message):
+      load("digits", **wrong)
 
 
 @pytest.mark.parametrize(

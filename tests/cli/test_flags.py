@@ -37,6 +37,13 @@ def test_settings_of_the_config_are_set_apart():
     arguments.refuse_words()
 
 
+@pytest.mark.parametrize("words", [["--workdir", "--dry_run"], ["--workdir", "--config=digits"]])
+def test_a_flag_takes_no_other_flag_for_its_value(words):
+  with pytest.raises(ConfigError, match=f"--workdir has no value: .*, before {words[1]}"):
+    flags.parse(values(), ["x", *words])
+  assert flags.parse(values(), ["x", "--workdir", "-a"]).options.workdir == "-a"
+
+
 def test_an_unknown_flag_is_refused_with_a_near_one():
   with pytest.raises(ConfigError, match="'workdr'. Did you mean: workdir"):
     flags.parse(values(), ["x", "--workdr=a"])

@@ -179,6 +179,19 @@ def test_the_same_seed_twice_is_warned_about():
   assert line == "fm_lora has several runs of seed 1993: ± is not over seeds alone"
 
 
+def test_a_result_that_is_not_that_of_its_config_is_left_out(tmp_path):
+  own, other = result(), result(seed=1994)
+  save(tmp_path / "a", own)
+  save(tmp_path / "b", other)
+  hashes = {"weights_sha256": own["weights"]["sha256"], "manifest_sha256": own["manifest_sha256"]}
+  for folder in "ab":
+    text = json.dumps({"config": own["config"], **hashes})
+    (tmp_path / folder / "config.json").write_text(text)
+  results, (note,) = load([tmp_path])
+  assert [run["seed"] for run in results] == [1993]
+  assert "b/result.json is the result of another run (config.seed: 1994 there, 1993 now" in note
+
+
 def test_a_run_that_was_made_twice_counts_once(tmp_path):
   for name, hashed in (("a", "12"), ("b", "12"), ("c", "34")):
     save(tmp_path / name, result(params_sha256=hashed))
@@ -328,6 +341,11 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   assert "no RUN given" in refusal()
   assert "must end in .png" in refusal(tmp_path, plot="x.pdf")
   assert "in a folder that exists, /no does not" in refusal(tmp_path, plot="/no/x.png")
+
+
+def test_a_picture_of_nothing_is_refused():
+  with pytest.raises(ValueError, match="panels is {}"):
+    plots.plot_accuracy_over_tasks({}, "x.png")
 
 
 def test_pictures_need_no_pyplot():

@@ -24,6 +24,13 @@ def test_a_new_folder_is_claimed_and_claimed_again(tmp_path):
   identity.claim_workdir(tmp_path / "empty", IDENTITY)
 
 
+def test_a_workdir_is_not_in_the_folder_of_a_run(tmp_path):
+  identity.claim_workdir(tmp_path / "run", IDENTITY)
+  (tmp_path / "run" / "checkpoints").mkdir()
+  with pytest.raises(ConfigError, match=f"is in the folder of a run, {tmp_path / 'run'}: choose"):
+    identity.check_folder(tmp_path / "run" / "checkpoints" / "7" / "new")
+
+
 def test_tuples_are_the_lists_that_json_makes_of_them(tmp_path):
   identity.claim_workdir(tmp_path / "run", {"config": {"ranks": (1, 2)}})
   identity.claim_workdir(tmp_path / "run", {"config": {"ranks": (1, 2)}})
