@@ -40,12 +40,16 @@ def explain_failure(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
         f"{path} can't be written ({os.strerror(code)}): mend that, and the same command "
         "resumes from the last checkpoint"
       ) from None
-    if not _code(error, FULL):
+    if not (code := _code(error, FULL)):
       raise
     free = shutil.disk_usage(path.parent).free
+    reason = f"the disk is full, {num_bytes:,} bytes needed, {free:,} free"
+    if code == errno.EDQUOT:
+      reason = f"your quota of this disk is used up, {num_bytes:,} bytes needed"
+    elif (disk := os.statvfs(path.parent)).f_files and not disk.f_favail:
+      reason = f"the disk takes no more files, though {free:,} bytes are free"
     raise ConfigError(
-      f"{path}: the disk is full, {num_bytes:,} bytes needed, {free:,} free: make room, and the "
-      "same command resumes from the last checkpoint"
+      f"{path}: {reason}: make room, and the same command resumes from the last checkpoint"
     ) from None
 
 
