@@ -1,5 +1,6 @@
 """--config=FILE[:VARIANT] and --config.FIELD=VALUE: from a command line to the config of a run."""
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -200,7 +201,8 @@ def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:
 
 def _set_field(values: ml_collections.ConfigDict, field: str, given: Sequence[str]) -> None:
   kind = _field_type(values, field)
-  argv = ["", *(f"--config.{field}={text}" for text in given)]
+  texts = map(_quoted, given) if kind is tuple else given
+  argv = ["", *(f"--config.{field}={text}" for text in texts)]
   parsed = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
   try:
@@ -208,6 +210,24 @@ def _set_field(values: ml_collections.ConfigDict, field: str, given: Sequence[st
   except (flags.Error, ValueError, TypeError, SyntaxError):
     allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
     raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
+
+
+def _quoted(text: str) -> str:
+  """Returns a tuple's text such as "a,b" with quotes; unchanged if it has some, or is no list."""
+  bare = text.strip()
+  bare = bare[1:-1] if bare.startswith("(") and bare.endswith(")") else bare
+  items = [item.strip() for item in bare.split(",")]
+  if len(items) == 1 or not all(items) or set(bare) & set("()[]{}'\""):
+    return text
+  return repr(tuple(map(_literal, items)))
+
+
+def _literal(text: str) -> Any:
+  """Returns the number that a text is; the text if it is none."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _field_type(values: ml_collections.ConfigDict, field: str) -> type:

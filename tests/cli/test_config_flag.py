@@ -100,6 +100,33 @@ def test_values_are_set_with_the_type_of_their_field():
 
 
 @pytest.mark.parametrize(
+  "given",
+  [["query,value"], ["query, value"], ["(query,value)"], ["('query','value')"], ["query", "value"]],
+)
+def test_a_tuple_of_texts_needs_no_quotes(given):
+  changes = [("method.targets", text) for text in given]
+  assert read("digits:method=lora", changes).method.targets == ("query", "value")
+
+
+def test_one_text_stays_one():
+  assert read("digits", [("tasks.domains", "real,clip-art")]).tasks.domains == ("real", "clip-art")
+  assert read("digits", [("tasks.domains", "'a,b'")]).tasks.domains == ("a,b",)
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("1993,01993", r"seeds\[1\] is '01993': must be"),
+    ("1993,x", r"seeds\[1\] is 'x': must be"),
+    ("1993,,1994", r"seeds is '1993,,1994': must be a tuple, such as \(1, 2\)"),
+  ],
+)
+def test_what_is_no_number_in_a_tuple_is_named(text, said):
+  with pytest.raises(ConfigError, match=said):
+    read("digits", [("seeds", text)])
+
+
+@pytest.mark.parametrize(
   ("changes", "said"),
   [
     ([("method", "lora")], "--config.method: a method is named by .* --config=FILE:method=NAME"),
