@@ -84,7 +84,7 @@ def test_a_table_or_plot_that_cannot_be_written_is_refused_before_the_runs(tmp_p
   (tmp_path / "out" / name).mkdir(parents=True)
   done = call(*SMALL, "--methods=linear_probe", "--workdir=out", cwd=tmp_path)
   assert done.returncode == 2 and "training images" not in done.stdout
-  said = f"error: {name} of --workdir is '{tmp_path}/out/{name}': must be a file or new, it is a fol"
+  said = f"error: {name} of --workdir is '{tmp_path}/out/{name}': must be a file or new, it is"
   assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
   assert os.listdir(tmp_path / "out") == [name]
 
