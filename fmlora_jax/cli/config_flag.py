@@ -1,6 +1,7 @@
 """--config=FILE[:VARIANT] and --config.FIELD=VALUE: from a command line to the config of a run."""
 
 import ast
+import collections
 import dataclasses
 import difflib
 import hashlib
@@ -113,7 +114,7 @@ def _run_file(path: pathlib.Path, shown: str, arguments: list[str]) -> ml_collec
 def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
   """Returns the config in config.json of a run, of any version."""
   try:
-    values = json.loads(path.read_bytes())
+    values = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
     if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
       raise ConfigError("it has no group 'config'")
     return config_files.to_config_dict(methods.build_config(values["config"]))
@@ -121,6 +122,14 @@ def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     raise ConfigError(f"{path} is not the config.json of a run: {error}") from None
   except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
     raise ConfigError(f"{path} is not the config.json of a run ({error})") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object as a dict; refuses a key that it has twice."""
+  counts = collections.Counter(key for key, _ in pairs)
+  if twice := [key for key, count in counts.items() if count > 1]:
+    raise ConfigError(f"{twice[0]!r} is in it {counts[twice[0]]} times: must be there once")
+  return dict(pairs)
 
 
 def read_config(text: str | None, changes: Changes = (), shared: Changes = ()) -> Config:

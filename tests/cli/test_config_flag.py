@@ -61,6 +61,10 @@ NO_CONFIG = {  # file -> its contents, and what is said
   "a.yaml": (b"epochs: 2", "a.yaml': is no config file, must be a file .py"),
   "a.txt": (b"epochs: 2", "a.txt': is no config file, must be a file .py"),
   "a.json": (b'{"epochs": 2}', "a.json is not the config.json of a run: it has no group 'config'"),
+  "twice.json": (
+    b'{"config": {"epochs": 1, "seed": 2, "epochs": 7}}',
+    "twice.json is not the config.json of a run: 'epochs' is in it 2 times: must be there once",
+  ),
   "list.json": (b"[1]", "list.json is not the config.json of a run"),
   "deep.json": (b"[" * 10**5, "deep.json is not the config.json of a run"),
   "bytes.json": (b"\xf8\xff", "bytes.json is not the config.json of a run"),
