@@ -58,6 +58,7 @@ def main(arguments: Arguments) -> None:
     errors.fail(f"all {len(planned)} runs are left out: {planned[0].problem}")
   if any(run.state != "finished" for run in planned):
     outputs.require_folder("--workdir", folder)
+  comparison.require_outputs(planned, folder)
   if options.dry_run:
     return
   program.enable_compilation_cache()

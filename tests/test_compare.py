@@ -79,6 +79,16 @@ def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["compare.md", "compare.png"])
+def test_a_table_or_plot_that_cannot_be_written_is_refused_before_the_runs(tmp_path, name):
+  (tmp_path / "out" / name).mkdir(parents=True)
+  done = call(*SMALL, "--methods=linear_probe", "--workdir=out", cwd=tmp_path)
+  assert done.returncode == 2 and "training images" not in done.stdout
+  said = f"error: {name} of --workdir is '{tmp_path}/out/{name}': must be a file or new, it is"
+  assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+  assert os.listdir(tmp_path / "out") == [name]
+
+
 def test_a_comparison_of_nothing_ends_with_code_2_before_work(tmp_path):
   done = call(DIGITS, "--methods=linear_probe,finetune", "--config.epochs=0", cwd=tmp_path)
   assert done.returncode == 2

@@ -63,6 +63,26 @@ def define_flags() -> flags.FlagValues:
   return values
 
 
+def _refuse_unused(arguments: Arguments) -> None:
+  """Refuses a flag that is given and would change nothing.
+
+  Raises:
+    ConfigError: with what it needs.
+  """
+  options = arguments.options
+  for name in ("rank", "prompts", "repeats", "peers"):
+    if options.methods and name in arguments.given:
+      raise ConfigError(
+        f"--{name} is {getattr(options, name)}: is not used beside --methods; leave it out, a "
+        "method's settings follow its name, as in --methods=lora:rank=8"
+      )
+  for name in ("variants", "peers_python"):
+    if name in arguments.given and not options.peers:
+      value = getattr(options, name)
+      shown = ",".join(value) if name == "variants" else value
+      raise ConfigError(f"--{name} is {shown!r}: needs --peers")
+
+
 def main(arguments: Arguments) -> None:
   """Measures as the flags say and prints a table."""
   options = arguments.options
@@ -70,8 +90,7 @@ def main(arguments: Arguments) -> None:
   python = options.peers_python or sys.executable
   if options.json is not None:
     outputs.require_file("--json", options.json)
-  if options.peers_python is not None and not options.peers:
-    raise ConfigError(f"--peers_python is {options.peers_python!r}: needs --peers")
+  _refuse_unused(arguments)
   if options.peers:
     peer.check_python(python)
   # leaves GPU memory to PyTorch; JAX reads it when it first uses the device

@@ -66,6 +66,7 @@ def _count_method(workload: Workload, weights: Params, base: Cost) -> dict[str, 
 def methods_table(result: Mapping[str, Any]) -> Table:
   """Returns the counts of `count_methods` for people."""
   lines = [tables.where(result), "x: over the plain forward; as written: before XLA's passes"]
+  lines += ["rank and prompts: of fm_lora; another method's are in its row, else its defaults"]
   lines += [f"left out: {label}: {reason}" for label, reason in result["left_out"].items()]
   early, late = BenchSettings(**result["setting"]).measured
   columns = "trained", "GFLOP/image", f"x at task {early}", f"x at task {late}", "as written"

@@ -13,6 +13,7 @@ Example:
   fmlora_jax bench.gpu --out=gpu --seconds=300
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -52,8 +53,13 @@ def main(arguments: Arguments) -> None:
   outputs.require_folder("--out", options.out)
   if options.peers_python is not None:
     peer.check_python(options.peers_python)
-  if not all(batch.isdecimal() and int(batch) for batch in options.batches) or not options.batches:
-    raise ConfigError(f"--batches is {options.batches}: must be whole numbers, such as 64,128")
+  if not math.isfinite(options.seconds):
+    raise ConfigError(f"--seconds is {options.seconds}: must be a number, such as 520")
+  batches = [int(batch) if batch.isdecimal() else 0 for batch in options.batches]
+  if not batches or not all(batches) or len(set(batches)) < len(batches):
+    raise ConfigError(
+      f"--batches is {options.batches}: must be whole numbers, each once, such as 64,128"
+    )
   # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   import jax
@@ -62,7 +68,7 @@ def main(arguments: Arguments) -> None:
 
   plan = gpu_report.Plan(
     out=pathlib.Path(options.out),
-    batches=tuple(map(int, options.batches)),
+    batches=tuple(batches),
     peers_python=options.peers_python or sys.executable,
     seconds=options.seconds,
     architecture=options.architecture,

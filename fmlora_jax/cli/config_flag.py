@@ -1,5 +1,7 @@
 """--config=FILE[:VARIANT] and --config.FIELD=VALUE: from a command line to the config of a run."""
 
+import ast
+import collections
 import dataclasses
 import difflib
 import hashlib
@@ -112,7 +114,7 @@ def _run_file(path: pathlib.Path, shown: str, arguments: list[str]) -> ml_collec
 def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
   """Returns the config in config.json of a run, of any version."""
   try:
-    values = json.loads(path.read_bytes())
+    values = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
     if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
       raise ConfigError("it has no group 'config'")
     return config_files.to_config_dict(methods.build_config(values["config"]))
@@ -120,6 +122,14 @@ def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     raise ConfigError(f"{path} is not the config.json of a run: {error}") from None
   except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
     raise ConfigError(f"{path} is not the config.json of a run ({error})") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object as a dict; refuses a key that it has twice."""
+  counts = collections.Counter(key for key, _ in pairs)
+  if twice := [key for key, count in counts.items() if count > 1]:
+    raise ConfigError(f"{twice[0]!r} is in it {counts[twice[0]]} times: must be there once")
+  return dict(pairs)
 
 
 def read_config(text: str | None, changes: Changes = (), shared: Changes = ()) -> Config:
@@ -204,7 +214,8 @@ def set_fields(values: ml_collections.ConfigDict, changes: Changes) -> None:
 
 def _set_field(values: ml_collections.ConfigDict, field: str, given: Sequence[str]) -> None:
   kind = _field_type(values, field)
-  argv = ["", *(f"--config.{field}={text}" for text in given)]
+  texts = map(_quoted, given) if kind is tuple else given
+  argv = ["", *(f"--config.{field}={text}" for text in texts)]
   parsed = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", values, flag_values=parsed, sys_argv=argv)
   try:
@@ -212,6 +223,24 @@ def _set_field(values: ml_collections.ConfigDict, field: str, given: Sequence[st
   except (flags.Error, ValueError, TypeError, SyntaxError):
     allowed = "a tuple, such as (1, 2)" if kind is tuple else f"of type {kind.__name__}"
     raise ConfigError(f"--config.{field} is {given[-1]!r}: must be {allowed}") from None
+
+
+def _quoted(text: str) -> str:
+  """Returns a tuple's text such as "a,b" with quotes; unchanged if it has some, or is no list."""
+  bare = text.strip()
+  bare = bare[1:-1] if bare.startswith("(") and bare.endswith(")") else bare
+  items = [item.strip() for item in bare.split(",")]
+  if len(items) == 1 or not all(items) or set(bare) & set("()[]{}'\""):
+    return text
+  return repr(tuple(map(_literal, items)))
+
+
+def _literal(text: str) -> Any:
+  """Returns the number that a text is; the text if it is none."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _field_type(values: ml_collections.ConfigDict, field: str) -> type:

@@ -22,11 +22,13 @@ class Arguments:
     options: the value of each flag, under its name.
     words: arguments that are not flags.
     changes: (FIELD, VALUE) of each --config.FIELD=VALUE, in their order.
+    given: names of the flags that the command line has.
   """
 
   options: types.SimpleNamespace
   words: tuple[str, ...] = ()
   changes: tuple[tuple[str, str], ...] = ()
+  given: frozenset[str] = frozenset()
 
   def refuse_words(self) -> None:
     """Raises ConfigError if there is an argument that is not a flag."""
@@ -113,7 +115,8 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> Arguments:
     if values[name].present > 1 and not values[name].boolean:
       raise ConfigError(f"--{name} is given {values[name].present} times: must be given once")
   options = types.SimpleNamespace(**values.flag_values_dict())
-  return Arguments(options=options, words=tuple(words), changes=tuple(changes))
+  given = frozenset(name for name in values if values[name].present)
+  return Arguments(options=options, words=tuple(words), changes=tuple(changes), given=given)
 
 
 def _require_values(values: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 import re
 
 from fmlora_jax import methods
-from fmlora_jax.config import ConfigError, moved_field
+from fmlora_jax.config import Config, ConfigError, moved_field
+from fmlora_jax.config.diff import leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def parse_methods(text: str) -> list[Choice]:
   every method in every variant that its file declares.
 
   Raises:
-    ConfigError: if a method is unknown or a setting is not FIELD=VALUE.
+    ConfigError: if a method is unknown, a setting is not FIELD=VALUE or is given twice.
   """
   known, chosen = methods.names(), []
   for part in filter(None, re.split(r"[,\s]+(?![^(]*\))", text)):
@@ -56,8 +57,26 @@ def parse_methods(text: str) -> list[Choice]:
     if any(not (field and equals) for field, equals, _ in pairs):
       raise ConfigError(f"--methods has {part!r}: must be like lora:mode=sequential:rank=8")
     chosen.append(Choice(name, tuple((field, value) for field, _, value in pairs)))
+    _refuse_repeated(chosen[-1])
   if not chosen:
     raise ConfigError(
       f"--methods is {text!r}: must be all, or such as fm_lora,lora:mode=sequential"
     )
   return list(dict.fromkeys(chosen))
+
+
+def _refuse_repeated(choice: Choice) -> None:
+  """Refuses a field that a method gets twice, unless it is a tuple, which is extended.
+
+  Raises:
+    ConfigError: with the field.
+  """
+  config = Config(method=methods.config_class(choice.name)())
+  values = dict(leaves(dataclasses.asdict(config)))
+  fields = [field for field, _ in choice.changes]
+  for field in fields:
+    if fields.count(field) > 1 and not isinstance(values.get(field), tuple):
+      raise ConfigError(
+        f"--methods has '{choice}': {field} is given {fields.count(field)} times: must be given "
+        "once; for runs with each, separate methods by commas"
+      )

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fmlora_jax.cli import config_flag, errors
+from fmlora_jax.cli import config_flag, errors, outputs
 from fmlora_jax.cli.config_flag import Changes
 from fmlora_jax.cli.methods_flag import Choice
 from fmlora_jax.cli.text import duration
@@ -119,6 +119,17 @@ def listing(planned: Sequence[PlannedRun], folder: pathlib.Path) -> list[str]:
     seeds = ", ".join(f"{run.seed} {run.state}".strip() for run in runs)
     lines.append(f"  {label:{width}}  {f'left out: {problem}' if problem else seeds}")
   return lines
+
+
+def require_outputs(planned: Sequence[PlannedRun], folder: pathlib.Path) -> None:
+  """Refuses a table or plot that can't be written into a folder; one that is only read needs none.
+
+  Raises:
+    ConfigError: in one line.
+  """
+  if folder.is_dir() and not is_only_read(folder, [run.workdir for run in planned]):
+    for name in (TABLE, PLOT):
+      outputs.require_file(f"{name} of --workdir", folder / name)
 
 
 def run_all(

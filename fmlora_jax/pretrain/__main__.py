@@ -42,6 +42,10 @@ def main(arguments: Arguments) -> None:
       "--output is missing: name a file to write, such as my.safetensors"
     )
   output = outputs.require_file("--output", options.output, ".safetensors")
+  if output.exists():
+    raise config_lib.ConfigError(
+      f"--output is {options.output!r}: must be a new file; name another or remove it"
+    )
   values = config_flag.load_values(options.config)
   from fmlora_jax.models import vit  # imports jax
   from fmlora_jax.pretrain import training

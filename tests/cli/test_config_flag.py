@@ -61,6 +61,10 @@ NO_CONFIG = {  # file -> its contents, and what is said
   "a.yaml": (b"epochs: 2", "a.yaml': is no config file, must be a file .py"),
   "a.txt": (b"epochs: 2", "a.txt': is no config file, must be a file .py"),
   "a.json": (b'{"epochs": 2}', "a.json is not the config.json of a run: it has no group 'config'"),
+  "twice.json": (
+    b'{"config": {"epochs": 1, "seed": 2, "epochs": 7}}',
+    "twice.json is not the config.json of a run: 'epochs' is in it 2 times: must be there once",
+  ),
   "list.json": (b"[1]", "list.json is not the config.json of a run"),
   "deep.json": (b"[" * 10**5, "deep.json is not the config.json of a run"),
   "bytes.json": (b"\xf8\xff", "bytes.json is not the config.json of a run"),
@@ -97,6 +101,33 @@ def test_values_are_set_with_the_type_of_their_field():
   assert (config.tasks.domains, config.seeds) == (("a", "b"), (3, 4))
   assert read("digits:method=l2p", [("method.batchwise", "true")]).method.batchwise is True
   assert read("digits", [("seeds", "3"), ("seeds", "4")]).seeds == (3, 4)
+
+
+@pytest.mark.parametrize(
+  "given",
+  [["query,value"], ["query, value"], ["(query,value)"], ["('query','value')"], ["query", "value"]],
+)
+def test_a_tuple_of_texts_needs_no_quotes(given):
+  changes = [("method.targets", text) for text in given]
+  assert read("digits:method=lora", changes).method.targets == ("query", "value")
+
+
+def test_one_text_stays_one():
+  assert read("digits", [("tasks.domains", "real,clip-art")]).tasks.domains == ("real", "clip-art")
+  assert read("digits", [("tasks.domains", "'a,b'")]).tasks.domains == ("a,b",)
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("1993,01993", r"seeds\[1\] is '01993': must be"),
+    ("1993,x", r"seeds\[1\] is 'x': must be"),
+    ("1993,,1994", r"seeds is '1993,,1994': must be a tuple, such as \(1, 2\)"),
+  ],
+)
+def test_what_is_no_number_in_a_tuple_is_named(text, said):
+  with pytest.raises(ConfigError, match=said):
+    read("digits", [("seeds", text)])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,18 @@ def test_all_is_every_method_in_every_variant_that_it_declares(monkeypatch):
     ("lora,rank=8", "--methods has 'rank=8': must be all, NAME or"),
     ("lora:rank", "--methods has 'lora:rank': must be like lora:mode=sequential:rank=8"),
     ("lora:=8", "--methods has 'lora:=8': must be like"),
+    (
+      "lora:rank=1:rank=2",
+      "--methods has 'lora:rank=1:rank=2': method.rank is given 2 times: must",
+    ),
+    (
+      "fm_lora:drs.rank=4:method.drs.rank=4",
+      "--methods has 'fm_lora:drs.rank=4:method.drs.rank=4': method.drs.rank is given 2 times",
+    ),
+    (
+      "lora:optim.learning_rate=1:optim.learning_rate=2",
+      "--methods has 'lora:optim.learning_rate=1:optim.learning_rate=2': optim.learning_rate is gi",
+    ),
     (" ,", "--methods is ' ,': must be all, or such as"),
   ],
 )
@@ -42,6 +54,11 @@ def test_invalid_methods_are_refused(text, message):
   with pytest.raises(ConfigError) as error:
     parse_methods(text)
   assert str(error.value).startswith(message)
+
+
+def test_a_tuple_may_be_given_item_by_item():
+  (choice,) = parse_methods("lora:targets=query:targets=key")
+  assert choice.changes == (("method.targets", "query"), ("method.targets", "key"))
 
 
 def test_settings_become_changes_of_the_config():

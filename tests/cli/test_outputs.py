@@ -69,11 +69,20 @@ WRONG = [  # command and flag, the value, the reason
   ("pretrain --output", "folder", "must end in .safetensors"),
   ("pretrain --output", "x.bin", "must end in .safetensors"),
   ("pretrain --output", "no/x.safetensors", "in a folder that exists, no does not"),
+  ("pretrain --output", "old.safetensors", "must be a new file; name another or remove it"),
   ("bench --json", "folder", "a file or new, it is a folder"),
   ("bench --json", "no/x.json", "in a folder that exists, no does not"),
   ("bench --json", "", "a file or new, it is a folder"),
   ("bench --peers --peers_python", "/no/python", "must be a Python with torch, .*can't be started"),
   ("bench --peers_python", "python", "needs --peers"),
+  ("bench --methods=lora --rank", "4", "is not used beside --methods; .*lora:rank=8"),
+  ("bench --methods=lora --prompts", "10", "is not used beside --methods"),
+  ("bench --methods=lora --repeats", "5", "is not used beside --methods"),
+  ("bench --variants", "peft", "needs --peers"),
+  ("bench.gpu --out=x --batches", "64,64", "must be whole numbers, each once"),
+  ("bench.gpu --out=x --batches", "64,064", "must be whole numbers, each once"),
+  ("bench.gpu --out=x --seconds", "nan", "must be a number"),
+  ("bench.gpu --out=x --seconds", "inf", "must be a number"),
   ("bench.gpu --out", "file", "a folder, this is none"),
   ("bench.gpu --out", "file/x", "a folder, .*/file is none"),
   ("bench.gpu --out=x --batches", "a", "must be whole numbers"),
@@ -92,12 +101,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(
 ):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "folder").mkdir()
-  (tmp_path / "file").write_text("mine")
+  for mine in ("file", "old.safetensors"):
+    (tmp_path / mine).write_text("mine")
   name, *words, flag = command.split()
   module = importlib.import_module(top.COMMANDS[name])
   values = module.define_flags()
   flags.define_shared(values)
   with pytest.raises(ConfigError, match=f"^{flag} is .*{reason}"):
     module.main(flags.parse(values, [name, *words, f"{flag}={value}"]))
-  assert sorted(os.listdir()) == ["file", "folder"] and not os.listdir("folder")
-  assert (tmp_path / "file").read_text() == "mine"
+  assert sorted(os.listdir()) == ["file", "folder", "old.safetensors"] and not os.listdir("folder")
+  assert all((tmp_path / mine).read_text() == "mine" for mine in ("file", "old.safetensors"))
