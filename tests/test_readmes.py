@@ -135,7 +135,7 @@ def test_a_command_names_what_exists(line, tmp_path, monkeypatch):
 
 def check_program(module, arguments, folder):
   """Checks that the program has all flags and that the config builds."""
-  options, words, changes = dataclasses.astuple(parsed(module, arguments))
+  options, words, changes, _ = dataclasses.astuple(parsed(module, arguments))
   if module == "fmlora_jax.main" and not options.list:
     if not options.config.endswith("config.json"):  # of a run to come
       config_flag.read_config(options.config, changes)
