@@ -44,7 +44,7 @@ def main(arguments: Arguments) -> None:
   output = outputs.require_file("--output", options.output, ".safetensors")
   if output.exists():
     raise config_lib.ConfigError(
-      f"--output is {options.output!r}: must be a new file; name another or remove it"
+      f"--output is {options.output!r}: must be a new file; name another"
     )
   values = config_flag.load_values(options.config)
   from fmlora_jax.models import vit  # imports jax
