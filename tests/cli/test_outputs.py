@@ -69,7 +69,7 @@ WRONG = [  # command and flag, the value, the reason
   ("pretrain --output", "folder", "must end in .safetensors"),
   ("pretrain --output", "x.bin", "must end in .safetensors"),
   ("pretrain --output", "no/x.safetensors", "in a folder that exists, no does not"),
-  ("pretrain --output", "old.safetensors", "must be a new file; name another or remove it"),
+  ("pretrain --output", "old.safetensors", "must be a new file; name another"),
   ("bench --json", "folder", "a file or new, it is a folder"),
   ("bench --json", "no/x.json", "in a folder that exists, no does not"),
   ("bench --json", "", "a file or new, it is a folder"),
