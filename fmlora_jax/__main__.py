@@ -41,17 +41,22 @@ def main() -> None:
     argv = [f"fmlora_jax {command}", *arguments]
     with program.running(module.__doc__, module.define_flags(), argv) as parsed:
       module.main(parsed)
-  elif command in ("--version", "-version"):
-    sys.stdout.write(f"fmlora_jax {fmlora_jax.__version__}\n")
-  elif command in ("--list", "-list"):
-    program.print_listing()
-  elif command in program.HELP:
-    sys.stdout.write(help_text())
+  elif command in ("--version", "-version", "--list", "-list", *program.HELP):
+    with program.answering():
+      if "list" in command:
+        program.print_listing()
+      else:
+        sys.stdout.write(help_text() if command in program.HELP else version_text())
   else:
     errors.fail(
       f"unknown command {command!r}: must be one of {', '.join(COMMANDS)}; fmlora_jax --help says "
       "more"
     )
+
+
+def version_text() -> str:
+  """Returns the name and the version."""
+  return f"fmlora_jax {fmlora_jax.__version__}\n"
 
 
 def help_text() -> str:

@@ -26,6 +26,7 @@ from fmlora_jax.cli import errors, methods_flag, outputs, program
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
+from fmlora_jax.distributed import backend
 
 
 def define_flags() -> flags.FlagValues:
@@ -47,6 +48,7 @@ def main(arguments: Arguments) -> None:
     raise ConfigError(f"--seeds is {options.seeds}: must be whole numbers, such as 1993,1994")
   from fmlora_jax.experiment import comparison  # imports jax
 
+  backend.require_backend()
   comparison.check_arguments(options.config, changes)
   folder = program.resolve_workdir(
     options.workdir, lambda: comparison.workdir_name(options.config, changes)

@@ -29,6 +29,7 @@ from fmlora_jax.bench import peer
 from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
+from fmlora_jax.distributed import backend
 
 
 def define_flags() -> flags.FlagValues:
@@ -101,6 +102,7 @@ def main(arguments: Arguments) -> None:
   from fmlora_jax.bench.workload import BenchSettings
   from fmlora_jax.cli import methods_flag
 
+  backend.require_backend()
   console = Console(width=None if sys.stdout.isatty() else 140)
   fields = [field.name for field in dataclasses.fields(BenchSettings)]
   setting = BenchSettings(**{name: getattr(options, name) for name in fields})

@@ -24,6 +24,7 @@ from fmlora_jax.bench import peer
 from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
+from fmlora_jax.distributed import backend
 
 
 def define_flags() -> flags.FlagValues:
@@ -62,6 +63,7 @@ def main(arguments: Arguments) -> None:
     )
   # leaves GPU memory to PyTorch; JAX reads it when it first uses the device
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  backend.require_backend()
   import jax
 
   from fmlora_jax.bench import gpu_report

@@ -57,9 +57,10 @@ def explain(error: Exception, workdir: str | None = None) -> str | None:
   message = " ".join(str(error).split())
   if isinstance(error, ConfigError):
     return message
-  from fmlora_jax.types import FrozenError, NonFiniteError  # imports jax
-
-  if isinstance(error, (FrozenError, NonFiniteError)):
+  if "invalid truth value" in message and "'JAX_" in message:  # at the import of jax
+    return f"{message}: must be true or false; correct it or unset it"
+  types = sys.modules.get("fmlora_jax.types")  # it imports jax, which may be what failed
+  if types and isinstance(error, (types.FrozenError, types.NonFiniteError)):
     return message
   if isinstance(error, (ValueError, OSError)):
     return f"{message} ({_traceback_file(error, workdir)})"

@@ -46,7 +46,8 @@ def running(
   argv = sys.argv if argv is None else argv
   flags.FLAGS(argv[:1])  # of libraries, which may look at their flags
   if HELP & {*argv[1:]}:
-    print_help(doc or "", values)
+    with answering():
+      print_help(doc or "", values)
     sys.exit(0)
   try:
     arguments = flags_lib.parse(values, argv)
@@ -56,12 +57,27 @@ def running(
   workdir = getattr(options, "workdir", None)
   with stop.caught(), errors.guard(debug=options.debug, workdir=workdir):
     yield arguments
-    sys.stdout.flush()
-    if error := output.lost():
-      line = f"the standard output can't be written ({error.strerror}): it is not complete"
-      if workdir is None and not hasattr(options, "workdir"):
-        errors.fail(line, code=1)
-      sys.stderr.write(f"warning: {line}\n")
+    asks = any(getattr(options, name, False) for name in ("dry_run", "estimate", "list"))
+    _end_output(is_all=asks or not hasattr(options, "workdir"))
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+  """The context of an answer on the standard output that needs no command line, such as --help."""
+  output.protect()
+  with stop.caught(), errors.guard():
+    yield
+    _end_output(is_all=True)
+
+
+def _end_output(*, is_all: bool) -> None:
+  """Says whether the standard output is incomplete; fails where it is all that a program makes."""
+  sys.stdout.flush()
+  if error := output.lost():
+    line = f"the standard output can't be written ({error.strerror}): it is not complete"
+    if is_all:
+      errors.fail(line, code=1)
+    sys.stderr.write(f"warning: {line}\n")
 
 
 def print_help(doc: str, values: flags.FlagValues) -> None:

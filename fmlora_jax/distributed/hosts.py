@@ -21,6 +21,7 @@ import numpy as np
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.config.diff import differences
+from fmlora_jax.distributed import backend
 from fmlora_jax.distributed.watchdog import HEARTBEAT_S, Watchdog
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -41,10 +42,12 @@ def join_processes() -> None:
   GKE from the environment, and any other cluster it knows with FMLORA_JAX_CLUSTER=auto.
 
   Raises:
-    ConfigError: if one of the three is missing or wrong, or jax detects no cluster.
+    ConfigError: if one of the three is missing or wrong, jax detects no cluster, or JAX_PLATFORMS
+      names a device that is not there.
   """
   cluster = _from_environment()
   if cluster is None:
+    backend.require_backend()
     return
   import jax  # after the flags: --help and a typo answer at once
 
@@ -63,6 +66,7 @@ def join_processes() -> None:
       initialization_timeout=limit + 60,
       heartbeat_timeout_seconds=3 * HEARTBEAT_S,  # later than the watchdog, for the same reason
     )
+    _require_backend()
     if is_multi_process():
       _connect(address.rpartition(":")[0])
   except (ValueError, RuntimeError, OSError, EOFError) as error:
@@ -72,6 +76,14 @@ def join_processes() -> None:
     ) from None
   finally:
     giving_up.cancel()
+
+
+def _require_backend() -> None:
+  """Exits one of several processes without its device: what asks how many there are needs it."""
+  try:
+    backend.require_backend()
+  except ConfigError as error:
+    _end(str(error), 2)
 
 
 def _from_environment() -> dict[str, Any] | None:
@@ -121,8 +133,10 @@ def _timed_out(cluster: Mapping[str, Any], limit: int) -> str:
 
 def is_multi_process() -> bool:
   """Returns whether this process has joined others."""
-  jax = sys.modules.get("jax")  # not imported: nothing joined
-  return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+  jax = sys.modules.get("jax")
+  distributed = getattr(jax, "distributed", None)  # None: jax is not imported yet, nothing joined
+  joined = getattr(distributed, "is_initialized", None)
+  return jax is not None and joined is not None and joined() and jax.process_count() > 1
 
 
 def is_first() -> bool:

@@ -1,9 +1,10 @@
 """SIGTERM, SIGINT, SIGHUP: a run stops where it can be saved, and the same command resumes it.
 
 A batch system sends SIGTERM before it takes the machine back; Ctrl-C is SIGINT, a terminal that is
-closed SIGHUP, which nohup has ignored. Within `awaited` a
-signal takes effect at the next call of `check`; outside of training `Stopped` is raised
-immediately. A second signal exits without saving.
+closed SIGHUP, which nohup has ignored. Within `awaited` a signal takes effect at the next call of
+`check`; outside of training `Stopped` is raised immediately, but not while a module is imported: C
+code loses it or turns it into an ImportError, and half a module stays. A second signal exits
+without saving.
 """
 
 import contextlib
@@ -12,12 +13,14 @@ import os
 import signal
 import socket
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
 from fmlora_jax.distributed import hosts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+IMPORT_S = 0.02  # a signal during an import is looked at again after this time
 
 _log = logging.getLogger(__name__)
 _asked = 0  # the signal that this process got
@@ -52,9 +55,11 @@ def caught() -> Iterator[None]:
   handle = _Handler()
   for signum in before:
     signal.signal(signum, handle)
+  before[signal.SIGALRM] = signal.signal(signal.SIGALRM, handle.again)
   try:
     yield
   finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for signum, handler in before.items():
       signal.signal(signum, handler)
     signal.set_wakeup_fd(waking)
@@ -77,6 +82,7 @@ def awaited() -> Iterator[None]:
 def check() -> None:
   """Raises `Stopped` if the program is to stop; all of several processes must call it."""
   if signum := hosts.requested_stop(_asked):
+    signal.setitimer(signal.ITIMER_REAL, 0)  # once is enough
     raise Stopped(signum)
 
 
@@ -92,8 +98,23 @@ class _Handler:
     if self._calls > 1:
       _end_at_once(signum)
     _asked = signum
-    if not _awaited and not hosts.is_multi_process():
-      raise Stopped(signum)
+    self.again(signum, frame)
+
+  def again(self, _: int, frame: Any) -> None:
+    """Raises `Stopped` where that is due: now, or after the import in which a signal came."""
+    if _awaited or not _asked:
+      return
+    if _is_importing(frame):
+      signal.setitimer(signal.ITIMER_REAL, IMPORT_S)
+    elif not hosts.is_multi_process():
+      raise Stopped(_asked)
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+  """Returns whether a module is being imported in a frame or above it."""
+  while frame and not frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+    frame = frame.f_back
+  return frame is not None
 
 
 def _listen(signals: socket.socket) -> None:

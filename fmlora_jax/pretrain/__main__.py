@@ -16,6 +16,7 @@ from fmlora_jax import config as config_lib
 from fmlora_jax.cli import config_flag, outputs, program
 from fmlora_jax.cli import flags as flags_lib
 from fmlora_jax.cli.flags import Arguments
+from fmlora_jax.distributed import backend
 
 _log = logging.getLogger("fmlora_jax.pretrain")  # __name__ is __main__ here
 
@@ -50,6 +51,7 @@ def main(arguments: Arguments) -> None:
   from fmlora_jax.models import vit  # imports jax
   from fmlora_jax.pretrain import training
 
+  backend.require_backend()
   try:
     config_flag.set_fields(values, arguments.changes)
     recipe = config_lib.build(training.Recipe, values.to_dict())

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
-from fmlora_jax.cli import output
+from fmlora_jax.cli import flags as flags_lib
+from fmlora_jax.cli import output, program
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
@@ -62,6 +64,36 @@ def test_a_full_output_is_said_and_fails_a_command_without_other_results(flag, c
     f"done\n{kind}: the standard output can't be written (No space left on device): it is not "
     "complete\n"
   )
+
+
+@pytest.mark.parametrize(
+  "command", ["--version", "--list", "main --help", "main --config=digits --dry_run"]
+)
+def test_a_command_whose_output_is_all_it_makes_fails_without_it(tmp_path, command):
+  line = f"'{sys.executable}' -m fmlora_jax {command} > /dev/full"
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(
+    ["bash", "-c", line], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+  )
+  assert (done.returncode, done.stderr) == (
+    1,
+    "error: the standard output can't be written (No space left on device): it is not complete\n",
+  )
+
+
+@pytest.mark.parametrize("name", ["dry_run", "estimate", "list"])
+def test_a_run_that_only_tells_fails_without_its_output(monkeypatch, name):
+  monkeypatch.setattr(output, "lost", lambda: OSError(28, "full"))
+  values = flags.FlagValues()
+  flags_lib.define_run(values)
+  for more in {"estimate", "list"}:
+    flags.DEFINE_bool(more, False, "", flag_values=values)
+  with (
+    pytest.raises(SystemExit) as ended,
+    program.running("", values, ["fmlora_jax main", "--config=digits", f"--{name}"]),
+  ):
+    pass
+  assert ended.value.code == 1
 
 
 def test_a_closed_standard_error_hides_no_exit_code():
