@@ -11,8 +11,7 @@ FILE:method=NAME; --config.FIELD=VALUE is for all methods.
 Each run has the folder DIR/METHOD/SEED, which `main` and `report` take too. The same command again
 continues: finished runs are read, the one that was interrupted resumes at its checkpoint. A run
 that is refused or diverges is one line, the others go on, and the exit code is 1; it is 2 if none
-is left. The table is
-written to DIR/compare.md and the accuracies over tasks to DIR/compare.png.
+is left. The table is written to DIR/compare.md and the accuracies over tasks to DIR/compare.png.
 
 Examples:
   fmlora_jax compare --config=digits --methods=fm_lora,lora,linear_probe --seeds=1993,1994
@@ -30,7 +29,7 @@ from fmlora_jax.distributed import backend
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags."""
+  """Returns the program's flags."""
   values = flags.FlagValues()
   flags_lib.define_run(values)
   text = "NAME or NAME:FIELD=VALUE..., separated by commas."

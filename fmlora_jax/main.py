@@ -27,7 +27,7 @@ from fmlora_jax.cli.flags import Arguments
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags."""
+  """Returns the program's flags."""
   values = flags.FlagValues()
   flags_lib.define_run(values)
   text = "Compile the run and time some steps: memory, FLOPs, parameters, time. Nothing is trained."

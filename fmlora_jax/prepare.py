@@ -24,7 +24,7 @@ from fmlora_jax.config import ConfigError, WeightsConfig
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags."""
+  """Returns the program's flags."""
   values = flags.FlagValues()
   text = "Folder to build in. Default: the one that main reads without tasks.data_dir."
   flags.DEFINE_string("data_dir", None, text, flag_values=values)

@@ -33,7 +33,7 @@ from fmlora_jax.distributed import backend
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags; those of `BenchSettings` have its defaults."""
+  """Returns the program's flags; those of `BenchSettings` have its defaults."""
   values = flags.FlagValues()
   flags.DEFINE_string("architecture", "vit_b16", "A name in models/vit.py.", flag_values=values)
   flags.DEFINE_integer("batch", 8, "Images in a step.", lower_bound=1, flag_values=values)

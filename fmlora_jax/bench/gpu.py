@@ -28,7 +28,7 @@ from fmlora_jax.distributed import backend
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags."""
+  """Returns the program's flags."""
   values = flags.FlagValues()
   text = "Folder for gpu.json, gpu.txt and the whole run."
   flags.DEFINE_string("out", None, text, flag_values=values)

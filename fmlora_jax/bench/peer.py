@@ -22,8 +22,6 @@ VARIANTS = {  # name -> label in the table
 }
 # the compiled stack takes minutes before its first step
 DEFAULT = tuple(name for name in VARIANTS if name != "sd_lora_compiled")
-
-
 MODULES = ("torch", "transformers", "peft")
 
 

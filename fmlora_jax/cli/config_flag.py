@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files
 from fmlora_jax.config import FREE_FIELDS, Config, ConfigError, moved_field, raise_problems
-from fmlora_jax.config.diff import differences, leaves, shallowest
+from fmlora_jax.config.diff import differences, leaves, paths_to
 
 Changes = Iterable[tuple[str, str]]  # (FIELD, VALUE) of --config.FIELD=VALUE
 
@@ -276,7 +276,7 @@ def _field_hint(part: str, known: list[str], paths: list[str], *, in_method: boo
     paths: of all fields.
     in_method: whether the group is the method's.
   """
-  elsewhere = shallowest(path for path in paths if path.rpartition(".")[2] == part)
+  elsewhere = paths_to(part, paths)
   if elsewhere and not in_method:
     return f"; did you mean --config.{' or --config.'.join(elsewhere)}?"
   if near := difflib.get_close_matches(part, known, n=1):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from fmlora_jax.config import Config, ConfigError
-from fmlora_jax.config.diff import leaves, shallowest
+from fmlora_jax.config.diff import leaves, paths_to
 
 WIDTH = 100  # columns of the help
 
@@ -136,7 +136,7 @@ def _setting_hint(name: str) -> str:
 
   settings = [Config(method=methods.config_class(method)()) for method in methods.names()]
   paths = dict.fromkeys(path for one in settings for path, _ in leaves(dataclasses.asdict(one)))
-  named = shallowest(p for p in paths if p.rpartition(".")[2] == name and p != "method.name")
+  named = paths_to(name, (path for path in paths if path != "method.name"))
   return f"; a setting is given as --config.{' or --config.'.join(named)}" if named else ""
 
 

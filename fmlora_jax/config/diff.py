@@ -23,7 +23,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     yield path, tree
 
 
-def shallowest(paths: Iterable[str]) -> list[str]:
-  """Returns the paths within the fewest groups."""
-  found = [*paths]
-  return [path for path in found if path.count(".") == min(other.count(".") for other in found)]
+def paths_to(name: str, paths: Iterable[str]) -> list[str]:
+  """Returns the paths that end in a field's name, those within the fewest groups."""
+  found = [path for path in paths if path.rpartition(".")[2] == name]
+  fewest = min((path.count(".") for path in found), default=0)
+  return [path for path in found if path.count(".") == fewest]

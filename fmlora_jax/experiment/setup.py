@@ -76,7 +76,7 @@ class RunSetup:
 
   @property
   def caveats(self) -> list[str]:
-    """What a reader of the results must know, one line each."""
+    """Notes for a reader of the results, one line each."""
     return [*self.method.caveats, *self.sequence.caveats]
 
   def with_sequence(self, sequence: TaskSequence, seed: int | None = None) -> "RunSetup":

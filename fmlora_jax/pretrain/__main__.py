@@ -22,7 +22,7 @@ _log = logging.getLogger("fmlora_jax.pretrain")  # __name__ is __main__ here
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags."""
+  """Returns the program's flags."""
   values = flags.FlagValues()
   flags.DEFINE_string("config", "pretrain_letters", "The recipe.", flag_values=values)
   flags.DEFINE_string("output", None, "File to write, .safetensors.", flag_values=values)

@@ -25,7 +25,7 @@ from fmlora_jax.config import ConfigError
 
 
 def define_flags() -> flags.FlagValues:
-  """Returns the program\'s flags."""
+  """Returns the program's flags."""
   values = flags.FlagValues()
   text = "Print Markdown instead of a table."
   flags.DEFINE_bool("markdown", False, text, flag_values=values)

@@ -113,7 +113,7 @@ class TaskSequence:
 
   @property
   def caveats(self) -> tuple[str, ...]:
-    """What a reader of results on these tasks must know, one line each."""
+    """Notes for a reader of results on these tasks, one line each."""
     return tuple(text for text in (_one_class(self.spec), _drawn_test(self)) if text)
 
 

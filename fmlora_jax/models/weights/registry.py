@@ -229,7 +229,7 @@ def _describe(
 def _located(config: WeightsConfig) -> Iterator[pathlib.Path]:
   """Yields the file at the config's path, also in a bucket, or else the tag's."""
   if config.path is None:
-    yield _published(config.tag)
+    yield fetch(config.tag)
   elif config.path.startswith("gs://"):
     try:
       with download.from_bucket(config.path) as path:
@@ -268,11 +268,6 @@ def fetch(tag: str) -> pathlib.Path:
   Raises:
     ConfigError: if it can't be downloaded, with where to get it.
   """
-  return _published(tag)
-
-
-def _published(tag: str) -> pathlib.Path:
-  """Returns the tag's file, downloaded if it does not ship with the package."""
   source = WEIGHTS[tag]
   file = source.files[0]
   if file.repository:
