@@ -154,6 +154,15 @@ def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
   assert heads.local_losses(draw(4, 3).astype(jnp.bfloat16), labels, task).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("label", "slot"), [(-3, 0), (1, 0), (2, 0), (4, 2), (5, 2), (99, 2)])
+def test_a_label_outside_the_task_has_the_loss_of_the_nearest_slot(label, slot):
+  """Task 2 has classes 2 to 4; a NaN there would reach the mean although its weight is 0."""
+  logits = draw(2, 3)
+  got = heads.local_losses(logits, jnp.full(2, label), task_arrays(CIL, 1))
+  expected = np.log(np.exp(logits).sum(1)) - np.asarray(logits)[:, slot]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 def test_a_mean_over_no_valid_row_is_zero():
   assert heads.weighted_mean(jnp.ones(3), jnp.zeros(3, bool)) == 0
   assert heads.weighted_mean(jnp.full(3, 7.0), jnp.arange(3) == 1) == 7
