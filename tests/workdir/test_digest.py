@@ -56,9 +56,8 @@ def test_a_device_computes_the_same_digest(monkeypatch, dtype, shape):
 
 @pytest.mark.parametrize(("size", "where"), [(2**17, "_host_sums"), (2**17 + 1, "_device_sums")])
 def test_only_large_arrays_are_digested_by_a_program_of_their_shape(monkeypatch, size, where):
-  called = []
+  called, lanes = [], np.zeros(2, np.uint32)
   for name in ("_host_sums", "_device_sums"):
-    lanes = np.zeros(2, np.uint32)
     monkeypatch.setattr(digest, name, lambda leaf, name=name: called.append(name) or lanes)
   digest.tree_digests(jnp.zeros(size, jnp.int8))
   assert called == [where]
