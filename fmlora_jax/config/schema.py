@@ -254,9 +254,11 @@ class HeadConfig:
   Attributes:
     kind: linear, cosine (normalised features and rows, learned scale per task), or class_mean
       (nearest mean of the adapted features; trained as linear, means stored at each task end).
-    start: initial value of new rows. zero, or class_mean: the nearest-mean classifier of the task's
+    start: initial value of new rows. zero; class_mean: the nearest-mean classifier of the task's
       training images, which separates its classes from those of other tasks before cross-entropy
-      within the task separates them from each other. Costs one feature pass per task.
+      within the task separates them from each other, and costs one feature pass per task; or a
+      draw of the official codes: torch_linear is U(-1/√D, 1/√D), biases too, kaiming_uniform
+      U(-√(3/D), √(3/D)) and truncated_normal N(0, 0.02²), both with zero biases.
     alignment: of the rows of all classes so far, after each task from the second on, on features
       drawn from statistics of each class. It separates tasks, which cross-entropy within a task
       never trains. Off with 0 epochs, as in the paper. Costs one feature pass per task.
@@ -264,7 +266,9 @@ class HeadConfig:
   """
 
   kind: Literal["linear", "cosine", "class_mean"] = "linear"
-  start: Literal["zero", "class_mean"] = "zero"
+  start: Literal["zero", "class_mean", "torch_linear", "kaiming_uniform", "truncated_normal"] = (
+    "zero"
+  )
   alignment: AlignmentConfig = dataclasses.field(default_factory=lambda: AlignmentConfig(epochs=0))
   num_centroids: int = 10
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.types import Params, SequenceSpec, TaskArrays
 
 EPS = 1e-12
+DEVIATION = 0.02  # of `truncated_normal`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,61 @@ class Head:
   needs_means: bool = False
 
 
-def make_head(kind: str, num_classes: int, width: int) -> Head:
-  """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear."""
+def zeros(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows of zeros: equal starts keep the logits of different tasks comparable."""
+  del key
+  return {"kernel": jnp.zeros((num_classes, width)), "bias": jnp.zeros(num_classes)}
 
-  def zeros(key):
-    del key  # zero rows: equal starts keep the logits of different tasks comparable
-    return {"kernel": jnp.zeros((num_classes, width)), "bias": jnp.zeros(num_classes)}
+
+def torch_linear(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows and biases from U(-1/√D, 1/√D), the start of torch.nn.Linear."""
+  limit, (of_kernel, of_bias) = width**-0.5, jax.random.split(key)
+  return {
+    "kernel": jax.random.uniform(of_kernel, (num_classes, width), minval=-limit, maxval=limit),
+    "bias": jax.random.uniform(of_bias, (num_classes,), minval=-limit, maxval=limit),
+  }
+
+
+def kaiming_uniform(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows from U(-√(3/D), √(3/D)), variance 1/D, and zero biases.
+
+  Source: He et al. (arXiv:1502.01852) with the gain 1 of a linear layer.
+  """
+  limit = (3 / width) ** 0.5
+  kernel = jax.random.uniform(key, (num_classes, width), minval=-limit, maxval=limit)
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+
+
+def truncated_normal(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows from N(0, 0.02²) and zero biases.
+
+  Source: timm's `trunc_normal_(std=0.02)`, which cuts at ±2, a hundred deviations; so nothing is
+  cut here.
+  """
+  kernel = DEVIATION * jax.random.normal(key, (num_classes, width))
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+
+
+STARTS = {  # values of `config.head.start` that are drawn; class_mean starts from zero
+  "zero": zeros,
+  "torch_linear": torch_linear,
+  "kaiming_uniform": kaiming_uniform,
+  "truncated_normal": truncated_normal,
+}
+
+
+def make_head(kind: str, num_classes: int, width: int, *, rows: str = "zero") -> Head:
+  """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear.
+
+  Args:
+    kind: as `config.head.kind`.
+    num_classes: C.
+    width: D.
+    rows: a name in `STARTS`, the start of rows that are not cosine.
+  """
+
+  def plain(key):
+    return STARTS[rows](key, num_classes, width)
 
   def random_directions(key):
     kernel = jax.random.normal(key, (num_classes, width))
@@ -48,10 +98,10 @@ def make_head(kind: str, num_classes: int, width: int) -> Head:
 
   def with_means(key):
     means = {"mean": jnp.zeros((num_classes, width)), "count": jnp.zeros(num_classes)}
-    return zeros(key) | means
+    return plain(key) | means
 
   if kind == "linear":
-    return Head(init=zeros, logits=linear, predict=linear)
+    return Head(init=plain, logits=linear, predict=linear)
   if kind == "cosine":
     return Head(init=random_directions, logits=cosine, predict=cosine_similarity)
   return Head(init=with_means, logits=linear, predict=nearest_mean, needs_means=True)

@@ -113,6 +113,10 @@ from fmlora_jax import config, methods
       "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
     ),
     (
+      {"head": {"kind": "cosine", "start": "torch_linear"}},
+      "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
+    ),
+    (
       {"head": {"kind": "class_mean", "alignment": {"epochs": 1}}},
       "config.head.kind is 'class_mean': must be linear or cosine, or head.alignment.epochs 0",
     ),

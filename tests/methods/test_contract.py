@@ -89,7 +89,7 @@ def test_every_hook_can_be_called_alone(learned):
   method = type(learned.method)(learned.config, learned.backbone, learned.spec)
   frozen = method.freeze(learned.weights, stage.begun)
   variables = stage.begun.replace(frozen=frozen)
-  trunk = variables.shared.get("backbone") or frozen["backbone"]
+  trunk = method.trunk(variables)
   inputs = base.StepInputs(
     task=stage.view.arrays,
     key=stage.view.key("method"),

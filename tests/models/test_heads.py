@@ -120,6 +120,55 @@ def test_a_task_with_new_classes_starts_from_new_rows():
   assert not np.asarray(heads.start(linear, dirty, CIL, 1, jax.random.key(0))["kernel"]).any()
 
 
+WIDE = 768
+
+
+def drawn(rows, *, kind="linear", seed=0):
+  """Returns kernel and bias of a large head."""
+  mem = heads.make_head(kind, 1000, WIDE, rows=rows).init(jax.random.key(seed))
+  return np.asarray(mem["kernel"]), np.asarray(mem["bias"])
+
+
+@pytest.mark.parametrize(
+  ("rows", "limit", "bias_limit"),
+  [("torch_linear", 768**-0.5, 768**-0.5), ("kaiming_uniform", (3 / 768) ** 0.5, 0)],
+)
+def test_uniform_starts_fill_their_bounds_evenly(rows, limit, bias_limit):
+  kernel, bias = drawn(rows)
+  assert 0.9999 * limit < np.abs(kernel).max() <= limit * (1 + 1e-6)
+  np.testing.assert_allclose(kernel.std(), limit / 3**0.5, rtol=3e-3)
+  np.testing.assert_allclose(np.quantile(kernel, [0.25, 0.5]), [-limit / 2, 0], atol=3e-3 * limit)
+  assert 0.99 * bias_limit <= np.abs(bias).max() <= bias_limit * (1 + 1e-6)
+  np.testing.assert_allclose(bias.std(), bias_limit / 3**0.5, rtol=0.05)
+  assert len(np.unique(kernel[:10])) > 7600  # no row, no entry is drawn twice
+
+
+def test_the_truncated_normal_start_is_cut_at_100_deviations():
+  kernel, bias = drawn("truncated_normal")
+  np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.02], atol=1e-4)
+  shares = [np.mean(np.abs(kernel) < 0.02 * k) for k in (1, 2, 3)]
+  np.testing.assert_allclose(shares, [0.6827, 0.9545, 0.9973], atol=2e-3)
+  assert not bias.any()
+
+
+@pytest.mark.parametrize("rows", heads.STARTS)
+def test_a_start_depends_on_its_key_alone_and_not_on_the_rows_before(rows):
+  for got, same, other in zip(drawn(rows), drawn(rows), drawn(rows, seed=1), strict=True):
+    np.testing.assert_array_equal(got, same)
+    assert np.array_equal(got, other) == (not got.any())
+  for got, of_means in zip(drawn(rows), drawn(rows, kind="class_mean"), strict=True):
+    np.testing.assert_array_equal(got, of_means)
+
+
+@pytest.mark.parametrize("rows", ["torch_linear", "kaiming_uniform", "truncated_normal"])
+def test_each_task_draws_its_rows_and_padding_stays_zero(rows):
+  head = heads.make_head("linear", 6, WIDTH, rows=rows)
+  mem = head.init(jax.random.key(0))
+  first, second = (heads.start(head, mem, CIL, 0, jax.random.key(seed)) for seed in (1, 2))
+  assert (np.asarray(first["kernel"][:2]) != np.asarray(second["kernel"][:2])).all()
+  assert not np.asarray(first["kernel"][2]).any() and not np.asarray(first["bias"][2])
+
+
 def test_local_losses_are_the_cross_entropy_over_the_classes_of_the_task():
   task = task_arrays(CIL, 0)  # 2 of 3 slots
   logits = draw(4, 3)

@@ -107,6 +107,7 @@ OF_PROGRAMS = (  # of how a run goes on, not of its numbers: they are read outsi
 )
 OF_METHODS = {  # settings in which a key of a method shows, and other values, where not the usual
   "adapter.dropout": ({"kind": "adaptformer"}, 0.7),
+  "adapter.train_norms": ({"kind": "houlsby"}, True),
   "coda_prompt.length": ({}, 6),
   "coda_prompt.pool_size": ({}, 12),  # a multiple of the two tasks
   "dualprompt.pull": ({}, 0.0),  # Adam does not see the size of a gradient

@@ -79,8 +79,7 @@ class AdaptedViT(Generic[Settings]):
 
   A method overrides the hooks in which it differs, and calls `super()` in those that have a part of
   the head: init, begin_task, end_task, rules, stored. This class alone trains a head on the frozen
-  ViT. Methods are compared by identity, so a bound hook may be a static argument of a jitted
-  function.
+  ViT. Methods are compared by identity, so a bound hook may be a static argument of `jax.jit`.
 
   Attributes:
     run: config of the run; `settings` is the method's part of it.
@@ -173,10 +172,12 @@ class AdaptedViT(Generic[Settings]):
     return self.read(model["backbone"], images, self.recall(model["memory"], query))
 
   def freeze(self, weights: Params, variables: Variables) -> Params:
-    """Returns the `frozen` group of a task: the ViT in the compute dtype, unless it is trained."""
-    if "backbone" in variables.shared:
-      return {}
+    """Returns the `frozen` group of a task: the ViT in the compute dtype."""
     return {"backbone": cast_kernels(self.past(weights, variables), self.dtype)}
+
+  def trunk(self, variables: Variables) -> Params:
+    """Returns the ViT of a training step."""
+    return variables.frozen["backbone"]
 
   def apply(
     self,
@@ -192,8 +193,7 @@ class AdaptedViT(Generic[Settings]):
       query = jax.lax.stop_gradient(self.backbone.apply(variables.frozen["backbone"], images))
     valid = jnp.ones(len(images), bool) if valid is None else valid
     inputs = StepInputs(task=task, key=key, valid=valid, query=query)
-    trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
-    features = self.read(trunk, images, self.adapters(variables, inputs))
+    features = self.read(self.trunk(variables), images, self.adapters(variables, inputs))
     return Output(
       logits=self.head.layer.logits(variables.cur["head"], features),
       penalty=self.penalty(variables, inputs, features),

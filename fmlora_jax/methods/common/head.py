@@ -33,7 +33,8 @@ class TrainedHead:
   @functools.cached_property
   def layer(self) -> heads.Head:
     """The classifier on features."""
-    return heads.make_head(self.config.kind, self.spec.num_classes, self.width)
+    rows = "zero" if self._starts_at_means else self.config.start
+    return heads.make_head(self.config.kind, self.spec.num_classes, self.width, rows=rows)
 
   @functools.cached_property
   def alignment(self) -> HeadAlignment | None:
