@@ -35,7 +35,7 @@ def comparable(method="fm_lora", seed=1993, *, tasks=10, **changes):
   """Returns a result under the protocol of the paper's ImageNet-R tables."""
   settings = {
     "benchmark": "imagenet_r",
-    "split_id": "imagenet_r/slice80",
+    "split_id": f"imagenet_r/{'slice' if method == 'fm_lora' else 'slice80'}",
     "weights": {"tag": "augreg2_in21k_ft_in1k", "sha256": "5f3c" * 16},
     "batch_size": 256,
   }
@@ -180,7 +180,7 @@ def test_a_cell_holds_our_mean_deviation_and_difference_over_seeds():
     "close",
     "3",
     "augreg2_in21k_ft_in1k 5f3c5f3c",
-    "imagenet_r/slice80",
+    "imagenet_r/slice",
   ]
   assert paper.cells(line_of(runs)) == expected
 
@@ -267,14 +267,14 @@ def test_other_settings_splits_and_weights_are_never_averaged():
   runs = [
     comparable(seed=1993),
     comparable(seed=1994),
-    comparable(split_id="imagenet_r/slice"),
+    comparable(split_id="imagenet_r/slice80"),
     comparable(weights=other),
     comparable(config={"optim.learning_rate": 5e-3}),
   ]
   ours = [line for line in lines_of(runs) if line.method == "FM-LoRA"]
   assert [len(line.runs) for line in ours] == [2, 1, 1, 1]
   assert len({line.name for line in ours}) == 4
-  assert [cell(line, "split") for line in ours][1] == "imagenet_r/slice"
+  assert [cell(line, "split") for line in ours][1] == "imagenet_r/slice80"
   assert [cell(line, "weights") for line in ours][2] == "dinov2_base abababab"
   assert "optim.learning_rate=0.005" in ours[3].settings
 
@@ -283,7 +283,9 @@ def test_other_settings_splits_and_weights_are_never_averaged():
   ("changes", "flags"),
   [
     ({}, []),
-    ({"split_id": "imagenet_r/slice"}, ["split"]),
+    ({"split_id": "imagenet_r/slice80"}, ["split"]),
+    ({"config": {"method.drs.ranks": []}}, []),
+    ({"config": {"method.drs.ranks": [32, 4]}}, ["given"]),
     ({"weights": {"tag": "dinov2_base", "sha256": "ab"}}, ["weights"]),
     ({"config": {"weights.depth": 6}}, ["weights"]),
     ({"config": {"weights.depth": None, "input.image_size": 224}}, []),
@@ -473,7 +475,7 @@ def test_the_command_prints_markdown_and_writes_the_page(tmp_path):
   assert "domainnet (cil), 5 tasks" not in done.stdout  # it is in Table 2
   for text in (done.stdout, target.read_text(encoding="utf-8")):
     assert "wip is not finished; the same command resumes it" in text
-    assert "imagenet_r/slice80" in text
+    assert "imagenet_r/slice" in text
   Page(target.read_text(encoding="utf-8"))
   assert sorted(path.name for path in tmp_path.iterdir()) == ["paper.html", "runs"]
 
