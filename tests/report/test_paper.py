@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import refusal, result, run_report, save
+from made_up import comparable, refusal, result, run_report, save
 from matplotlib.image import imread
 
 from fmlora_jax import methods
+from fmlora_jax import tasks as benchmarks
 from fmlora_jax.config.diff import leaves
-from fmlora_jax.report import paper, paper_html, paper_markdown
+from fmlora_jax.report import paper, paper_html, paper_markdown, runs
 
 NAMES = {  # config.method.name -> the paper's row
   "finetune": "Fine-Tuning",
@@ -29,17 +30,6 @@ NAMES = {  # config.method.name -> the paper's row
   "fm_lora": "FM-LoRA",
 }
 VOID = {"meta", "img"}  # elements of HTML without an end
-
-
-def comparable(method="fm_lora", seed=1993, *, tasks=10, **changes):
-  """Returns a result under the protocol of the paper's ImageNet-R tables."""
-  settings = {
-    "benchmark": "imagenet_r",
-    "split_id": f"imagenet_r/{'slice' if method == 'fm_lora' else 'slice80'}",
-    "weights": {"tag": "augreg2_in21k_ft_in1k", "sha256": "5f3c" * 16},
-    "batch_size": 256,
-  }
-  return result(method, seed, tasks=tasks, ranks=None, **settings | changes)
 
 
 def lines_of(results, title="Table 1: ImageNet-R, N = 10"):
@@ -249,6 +239,24 @@ def test_dynamic_ranks_stand_in_table_3_as_well_and_fixed_ranks_only_there():
   ]
   assert [line.runs for line in lines_of([drs, *fixed]) if line.runs] == [[drs]]
   assert paper.compare([drs, *fixed]).others == []
+
+
+def test_given_ranks_stand_with_the_dynamic_ones_and_are_named():
+  given = comparable(config={"method.drs.strategy": "fixed", "method.drs.ranks": [32, 4, 8]})
+  lines = [line for line in lines_of([given]) if line.runs]
+  assert [line.name for line in lines] == ["FM-LoRA drs.ranks=(32,4,8)"]
+  assert [label for groups in runs.group([given]).values() for label in groups] == [
+    "fm_lora drs.ranks=(32,4,8)"
+  ]
+
+
+def test_the_splits_of_the_cells_are_those_of_the_benchmarks():
+  for column in paper.tables()["columns"].values():
+    names = benchmarks.val_splits(column["benchmark"])
+    for kind, ids in column["splits"].items():
+      for name in (split_id.removeprefix(f"{column['benchmark']}/") for split_id in ids):
+        assert name in benchmarks.find(column["benchmark"]).SPLITS
+        assert (name in names) == (kind == "with_val")
 
 
 def test_no_run_is_compared_with_a_rank_that_is_not_known():
