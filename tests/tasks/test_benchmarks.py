@@ -94,9 +94,7 @@ def test_without_validation_images_no_rank_is_selected(prepared, tmp_path):
   chosen = settings("imagenet_r", "split=slice80", prepared)
   drs = dataclasses.replace(chosen.method.drs, strategy="gumbel", candidate_ranks=(2, 4))
   chosen = dataclasses.replace(chosen, method=dataclasses.replace(chosen.method, drs=drs))
-  with pytest.raises(
-    config.ConfigError, match="images: set config.tasks.split=slice or c"
-  ):
+  with pytest.raises(config.ConfigError, match="images: set config.tasks.split=slice or c"):
     run(chosen, tmp_path)
   drs = dataclasses.replace(drs, ranks=(4, 2, 1, 4, 2, 1, 4, 2, 1, 4))
   chosen = dataclasses.replace(chosen, method=dataclasses.replace(chosen.method, drs=drs))
