@@ -224,6 +224,7 @@ class SequenceSpec:
     num_classes: C.
     class_ranges: for each task (lo, hi): its labels are lo..hi-1.
     has_val: whether every task has validation images.
+    val_splits: names of the benchmark's splits with validation images; () where it names none.
   """
 
   scenario: str
@@ -231,6 +232,7 @@ class SequenceSpec:
   num_classes: int
   class_ranges: tuple[tuple[int, int], ...]
   has_val: bool = True
+  val_splits: tuple[str, ...] = ()
 
   @property
   def max_task_classes(self) -> int:

@@ -56,7 +56,7 @@ class TasksConfig:
     task_file: the task file of a run, for the same images in the same tasks. Then order,
       order_seed, split, test_from and the fractions below have no effect.
     val_fraction: share of the training images held out for validation, per class. A validation
-      split of the data is used instead.
+      split of the data is used instead, and a named split has its own or none.
     test_fraction: share held out for test, per class, where the data have no test split.
     test_from: where test images come from if the data have training and validation images alone:
       train draws test_fraction of the training images; val takes the validation images, as is usual

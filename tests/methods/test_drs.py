@@ -104,7 +104,7 @@ def test_a_preliminary_training_that_diverges_is_refused(make_lab, strategy):
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])
 def test_a_task_without_validation_images_is_refused_by_field(select, view, strategy):
   empty = dataclasses.replace(view, val_batches=None)
-  with pytest.raises(ConfigError, match=r"method\.drs\.strategy .* config\.tasks\.val_fraction"):
+  with pytest.raises(ConfigError, match=r"method\.drs\.strategy .* task 2 has no .*drs\.ranks"):
     select(2, view=empty, strategy=strategy)
 
 

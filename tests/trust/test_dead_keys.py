@@ -49,6 +49,7 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "drs.strategy": ({}, "gumbel"),
   "drs.candidate_ranks": (GUMBEL, (1, 3)),
   "drs.rank": ({}, 3),
+  "drs.ranks": ({}, (4, 1)),
   "drs.price": (GUMBEL, 50.0),
   "drs.tau": (GUMBEL, 30.0),
   "drs.tolerance": ({"drs": {"strategy": "validation"}}, 0.9),

@@ -45,9 +45,13 @@ class DrsConfig:
 
   Attributes:
     strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
-      of the best validation accuracy), or fixed (`rank`; the rows of Table 3).
+      of the best validation accuracy), or fixed (`rank`; the rows of Table 3). Without effect
+      where `ranks` are given.
     candidate_ranks: R, ascending, at most bases.max_rank.
     rank: for "fixed", from task 2 on; task 1 has bases.max_rank with every strategy.
+    ranks: one for each task, beginning with bases.max_rank, such as those that a run selected on
+      another split; nothing is selected then, so no validation image is needed (ours). () leaves
+      the ranks to `strategy`.
     price: lambda, cost of the whole r_max in nats at complexity 1.
     tau: temperature of the Gumbel-Softmax, > 0.
     tolerance: accuracy (fraction) that "validation" gives up for a smaller rank.
@@ -60,6 +64,7 @@ class DrsConfig:
   strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"
   candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
   rank: int = 16
+  ranks: tuple[int, ...] = ()
   price: float = 0.001
   tau: float = 1.0
   tolerance: float = 0.01
@@ -73,6 +78,7 @@ class DrsConfig:
     ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
     require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
     require_within(self, 1, MOST_WIDE, "rank")
+    require(all(r >= 1 for r in self.ranks), "ranks", self.ranks, "integers >= 1, one a task")
     require(self.price >= 0, "price", self.price, ">= 0")
     require(self.tau > 0, "tau", self.tau, "> 0")
     require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")
@@ -114,9 +120,12 @@ class Config(MethodConfig):
   prompt: PromptConfig = PromptConfig()
 
   def largest(self) -> tuple["Config", list[str]]:
-    if self.drs.strategy == "fixed":
+    given = self.drs.ranks
+    if self.drs.strategy == "fixed" and not given:
       return self, []
-    rank = self.drs.candidate_ranks[-1]
-    drs = dataclasses.replace(self.drs, strategy="fixed", rank=rank)
+    rank = max(given[1:] or given or self.drs.candidate_ranks)
+    drs = dataclasses.replace(self.drs, strategy="fixed", rank=rank, ranks=())
     note = f"ranks are selected task by task: all have {rank} here, and selecting takes no time"
+    if given:
+      note = f"ranks are given task by task: from task 2 on all have {rank} here"
     return dataclasses.replace(self, drs=drs), [note]
