@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fmlora_jax.methods.common.drift import Drift
+from fmlora_jax.workdir import checkpoint
 
 ALIGNED = {"alignment": {"epochs": 3, "learning_rate": 0.05}, "num_centroids": 2}
 
@@ -59,6 +60,17 @@ def test_start_and_drift_share_a_pass_and_its_means(lab):
   alone = lab("linear_probe", head=ALIGNED | {"drift": "sdc"})
   assert alone.method.passes.between == 2
   assert alone.stages[1].facts["mean_drift"] == 0  # features do not move
+
+
+def test_a_checkpoint_within_a_task_holds_the_features_before_it(lab, changed):
+  made = lab("lora", head=ALIGNED | {"drift": "sdc", "start": "class_mean"})
+  stage = made.stages[1]
+  arrays = checkpoint.flatten({"mem": stage.trained.mem})
+  assert "mem/between" in arrays
+  restored = stage.trained.replace(mem=checkpoint.unflatten(arrays, "mem"))
+  ended, facts = made.method.end_task(restored, stage.view)
+  assert not changed(ended.mem, stage.ended.mem)
+  assert facts["mean_drift"] == stage.facts["mean_drift"]
 
 
 def test_class_means_follow_too_and_domains_share_them(make_lab):
