@@ -62,7 +62,7 @@ class HeadConfig:
   num_centroids: int = 10
   drift: Literal["none", "sdc", "linear"] = "none"
   drift_bandwidth: float = 0.3
-  drift_ridge: float = 0.1
+  drift_ridge: float = 1.0
 
   def __post_init__(self):
     fits = self.start == "zero" or self.kind != "cosine"
