@@ -1,8 +1,9 @@
 """Classifiers over all classes of a sequence; a task trains the rows of its classes.
 
 `mem` holds every class; `cur` is the slice of K rows that a task trains, copied from `mem` where
-the tasks share their classes and fresh elsewhere; `commit` writes it back. Training sees the rows
-of the current task only: local cross-entropy, as InfLoRA, SD-LoRA and the prompt methods do.
+the tasks share their classes and fresh elsewhere; `commit` writes it back. By default training sees
+the rows of the current task only: local cross-entropy, as InfLoRA, SD-LoRA and the prompt methods
+do.
 """
 
 import dataclasses
@@ -130,18 +131,39 @@ def nearest_mean(mem: Params, features: Float[Array, "B D"]) -> Float[Array, "B 
   return features @ mem["mean"].T - 0.5 * jnp.sum(mem["mean"] ** 2, axis=-1)
 
 
+def old_logits(
+  head: Head, mem: Params, cur: Params, features: Float[Array, "B D"]
+) -> Float[Array, "B C"]:
+  """Returns the logits of all rows of `mem`, which are fixed: their gradient is zero. Ours.
+
+  A cosine head has one scale for all classes, that of the rows `cur` in training: rows are compared
+  at test time without their own.
+  """
+  scale = {name: leaf for name, leaf in cur.items() if name == "log_scale"}
+  return head.logits(jax.lax.stop_gradient(mem) | scale, features)
+
+
 def local_losses(
-  logits: Float[Array, "B K"], labels: Int[Array, " B"], task: TaskArrays
+  logits: Float[Array, "B K"],
+  labels: Int[Array, " B"],
+  task: TaskArrays,
+  old: Float[Array, "B C"] | None = None,
 ) -> Float[Array, " B"]:
   """Returns the cross-entropy of each sample over the current task's classes, float32, in nats.
 
   Slots beyond the task's classes are masked; rows whose label is outside them give a finite number
   that the caller weights with 0.
+
+  Args:
+    old: logits whose columns of earlier tasks' classes join the cross-entropy; none where None.
   """
   slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
   masked = jnp.where(
     slots, logits.astype(jnp.float32), -1e9
   )  # finite: -inf would make NaN gradients
+  if old is not None:
+    earlier = jnp.arange(old.shape[-1]) < task.lo
+    masked = jnp.concatenate([masked, jnp.where(earlier, old.astype(jnp.float32), -1e9)], axis=-1)
   targets = jnp.clip(labels - task.lo, 0, logits.shape[-1] - 1)
   return optax.softmax_cross_entropy_with_integer_labels(masked, targets)
 

@@ -187,6 +187,41 @@ def test_local_losses_are_the_cross_entropy_over_the_classes_of_the_task():
   np.testing.assert_array_equal(heads.local_losses(logits, jnp.full(4, 5), last), np.zeros(4))
 
 
+def test_losses_over_all_classes_so_far_are_those_of_numpy_and_mask_classes_to_come():
+  task, labels = task_arrays(CIL, 1), jnp.array([2, 4, 3, 2])  # after classes 0 and 1; 5 to come
+  logits, old = draw(4, 3), draw(4, 6)
+  joined = np.concatenate([np.asarray(old)[:, :2], np.asarray(logits)], axis=1)
+  expected = np.log(np.exp(joined).sum(1)) - joined[np.arange(4), np.asarray(labels)]
+  np.testing.assert_allclose(heads.local_losses(logits, labels, task, old), expected, rtol=1e-5)
+  grad = jax.grad(lambda x: heads.local_losses(logits, labels, task, x).sum())(old)
+  assert np.asarray(grad)[:, :2].all() and not np.asarray(grad)[:, 2:].any()
+  first = task_arrays(CIL, 0)  # nothing is before it
+  labels = jnp.array([0, 1, 1, 0])
+  np.testing.assert_array_equal(
+    heads.local_losses(logits, labels, first, old), heads.local_losses(logits, labels, first)
+  )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_rows_have_no_gradient_and_the_features_have_one(kind):
+  head, mem = fresh(kind)
+  mem = mem | {"kernel": draw(6, WIDTH)}
+  cur = heads.start(head, mem, CIL, 1, jax.random.key(0))
+  x = draw(5, WIDTH)
+
+  def total(mem, cur, x):
+    return (heads.old_logits(head, mem, cur, x) ** 2).sum()
+
+  of_mem, of_cur, of_x = jax.grad(total, argnums=(0, 1, 2))(mem, cur, x)
+  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(of_mem))
+  assert np.asarray(of_x).any()
+  assert [name for name, leaf in of_cur.items() if leaf.any()] == ["log_scale"] * (kind == "cosine")
+  expected = head.logits(mem, x)
+  if kind == "cosine":
+    expected = head.predict(mem, x) * np.exp(np.asarray(cur["log_scale"]).mean())
+  np.testing.assert_allclose(heads.old_logits(head, mem, cur, x), expected, rtol=1e-5)
+
+
 def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
   task = task_arrays(CIL, 0)
   labels = jnp.array([0, 1, 5, 0])  # 5: a padding row's label may be of another task

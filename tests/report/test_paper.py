@@ -307,6 +307,9 @@ def test_other_settings_splits_and_weights_are_never_averaged():
     ({"config": {"head.start": "class_mean"}}, ["head"]),
     ({"config": {"head.alignment": {"epochs": 30}}}, ["head"]),
     ({"config": {"head.alignment": {"epochs": 0}}}, []),
+    ({"config": {"head.loss": "seen"}}, ["head"]),
+    ({"config": {"optim.later_lr_scale": 0.3}}, ["schedule"]),
+    ({"config": {"optim.later_lr_scale": 1.0, "head.loss": "task"}}, []),
     ({"normalisation": "half", "split_id": "x"}, ["pixels", "split"]),
   ],
 )

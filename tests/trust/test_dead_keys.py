@@ -41,6 +41,8 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "optim.milestones": ({"epochs": 3, "optim": STEPS}, (2,)),
   "optim.decay": ({"optim": STEPS}, 0.5),
   "optim.final_learning_rate": ({"epochs": 3, "optim": {"schedule": "timm_cosine"}}, 0.005),
+  "optim.later_lr_scale": ({}, 0.5),
+  "optim.later_head_lr_scale": ({}, 0.5),
   "optim.clip_norm": ({}, 0.1),
   "bases.max_rank": ({}, 5),
   "bases.orthonormalise": ({}, "none"),
@@ -65,6 +67,10 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "head.alignment.learning_rate": (ALIGNED, 0.05),
   "head.alignment.momentum": (ALIGNED, 0.5),
   "head.num_centroids": (ALIGNED, 2),
+  "head.loss": ({}, "seen"),
+  "head.drift": (ALIGNED, "sdc"),
+  "head.drift_bandwidth": (config_files.merged(ALIGNED, {"head": {"drift": "sdc"}}), 0.1),
+  "head.drift_ridge": (config_files.merged(ALIGNED, {"head": {"drift": "linear"}}), 2.0),
 }
 OF_TASKS = {  # the same of keys that the sequence of tasks depends on
   "benchmark": ({}, "digits_dil"),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError, MethodConfig
 from fmlora_jax.methods.common.alignment import LOSS
-from fmlora_jax.methods.common.head import TrainedHead
+from fmlora_jax.methods.common.head import MEAN_DRIFT, TrainedHead
 from fmlora_jax.types import (
   Adapters,
   Backbone,
@@ -97,7 +97,7 @@ class AdaptedViT(Generic[Settings]):
 
   query: ClassVar[Literal["never", "test", "always"]] = "never"
   feature_epochs: ClassVar[int] = 0
-  reports: ClassVar[tuple[Reported, ...]] = (LOSS,)
+  reports: ClassVar[tuple[Reported, ...]] = (LOSS, MEAN_DRIFT)
   caveats: ClassVar[tuple[str, ...]] = ()
 
   @property
@@ -130,8 +130,8 @@ class AdaptedViT(Generic[Settings]):
 
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Returns the variables that a task starts from, and facts of it."""
-    model = self.fold(view.weights, variables) if self.head.starts_at_means(view.index) else None
-    return variables.update(cur={"head": self.head.begin_task(variables, view, model)}), {}
+    model = self.fold(view.weights, variables) if self.head.reads_before(view.index) else None
+    return self.head.begin_task(variables, view, model), {}
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     """Returns the adapters of a training step."""
@@ -197,6 +197,7 @@ class AdaptedViT(Generic[Settings]):
     return Output(
       logits=self.head.layer.logits(variables.cur["head"], features),
       penalty=self.penalty(variables, inputs, features),
+      old_logits=self.head.old_logits(variables, features),
     )
 
   def fold(self, weights: Params, variables: Variables) -> Params:

@@ -196,8 +196,9 @@ class HiDePrompt(AdaptedViT[Config]):
     variables, _ = super().end_task(variables, view)  # first: the alignment trains these rows too
     mem, slot = variables.mem, self.slot_in_training(variables)
     model = {"trunk": base.cast_kernels(view.weights, self.dtype), "slot": slot}
+    images = self.prefixed_alignment.collect(model, view)
     head, statistics, facts = self.prefixed_alignment.after(
-      mem["head"], mem["statistics"], model, view
+      mem["head"], mem["statistics"], images, view
     )
     mem = {
       "prompt": mem["prompt"].at[view.index].set(slot),
