@@ -7,7 +7,8 @@ Variables of a method live in four groups (plain nested dicts of arrays):
   frozen   read-only, a function of the pre-trained weights and the other groups; never saved
   shared   trained and carried from task to task
   cur      trained now, fresh or copied at each task start
-  mem      read-only during a step; written between tasks; leading axis T where it grows
+  mem      read-only during a step; written between tasks; leading axis T where it grows; its entry
+           "between" is what begin_task leaves for end_task, and no step sees it
 Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 """
 
@@ -224,6 +225,7 @@ class SequenceSpec:
     num_classes: C.
     class_ranges: for each task (lo, hi): its labels are lo..hi-1.
     has_val: whether every task has validation images.
+    val_splits: names of the benchmark's splits with validation images; () where it names none.
   """
 
   scenario: str
@@ -231,6 +233,7 @@ class SequenceSpec:
   num_classes: int
   class_ranges: tuple[tuple[int, int], ...]
   has_val: bool = True
+  val_splits: tuple[str, ...] = ()
 
   @property
   def max_task_classes(self) -> int:
@@ -251,6 +254,11 @@ class Variables(flax.struct.PyTreeNode):
   cur: Params
   mem: Params
 
+  @property
+  def mem_of_steps(self) -> Params:
+    """`mem` as steps see it: without "between", whose shapes differ from task to task."""
+    return {name: leaf for name, leaf in self.mem.items() if name != "between"}
+
   def update(self, **groups: Params) -> "Variables":
     """Returns the variables with the entries of some groups replaced or added, given by group."""
     return self.replace(**{name: getattr(self, name) | new for name, new in groups.items()})
@@ -265,10 +273,18 @@ class TaskArrays(flax.struct.PyTreeNode):
 
 
 class Output(flax.struct.PyTreeNode):
-  """A method's output in training: logits over the K slots of the current task, and a penalty."""
+  """A method's output in training.
+
+  Attributes:
+    logits: over the K slots of the current task.
+    penalty: what the method adds to the loss.
+    old_logits: of fixed rows, of which those of earlier tasks' classes join the loss; None where it
+      is over the task's classes.
+  """
 
   logits: Float[Array, "B K"]
   penalty: Float[Array, ""]
+  old_logits: Float[Array, "B C"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

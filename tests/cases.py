@@ -38,7 +38,8 @@ class Case:
   keeps_old_rows: bool = True
 
   def __str__(self):
-    return "-".join([self.name, *(v for v in self.changes.values() if isinstance(v, str))])
+    words = [name if value is True else value for name, value in self.changes.items()]
+    return "-".join([self.name, *(word for word in words if isinstance(word, str))])
 
 
 def official(name: str, benchmark: str, num_tasks: int = 10, **groups: Any) -> config.Config:
@@ -64,6 +65,13 @@ ALL = [
     changes={"kind": "houlsby", "width": 3},
     full_size={"width": 64},
     stored={"shared": 2_379_264, "per_task": [0, 0, 0]},
+  ),
+  # and 25 LayerNorms, 2·768 each
+  Case(
+    name="adapter",
+    changes={"kind": "houlsby", "width": 3, "train_norms": True},
+    full_size={"width": 64},
+    stored={"shared": 2_379_264 + 38_400, "per_task": [0, 0, 0]},
   ),
   # the sum of the past, 12 layers, key and value: 768² each
   Case(

@@ -65,6 +65,17 @@ def result(method="fm_lora", seed=1993, *, tasks=5, lost=10, ranks=(8, 8, 4, 4, 
   }
 
 
+def comparable(method="fm_lora", seed=1993, *, tasks=10, **changes):
+  """Returns a result under the protocol of the paper's ImageNet-R tables."""
+  settings = {
+    "benchmark": "imagenet_r",
+    "split_id": f"imagenet_r/{'slice' if method == 'fm_lora' else 'slice80'}",
+    "weights": {"tag": "augreg2_in21k_ft_in1k", "sha256": "5f3c" * 16},
+    "batch_size": 256,
+  }
+  return result(method, seed, tasks=tasks, ranks=None, **settings | changes)
+
+
 def save(folder, made):
   folder.mkdir(parents=True)
   result_file.write_result(folder, made)

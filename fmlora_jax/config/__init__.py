@@ -13,14 +13,13 @@ from fmlora_jax.config.checks import (
   require_path,
   require_within,
 )
+from fmlora_jax.config.head import AlignmentConfig, HeadConfig
 from fmlora_jax.config.moved import moved_field, upgrade_config
 from fmlora_jax.config.schema import (
   FREE_FIELDS,
   OWN_FIELDS,
-  AlignmentConfig,
   CheckpointConfig,
   Config,
-  HeadConfig,
   InputConfig,
   LowRankConfig,
   MeshConfig,

@@ -18,6 +18,7 @@ from fmlora_jax.config.checks import (
   require_path,
   require_within,
 )
+from fmlora_jax.config.head import HeadConfig
 
 # settings that may differ between the processes of a run; files at a path are compared by hash
 OWN_FIELDS = ("input.workers", "tasks.data_dir", "tasks.task_file", "weights.path")
@@ -56,7 +57,7 @@ class TasksConfig:
     task_file: the task file of a run, for the same images in the same tasks. Then order,
       order_seed, split, test_from and the fractions below have no effect.
     val_fraction: share of the training images held out for validation, per class. A validation
-      split of the data is used instead.
+      split of the data is used instead, and a named split has its own or none.
     test_fraction: share held out for test, per class, where the data have no test split.
     test_from: where test images come from if the data have training and validation images alone:
       train draws test_fraction of the training images; val takes the validation images, as is usual
@@ -188,6 +189,10 @@ class OptimConfig:
     milestones: epochs at which schedule steps multiplies the rate by `decay`, ascending.
     decay: factor of schedule steps.
     final_learning_rate: rate at the end of timm_cosine.
+    later_lr_scale: factor on `learning_rate` and its schedule from the second task on, beside those
+      of a method, so that features move less under the classes that are learned. Ours; SLCA
+      (arXiv:2303.05118) has a low rate in all tasks.
+    later_head_lr_scale: the same factor on `head_learning_rate`. Ours.
     clip_norm: limit of the global L2 norm of the gradients; None does not clip.
   """
 
@@ -201,10 +206,13 @@ class OptimConfig:
   milestones: tuple[int, ...] = ()
   decay: float = 0.1
   final_learning_rate: float = 0.0
+  later_lr_scale: float = 1.0
+  later_head_lr_scale: float = 1.0
   clip_norm: float | None = None
 
   def __post_init__(self):
-    for name in ("learning_rate", "head_learning_rate"):
+    rates = "learning_rate", "head_learning_rate", "later_lr_scale", "later_head_lr_scale"
+    for name in rates:
       require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
     for name in ("weight_decay", "head_weight_decay", "final_learning_rate"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -223,57 +231,6 @@ class OptimConfig:
 
 
 Projection = Literal["query", "key", "value", "out", "fc1", "fc2"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
-  """Training of a classifier on drawn features by SGD, its rate annealed epoch by epoch to 0.
-
-  Attributes:
-    epochs: each of one minibatch per class of the tasks so far; 0 is no alignment.
-    batch_size: features in a minibatch.
-    learning_rate, momentum: of SGD.
-  """
-
-  epochs: int = 30
-  batch_size: int = 120
-  learning_rate: float = 5e-3
-  momentum: float = 0.9
-
-  def __post_init__(self):
-    require_within(self, 0, MOST_STEPS, "epochs")
-    require_within(self, 1, MOST_AT_ONCE, "batch_size")
-    require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
-    require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-  """The classifier; linear is the paper's, the other two are not.
-
-  Attributes:
-    kind: linear, cosine (normalised features and rows, learned scale per task), or class_mean
-      (nearest mean of the adapted features; trained as linear, means stored at each task end).
-    start: initial value of new rows. zero, or class_mean: the nearest-mean classifier of the task's
-      training images, which separates its classes from those of other tasks before cross-entropy
-      within the task separates them from each other. Costs one feature pass per task.
-    alignment: of the rows of all classes so far, after each task from the second on, on features
-      drawn from statistics of each class. It separates tasks, which cross-entropy within a task
-      never trains. Off with 0 epochs, as in the paper. Costs one feature pass per task.
-    num_centroids: stored of each class at most, with variances, if there is an alignment.
-  """
-
-  kind: Literal["linear", "cosine", "class_mean"] = "linear"
-  start: Literal["zero", "class_mean"] = "zero"
-  alignment: AlignmentConfig = dataclasses.field(default_factory=lambda: AlignmentConfig(epochs=0))
-  num_centroids: int = 10
-
-  def __post_init__(self):
-    fits = self.start == "zero" or self.kind != "cosine"
-    require(fits, "kind", self.kind, "linear or class_mean, or head.start zero")
-    fits = not self.alignment.epochs or self.kind != "class_mean"
-    require(fits, "kind", self.kind, "linear or cosine, or head.alignment.epochs 0")
-    require_within(self, 1, MOST_WIDE, "num_centroids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -366,7 +323,7 @@ class Config:
   input: InputConfig = InputConfig()
   weights: WeightsConfig = WeightsConfig()
   optim: OptimConfig = OptimConfig()
-  head: HeadConfig = HeadConfig()
+  head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
 
@@ -379,3 +336,6 @@ class Config:
     require(alone, "seed", self.seed, "left out where seeds are given")
     require_within(self, 1, MOST_STEPS, "epochs")
     require_within(self, 1, MOST_AT_ONCE, "batch_size", "eval_batch_size")
+    apart = self.head.loss == "seen" and self.tasks.scenario == "til"
+    allowed = "task where tasks.scenario is til, whose tests compare the classes of one task"
+    require(not apart, "head.loss", self.head.loss, allowed)

@@ -142,7 +142,8 @@ def _begin_tasks(cache: SetupCache, config: Config) -> tuple[dict[int, Variables
   for index in range(min(2, len(setup.sequence.tasks))):
     view = setup.views.view(index)
     variables, before = method.begin_task(variables, view)
-    program = method.rules(index), jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
+    seen = variables.replace(mem=variables.mem_of_steps)
+    program = method.rules(index), jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), seen)
     if program not in programs:
       begun[index] = variables
     programs.append(program)

@@ -67,9 +67,17 @@ def _check_method(config: Config, sizes: Sizes, memory: int) -> None:
     num_tasks=num_tasks,
     num_classes=num_classes,
     class_ranges=tuple(ranges),
+    has_val=_may_have_val(config),
+    val_splits=tasks.val_splits(config.tasks.benchmark),
   )
   backbone = vit.make_vit(sizes, jnp.dtype(config.compute_dtype))
   _check_memory(config, methods.make_method(config, backbone, spec), backbone, memory)
+
+
+def _may_have_val(config: Config) -> bool:
+  """Returns False where a named split has no validation image; other data are not read here."""
+  chosen, names = config.tasks, tasks.val_splits(config.tasks.benchmark)
+  return not names or chosen.split is None or chosen.split in names or chosen.task_file is not None
 
 
 def _check_memory(config: Config, method: AdaptedViT, backbone: Backbone, memory: int) -> None:

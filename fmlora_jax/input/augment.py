@@ -42,6 +42,7 @@ class Augmentation:
 PRESETS = {
   "pilot": Augmentation(scale=(0.05, 1.0), flip=True, eval_resize=256 / 224),
   "coda": Augmentation(scale=(0.08, 1.0), flip=True, eval_resize=256 / 224, eval_filter="bilinear"),
+  "coda_uncropped": Augmentation(scale=(0.08, 1.0), flip=True, eval_filter="bilinear"),  # squares
   "mild": Augmentation(scale=(0.7, 1.0), ratio=(0.9, 1.1)),
   "none": Augmentation(scale=None),
 }

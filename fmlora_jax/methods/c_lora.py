@@ -49,7 +49,8 @@ class Config(config_lib.LowRankConfig):
     config_lib.require(self.penalty_weight >= 0, "penalty_weight", self.penalty_weight, ">= 0")
 
 
-# no official settings: from memory of InfLoRA's supplement, with the setup of InfLoRA's code
+# Exception: nothing here is official code. Rank, rate and weight are from memory of InfLoRA's
+# supplement, the rest is the setup of InfLoRA's code, with the exceptions of common/recipes.py.
 OFFICIAL = {
   benchmark: recipes.like_inflora(
     benchmark,

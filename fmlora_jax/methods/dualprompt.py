@@ -181,18 +181,31 @@ _PIXELS = {"augmentation": "pilot", "normalisation": "zero_one"}  # area from 0.
 _NATURAL = {"order": "natural", "split": "full"}  # rand_seed = -1 in LP, --shuffle False in HD
 _WEIGHTS = {"tag": "orig_in21k"}  # LP/README "Getting pretrained", HD the same
 
-# LP/configs/cifar100_dualprompt.py: there the batch votes at test time
+# LP/configs/cifar100_dualprompt.py
 _CIFAR100 = {
   "epochs": 5,
   "batch_size": 192,  # 8 devices x 24
   "compute_dtype": "float32",
   "optim": recipes.optim("adam", 0.0225, clip_norm=1.0),  # 0.03 · 192 / 256
   "method": {"general_length": 5, "expert_length": 5, "pull": 1.0},
+  "head": {"start": "zero"},  # LP/models/vit.py:472-475
   "input": _PIXELS,
   "weights": _WEIGHTS,
   "tasks": _NATURAL,
 }
 
+# exceptions, beside those of common/recipes.py:
+# - LP and HD let all classes be predicted at test time, and the keys of tasks to come be chosen
+# - LP clips by the norm of all gradients, those of the frozen ViT among them
+#   (LP/train_continual.py:308-313), which it computes and never applies. Here, as in HD, by
+#   the norm of those that are trained, so steps are clipped less
+# - CIFAR-100: LP lets the batch vote at test time; here each sample chooses, unless
+#   method.batchwise is set
+# - LP squashes images to squares without antialiasing, bilinearly at test time too (here bicubic,
+#   sides in proportion), and compresses training images as JPEG once more
+# - CUB-200: HD draws prompts and keys from U(-1, 1), here it is LP's U(0, 0.01); its reshape gives
+#   a sample the prompts of others (HD/peft/prompt/dp_prompt.py), here each has its own
+# - DomainNet: there are no settings; as suggested, CIFAR-100's
 OFFICIAL = {
   "cifar100": _CIFAR100,
   # LP/configs/imr_dualprompt.py:25-45, 103-126: each sample chooses
@@ -207,8 +220,9 @@ OFFICIAL = {
   "cub200": _CIFAR100
   | {
     "batch_size": 24,  # of one device
+    "head": {"start": "truncated_normal"},  # HD/vits/dp_vision_transformer.py:651-656
     "optim": recipes.optim("adam", 0.0028125, clip_norm=1.0),  # 0.03 · 24 / 256
     "method": {"general_length": 5, "expert_length": 20, "pull": 1.0},
   },
-  "domainnet": _CIFAR100,  # no official settings; as suggested, CIFAR-100's with 5 epochs
+  "domainnet": _CIFAR100,
 }

@@ -25,9 +25,10 @@ _CODA = {  # "FT++": CO/configs/cifar-100_ft.yaml, CO/learners/default.py:316-33
   "epochs": 20,
   "batch_size": 128,
   "compute_dtype": "float32",
+  "head": {"start": "torch_linear"},  # CO/models/zoo.py:374
   "optim": recipes.optim("adam", 5e-5, schedule="coda_cosine"),  # CO/utils/schedulers.py
-  # CO/dataloaders/utils.py:28-65, but for CIFAR's test images, which it does not crop
-  "input": {"augmentation": "coda", "normalisation": "zero_one"},
+  # CO/dataloaders/utils.py:28-65
+  "input": {"augmentation": "coda_uncropped", "normalisation": "zero_one"},
   "weights": {"tag": "augreg_in21k_ft_in1k"},  # CO/models/zoo.py:368-371 with timm 0.4.12
   "tasks": {"split": "full"},
 }
@@ -35,16 +36,22 @@ _PILOT = {  # PI/exps/finetune*.json, PI/models/finetune.py:137-140
   "epochs": 20,
   "batch_size": 128,
   "compute_dtype": "float32",
-  # weight decay is 5e-4 in task 1
+  "head": {"start": "kaiming_uniform"},  # PI/backbone/linears.py:27-29
   "optim": recipes.optim("sgd", 1e-3, weight_decay=2e-4, head_weight_decay=2e-4),
   "input": {"augmentation": "pilot", "normalisation": "zero_one"},
   "weights": {"tag": "augreg_in21k_ft_in1k"},  # timm 0.6.12's vit_base_patch16_224
 }
+# exceptions, beside those of common/recipes.py:
+# - ImageNet-R: PI's weight decay is 5e-4 in the first task, and 2e-4 from the second on
+# - CIFAR-100: the class order; CO keeps the data's for seed 0, and has Python's shuffle for others
+# - CUB-200: there are no settings; ImageNet-R's
+# - DomainNet: there are no settings; CIFAR-100's, with 5 epochs and the crops that CO has there
 OFFICIAL = {
   "imagenet_r": _PILOT | {"tasks": {"split": "slice80"}},
   "cifar100": _CODA,
-  "cub200": _PILOT | {"tasks": {"split": "full"}},  # none: ImageNet-R's
-  "domainnet": _CODA | {"epochs": 5},  # none: CIFAR's, in the 5 epochs that CODA trains there
+  "cub200": _PILOT | {"tasks": {"split": "full"}},
+  "domainnet": _CODA
+  | {"epochs": 5, "input": {"augmentation": "coda", "normalisation": "zero_one"}},
 }
 
 
@@ -56,6 +63,13 @@ class Finetune(AdaptedViT[Config]):
     # a copy: the pre-trained weights outlive the training state, which is donated
     copy = jax.tree.map(jnp.array, weights)
     return super().init(key, weights).update(shared={"backbone": copy})
+
+  def freeze(self, weights: Params, variables: Variables) -> Params:
+    del weights, variables
+    return {}
+
+  def trunk(self, variables: Variables) -> Params:
+    return variables.shared["backbone"]
 
   def folded(self, weights: Params, variables: Variables) -> tuple[Params, Adapters]:
     del weights

@@ -123,19 +123,31 @@ METHOD = L2P
 
 _PIXELS = {"augmentation": "pilot", "normalisation": "zero_one"}  # area from 0.05 in LP, PI and HD
 
-# LP/configs/cifar100_l2p.py:25-45, 99-122; LP also squashes images to squares
+# LP/configs/cifar100_l2p.py:25-45, 99-122
 _LP = {
   "epochs": 5,
   "batch_size": 128,  # 8 devices x 16
   "compute_dtype": "float32",
   "optim": recipes.optim("adam", 0.015, clip_norm=1.0),  # 0.03 · 128 / 256
   "method": {"pool_size": 10, "length": 10, "top_n": 4, "pull": 1.0},
+  "head": {"start": "zero"},  # LP/models/vit.py:472-475
   "input": _PIXELS,
   "weights": {"tag": "orig_in21k"},  # LP/README "Getting pretrained"
   "tasks": {"order": "natural", "split": "full"},  # rand_seed = -1
 }
 
-# all three codes let the batch vote; here each sample chooses unless method.batchwise is set
+# exceptions, beside those of common/recipes.py:
+# - all three codes let the batch vote; here each sample chooses, unless method.batchwise is set
+# - LP and HD let all classes be predicted at test time; here, and in PI, only those seen so far
+# - CIFAR-100: LP clips by the norm of all gradients, those of the frozen ViT among them
+#   (LP/train_continual.py:308-313), which it computes and never applies. Here by the norm
+#   of those that are trained, so steps are clipped less
+# - CIFAR-100: LP resizes without antialiasing, bilinearly at test time too (here bicubic), and
+#   compresses training images as JPEG once more (LP/libml/input_pipeline.py:430-465)
+# - ImageNet-R, CUB-200: PI and HD draw prompts and keys from U(-1, 1), here it is LP's U(0, 0.01);
+#   and they put prompts under resized position embeddings
+# - CUB-200: HD reads the class token unless told otherwise, here the prompts' outputs
+# - DomainNet: there are no settings; as suggested, CIFAR-100's
 OFFICIAL = {
   "cifar100": _LP,
   # PI/exps/l2p_inr.json, which is SD/exps/l2p_inr.json too; PI/models/l2p.py does not clip
@@ -145,21 +157,22 @@ OFFICIAL = {
     "compute_dtype": "float32",
     "optim": recipes.optim("adam", 0.001875),
     "method": {"pool_size": 10, "length": 5, "top_n": 5, "pull": 0.1},
+    "head": {"start": "truncated_normal"},  # PI/backbone/vit_l2p.py:519-524
     "input": _PIXELS,
     "weights": {"tag": "augreg_in21k_ft_in1k"},  # timm 0.6.12's, PI/README:134
     "tasks": {"order": "shuffled", "split": "slice80"},
   },
-  # HD/configs/cub_l2p.py: its rate falls every 30 epochs, after the last; it reads the class token
-  # unless told otherwise, and has the published cut of 30 images a class
+  # HD/configs/cub_l2p.py: its rate falls every 30 epochs, after the last
   "cub200": {
     "epochs": 5,
     "batch_size": 24,  # of one device
     "compute_dtype": "float32",
     "optim": recipes.optim("adam", 0.0028125, clip_norm=1.0),  # 0.03 · 24 / 256
     "method": {"pool_size": 10, "length": 5, "top_n": 4, "pull": 0.1},
+    "head": {"start": "truncated_normal"},  # HD/vits/dp_vision_transformer.py:651-656
     "input": _PIXELS,
     "weights": {"tag": "orig_in21k"},
     "tasks": {"order": "natural", "split": "full"},
   },
-  "domainnet": _LP,  # no official settings; as suggested, CIFAR-100's with 5 epochs
+  "domainnet": _LP,
 }

@@ -15,6 +15,7 @@ from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
 from fmlora_jax.models import low_rank
 from fmlora_jax.types import Adapters, Facts, Params, Rules, TaskView, Variables
 
+DRAWS = {"normal": low_rank.random_factor, "torch_linear": low_rank.torch_uniform}
 VARIANTS = ({"mode": "incremental"}, {"mode": "sequential"})  # in a comparison of all methods
 
 
@@ -25,16 +26,22 @@ class Config(config_lib.LowRankConfig):
   Attributes:
     mode: sequential trains one (A, B) through all tasks; incremental adds a fresh pair per task
       and freezes the earlier ones.
+    init: of A. normal is N(0, 1/d_in); torch_linear U(-1/√d_in, 1/√d_in), the Kaiming start with
+      a = √5 that most codes of LoRA have, a third of that variance.
   """
 
   name: str = "lora"
   mode: Literal["sequential", "incremental"] = "incremental"
   rank: int = 16
+  init: Literal["normal", "torch_linear"] = "normal"
 
 
-# SD-LoRA's, whose LoRA this is without its magnitudes (SD/backbone/lora.py:341-348); the sequential
-# LoRA of HiDe-Prompt's code adapts key and value of five blocks (HD/peft/lora/continual_lora.py:13)
-OFFICIAL = recipes.like_sd_lora(rank=10)
+# Exceptions, beside those of common/recipes.py and sd_lora.py:
+# - no code has official settings of this method. These are SD-LoRA's, whose LoRA this is without
+#   its magnitudes (SD/backbone/lora.py:341-348, 378-384)
+# - the sequential LoRA of HiDe-Prompt's code is another one: key and value of five blocks, alpha 1,
+#   A from U(-1/√r, 1/√r) (HD/peft/lora/continual_lora.py:13-34)
+OFFICIAL = recipes.like_sd_lora(rank=10, init="torch_linear")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,10 +64,8 @@ class LoRA(AdaptedViT[Config]):
 
   def fresh(self, key: PRNGKeyArray) -> Params:
     """Returns the factors of a new pair for each target."""
-    settings = self.settings
-    return low_rank.fresh(
-      key, self.backbone.sizes, settings.targets, settings.rank, draw=low_rank.random_factor
-    )
+    settings, draw = self.settings, DRAWS[self.settings.init]
+    return low_rank.fresh(key, self.backbone.sizes, settings.targets, settings.rank, draw=draw)
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
     variables, factors = super().init(key, weights), self.fresh(key)

@@ -1,8 +1,9 @@
 """Classifiers over all classes of a sequence; a task trains the rows of its classes.
 
 `mem` holds every class; `cur` is the slice of K rows that a task trains, copied from `mem` where
-the tasks share their classes and fresh elsewhere; `commit` writes it back. Training sees the rows
-of the current task only: local cross-entropy, as InfLoRA, SD-LoRA and the prompt methods do.
+the tasks share their classes and fresh elsewhere; `commit` writes it back. By default training sees
+the rows of the current task only: local cross-entropy, as InfLoRA, SD-LoRA and the prompt methods
+do.
 """
 
 import dataclasses
@@ -11,11 +12,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.types import Params, SequenceSpec, TaskArrays
 
 EPS = 1e-12
+DEVIATION = 0.02  # of `truncated_normal`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,61 @@ class Head:
   needs_means: bool = False
 
 
-def make_head(kind: str, num_classes: int, width: int) -> Head:
-  """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear."""
+def zeros(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows of zeros: equal starts keep the logits of different tasks comparable."""
+  del key
+  return {"kernel": jnp.zeros((num_classes, width)), "bias": jnp.zeros(num_classes)}
 
-  def zeros(key):
-    del key  # zero rows: equal starts keep the logits of different tasks comparable
-    return {"kernel": jnp.zeros((num_classes, width)), "bias": jnp.zeros(num_classes)}
+
+def torch_linear(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows and biases from U(-1/√D, 1/√D), the start of torch.nn.Linear."""
+  limit, (of_kernel, of_bias) = width**-0.5, jax.random.split(key)
+  return {
+    "kernel": jax.random.uniform(of_kernel, (num_classes, width), minval=-limit, maxval=limit),
+    "bias": jax.random.uniform(of_bias, (num_classes,), minval=-limit, maxval=limit),
+  }
+
+
+def kaiming_uniform(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows from U(-√(3/D), √(3/D)), variance 1/D, and zero biases.
+
+  Source: He et al. (arXiv:1502.01852) with the gain 1 of a linear layer.
+  """
+  limit = (3 / width) ** 0.5
+  kernel = jax.random.uniform(key, (num_classes, width), minval=-limit, maxval=limit)
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+
+
+def truncated_normal(key: PRNGKeyArray, num_classes: int, width: int) -> Params:
+  """Returns rows from N(0, 0.02²) and zero biases.
+
+  Source: timm's `trunc_normal_(std=0.02)`, which cuts at ±2, a hundred deviations; so nothing is
+  cut here.
+  """
+  kernel = DEVIATION * jax.random.normal(key, (num_classes, width))
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+
+
+STARTS = {  # values of `config.head.start` that are drawn; class_mean starts from zero
+  "zero": zeros,
+  "torch_linear": torch_linear,
+  "kaiming_uniform": kaiming_uniform,
+  "truncated_normal": truncated_normal,
+}
+
+
+def make_head(kind: str, num_classes: int, width: int, *, rows: str = "zero") -> Head:
+  """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear.
+
+  Args:
+    kind: as `config.head.kind`.
+    num_classes: C.
+    width: D.
+    rows: a name in `STARTS`, the start of rows that are not cosine.
+  """
+
+  def plain(key):
+    return STARTS[rows](key, num_classes, width)
 
   def random_directions(key):
     kernel = jax.random.normal(key, (num_classes, width))
@@ -48,10 +99,10 @@ def make_head(kind: str, num_classes: int, width: int) -> Head:
 
   def with_means(key):
     means = {"mean": jnp.zeros((num_classes, width)), "count": jnp.zeros(num_classes)}
-    return zeros(key) | means
+    return plain(key) | means
 
   if kind == "linear":
-    return Head(init=zeros, logits=linear, predict=linear)
+    return Head(init=plain, logits=linear, predict=linear)
   if kind == "cosine":
     return Head(init=random_directions, logits=cosine, predict=cosine_similarity)
   return Head(init=with_means, logits=linear, predict=nearest_mean, needs_means=True)
@@ -80,18 +131,39 @@ def nearest_mean(mem: Params, features: Float[Array, "B D"]) -> Float[Array, "B 
   return features @ mem["mean"].T - 0.5 * jnp.sum(mem["mean"] ** 2, axis=-1)
 
 
+def old_logits(
+  head: Head, mem: Params, cur: Params, features: Float[Array, "B D"]
+) -> Float[Array, "B C"]:
+  """Returns the logits of all rows of `mem`, which are fixed: their gradient is zero. Ours.
+
+  A cosine head has one scale for all classes, that of the rows `cur` in training: rows are compared
+  at test time without their own.
+  """
+  scale = {name: leaf for name, leaf in cur.items() if name == "log_scale"}
+  return head.logits(jax.lax.stop_gradient(mem) | scale, features)
+
+
 def local_losses(
-  logits: Float[Array, "B K"], labels: Int[Array, " B"], task: TaskArrays
+  logits: Float[Array, "B K"],
+  labels: Int[Array, " B"],
+  task: TaskArrays,
+  old: Float[Array, "B C"] | None = None,
 ) -> Float[Array, " B"]:
   """Returns the cross-entropy of each sample over the current task's classes, float32, in nats.
 
   Slots beyond the task's classes are masked; rows whose label is outside them give a finite number
   that the caller weights with 0.
+
+  Args:
+    old: logits whose columns of earlier tasks' classes join the cross-entropy; none where None.
   """
   slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
   masked = jnp.where(
     slots, logits.astype(jnp.float32), -1e9
   )  # finite: -inf would make NaN gradients
+  if old is not None:
+    earlier = jnp.arange(old.shape[-1]) < task.lo
+    masked = jnp.concatenate([masked, jnp.where(earlier, old.astype(jnp.float32), -1e9)], axis=-1)
   targets = jnp.clip(labels - task.lo, 0, logits.shape[-1] - 1)
   return optax.softmax_cross_entropy_with_integer_labels(masked, targets)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class RankSelector(nn.Module):
@@ -74,12 +74,12 @@ def mask_core(
   return (m * corner) @ jnp.swapaxes(n * corner, -1, -2)
 
 
-def complexity(loss: Float[Array, ""], num_classes: Int[Array, ""] | int) -> Float[Array, ""]:
-  """Returns H_t: the validation loss over that of guessing, 1 = no better than chance.
+def complexity(loss: Float[Array, "*k"], num_classes: int) -> Float[Array, "*k"]:
+  """Returns H_t: a loss on unseen images in nats over that of guessing, 1 = no better than chance.
 
   Source: FM-LoRA Sec. 3.3; the division, which makes tasks comparable, is ours.
   """
-  return loss / jnp.log(jnp.maximum(num_classes, 2))
+  return loss / jnp.log(max(num_classes, 2))
 
 
 def rank_share(

@@ -94,7 +94,12 @@ def _head(run: RunResult) -> str:
   head, method = run["config"].get("head", {}), run["config"]["method"]
   aligned = any(group.get("alignment", {}).get("epochs") for group in (head, method))
   words = [head.get("kind", "linear"), f"from {head.get('start', 'zero')}"]
-  return " ".join([*words, "and aligned"] if aligned else words)
+  words += ["and aligned"] * aligned
+  if (drift := head.get("drift", "none")) != "none":
+    words.append(f"with {drift} drift")
+  if head.get("loss", "task") != "task":
+    words.append(f"and loss over classes {head['loss']}")
+  return " ".join(words)
 
 
 def _environment(run: RunResult) -> str:

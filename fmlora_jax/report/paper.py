@@ -2,6 +2,7 @@
 
 paper_tables.json holds the paper's numbers, their known errors (flags), the rule that assigns our
 runs to cells, and the protocol of each table. A flag is a short key in the table, explained below.
+The baseline rows have a split without validation images, the rows of FM-LoRA one with them.
 """
 
 import dataclasses
@@ -149,7 +150,7 @@ def _lines(
       paper=paper,
       runs=group,
       possible=rule is not None,
-      flags=(*_paper_flags(row, column), *_our_flags(group, column)),
+      flags=(*_paper_flags(row, column), *_our_flags(group, rule, column)),
     )
     for group, text in zip(ours or [[]], settings, strict=True)
   ]
@@ -164,7 +165,15 @@ def _fits(run: RunResult, rule: Mapping[str, Any], column: str) -> bool:
     and _field(run, "config.tasks.evaluate_on") != "val"
     and all(_field(run, path) in values for path, values in rule["is"].items())
     and not any(_field(run, path) in values for path, values in rule.get("is_not", {}).items())
+    and rule.get("fixed_rank", False) == _has_fixed_rank(run)
   )
+
+
+def _has_fixed_rank(run: RunResult) -> bool:
+  """Returns whether all tasks had one rank by the settings; given ranks replace the strategy."""
+  ranks = _field(run, "config.method.drs.ranks")
+  is_fixed = _field(run, "config.method.drs.strategy") == "fixed"
+  return is_fixed and (ranks is _ABSENT or not ranks)
 
 
 def _paper_flags(row: str, column: str) -> list[str]:
@@ -175,17 +184,18 @@ def _paper_flags(row: str, column: str) -> list[str]:
   ]
 
 
-def _our_flags(group: Group, column: str) -> list[str]:
+def _our_flags(group: Group, rule: Mapping[str, Any] | None, column: str) -> list[str]:
   """Returns the differences between our protocol and the table's; absent settings don't count."""
-  if not group:
+  if not group or rule is None:
     return []
   flags = [
     key
     for key, rule in tables()["protocol"].items()
     if any(_field(group[0], path) not in [*values, _ABSENT] for path, values in rule["is"].items())
   ]
+  splits = tables()["columns"][column]["splits"][rule.get("splits", "without_val")]
   others = {
-    "split": group[0]["split_id"] not in tables()["columns"][column]["splits"],
+    "split": group[0]["split_id"] not in splits,
     "twice": bool(runs.repeated_seeds(group)),
   }
   return flags + [key for key, holds in others.items() if holds]

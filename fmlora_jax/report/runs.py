@@ -22,6 +22,9 @@ Group = Sequence[RunResult]  # runs that differ in the seed only
 Groups = Mapping[str, Group]  # label of a row -> its runs
 Numbers = Sequence[int | float | None]
 
+# settings that a row's name states wherever they are not empty, with the value that older runs have
+_STATED = {"method.drs.ranks": []}
+
 
 def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]]:
   """Returns the results at or below `paths`, each once, and a line for every run left out.
@@ -138,7 +141,7 @@ def _settings(run: RunResult) -> dict[str, Any]:
 
   A field that is newer than the run has its default, which leaves the numbers as they were.
   """
-  settings = _defaults() | dict(leaves(run["config"]))
+  settings = _defaults() | _STATED | dict(leaves(run["config"]))
   return {name: settings[name] for name in settings if name not in ("seed", *FREE_FIELDS)}
 
 
@@ -163,7 +166,8 @@ def _differences(
     rivals = [f for r, f in zip(runs, fields, strict=True) if r["method"] == run["method"]]
     names = {name for f in rivals for name in f}
     differ = {name for name in names if any(f.get(name) != settings.get(name) for f in rivals)}
-    shown = sorted(differ | (names & set(always)))
+    stated = {name for name in _STATED if settings[name]}
+    shown = sorted(differ | stated | (names & set(always)))
     texts.append(" ".join(f"{_short(name)}={_value(settings.get(name))}" for name in shown))
   return texts
 

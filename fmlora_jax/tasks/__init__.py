@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from fmlora_jax.config import ConfigError, TasksConfig
-from fmlora_jax.tasks import task_file
+from fmlora_jax.tasks import splits, task_file
 from fmlora_jax.tasks.copies import report_copies
 from fmlora_jax.tasks.sequence import (
   TEST,
@@ -31,6 +31,7 @@ __all__ = [
   "make",
   "missing_data",
   "num_classes",
+  "val_splits",
 ]
 
 
@@ -118,6 +119,11 @@ def _is_wanted(builder: str, domains: Sequence[str]) -> bool:
 def num_classes(benchmark: str) -> int | None:
   """Returns the number of classes of a benchmark that ships its data; None for others."""
   return getattr(find(benchmark), "NUM_CLASSES", None)
+
+
+def val_splits(benchmark: str) -> tuple[str, ...]:
+  """Returns the values of config.split with which a benchmark has validation images."""
+  return splits.with_val(getattr(find(benchmark), "SPLITS", {}))
 
 
 def find(name: str) -> types.ModuleType:

@@ -34,6 +34,7 @@ class DataSource:
     digest: sha256 hex of the data (labels, names, contents), without their splits.
     split: published split of each record: TRAIN, VAL, TEST, or -1 for none; None if none has one.
     split_name: name of a `split` that is complete: nothing is drawn, even if it has no VAL.
+    val_splits: names that config.tasks.split may have for a complete split with VAL.
     domains: domain of each record; None without domains.
     domain_names: by domain.
     group: of each record; a split that is drawn never divides a group. Copies of one image are a
@@ -49,6 +50,7 @@ class DataSource:
   digest: str
   split: Int8[np.ndarray, " n"] | None = None
   split_name: str | None = None
+  val_splits: tuple[str, ...] = ()
   domains: Int[np.ndarray, " n"] | None = None
   domain_names: tuple[str, ...] = ()
   group: Int[np.ndarray, " n"] | None = None
@@ -109,6 +111,7 @@ class TaskSequence:
       num_classes=self.num_classes,
       class_ranges=tuple((task.lo, task.hi) for task in self.tasks),
       has_val=all(len(task.val) for task in self.tasks),
+      val_splits=self.source.val_splits,
     )
 
   @property

@@ -5,8 +5,9 @@ first 70 % of them are the same 70 % everywhere, and the last tenth of a class t
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import yaml
@@ -37,7 +38,25 @@ class Records:
   root: pathlib.Path = pathlib.Path()
 
 
-SplitRule = Callable[[Records], SplitCodes]
+@dataclasses.dataclass(frozen=True)
+class SplitRule:
+  """A rule that puts each record into a split.
+
+  Attributes:
+    divide: the records -> their splits.
+    has_val: whether there are validation images among them.
+  """
+
+  divide: Callable[[Records], SplitCodes]
+  has_val: bool
+
+  def __call__(self, records: Records) -> SplitCodes:
+    return self.divide(records)
+
+
+def with_val(rules: Mapping[str, SplitRule]) -> tuple[str, ...]:
+  """Returns the names of the rules that leave validation images."""
+  return tuple(name for name, rule in rules.items() if rule.has_val)
 
 
 def sliced(val_from: int, test_from: int) -> SplitRule:
@@ -48,9 +67,10 @@ def sliced(val_from: int, test_from: int) -> SplitRule:
     val, test = (np.rint(percent * size / 100) for percent in (val_from, test_from))
     return _codes(val=rank >= val, test=rank >= test)
 
-  return rule
+  return SplitRule(rule, has_val=val_from < test_from)
 
 
+@functools.partial(SplitRule, has_val=True)
 def stratified(records: Records) -> SplitCodes:
   """Divides each class 70/10/20, in integers: its last fifth is test, the tenth before it val."""
   rank, size = _ranks(records.stratum)
@@ -59,8 +79,9 @@ def stratified(records: Records) -> SplitCodes:
   return _codes(val=rank >= size - test - val, test=rank >= size - test)
 
 
+@functools.partial(SplitRule, has_val=False)
 def published(records: Records) -> SplitCodes:
-  """Takes the published splits; no val if none is published."""
+  """Takes the published splits, of data that have training and test images alone."""
   return records.official
 
 
@@ -72,7 +93,7 @@ def official(one_in: int) -> SplitRule:
     val = (records.official == TRAIN) & (rank >= size - size // one_in)
     return _codes(val=val, test=records.official == TEST)
 
-  return rule
+  return SplitRule(rule, has_val=True)
 
 
 def val_from_test(one_in: int) -> SplitRule:
@@ -83,7 +104,7 @@ def val_from_test(one_in: int) -> SplitRule:
     held_out = records.official == TEST
     return _codes(val=held_out, test=held_out & (rank >= size // one_in))
 
-  return rule
+  return SplitRule(rule, has_val=True)
 
 
 def listed(*, train: str, test: str, source: str) -> SplitRule:
@@ -115,7 +136,7 @@ def listed(*, train: str, test: str, source: str) -> SplitRule:
       )
     return codes
 
-  return rule
+  return SplitRule(rule, has_val=False)
 
 
 def _read_list(path: pathlib.Path, source: str) -> list[str]:

@@ -67,8 +67,9 @@ class Evaluator:
 def allowed_classes(spec: SequenceSpec, learned: int) -> Bool[np.ndarray, "T C"]:
   """Returns which classes may be predicted for images of each test set after task `learned`.
 
-  In cil and dil the classes of all tasks so far; in til, where the task is given, those of the
-  set's task. Source: protocol of L2P and its successors, which never predict an unseen class.
+  In cil and dil the classes of all tasks so far, as in the codes of CODA-Prompt, InfLoRA, SD-LoRA
+  and PILOT; those of L2P, DualPrompt and HiDe-Prompt let unseen classes be predicted too. In til,
+  where the task is given, those of the set's task.
   """
   classes, seen = np.arange(spec.num_classes), spec.class_ranges[learned][1]
   if spec.scenario == "til":

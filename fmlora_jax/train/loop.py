@@ -78,7 +78,7 @@ class Trainer:
     frozen = self.programs.method.freeze(self.weights, variables)
     return StepContext(
       frozen=mesh_lib.place(frozen, mesh_lib.fsdp_sharding(self._mesh, frozen)),
-      mem=self._replicate(variables.mem),
+      mem=self._replicate(variables.mem_of_steps),
       task=view.arrays,
       total_steps=self._replicate(jnp.int32(self.num_steps(view.index))),
       root=self._root,

@@ -81,7 +81,7 @@ class TrainStep:
       params = combine(trained, frozen)
       variables = Variables(frozen=context.frozen, mem=context.mem, **params)
       output = self.method.apply(variables, batch.images, context.task, key, batch.valid)
-      losses = heads.local_losses(output.logits, batch.labels, context.task)
+      losses = heads.local_losses(output.logits, batch.labels, context.task, output.old_logits)
       return heads.weighted_mean(losses, batch.valid) + output.penalty
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
@@ -91,6 +91,7 @@ class TrainStep:
     now = {
       "progress": state.step / context.total_steps,
       "epoch": state.step // (context.total_steps // self.config.epochs),
+      "task": context.task.index,
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **now)
     updates, _ = partition(cast(Params, updates), labels)

@@ -113,9 +113,26 @@ from fmlora_jax import config, methods
       "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
     ),
     (
+      {"head": {"kind": "cosine", "start": "torch_linear"}},
+      "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
+    ),
+    (
       {"head": {"kind": "class_mean", "alignment": {"epochs": 1}}},
       "config.head.kind is 'class_mean': must be linear or cosine, or head.alignment.epochs 0",
     ),
+    (
+      {"head": {"drift": "sdc"}},
+      "config.head.drift is 'sdc': must be none, or something must be stored: head.alignment",
+    ),
+    ({"head": {"drift": "affine"}}, "config.head.drift is 'affine': must be one of none, sdc, lin"),
+    ({"head": {"drift_bandwidth": 0}}, "config.head.drift_bandwidth is 0.0: must be > 0"),
+    ({"head": {"drift_ridge": -1.0}}, "config.head.drift_ridge is -1.0: must be > 0"),
+    (
+      {"head": {"loss": "seen"}, "tasks": {"scenario": "til"}},
+      "config.head.loss is 'seen': must be task where tasks.scenario is til",
+    ),
+    ({"optim": {"later_lr_scale": 0}}, "config.optim.later_lr_scale is 0.0: must be > 0"),
+    ({"optim": {"later_head_lr_scale": -1}}, "config.optim.later_head_lr_scale is -1.0: must be"),
     (
       {"head": {"num_centroids": 0}},
       "config.head.num_centroids is 0: must be >= 1 and <= 16384",

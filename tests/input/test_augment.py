@@ -92,7 +92,18 @@ def test_an_image_of_the_right_size_comes_back_as_it_is(examples):
   assert gap(batch.images[0], image_of(examples, 2))[0] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["pilot", "coda", "mild"])
+def test_square_test_images_are_whole_without_a_crop(examples):
+  """As torchvision's Resize alone: of 33 x 33 pixels, none is cut off."""
+  square = examples.replace(sizes=jnp.full_like(examples.sizes, 33))
+  batch = compiled(augment.test_batch, augmentation="coda_uncropped")(square, jnp.array([3]))
+  image = np.asarray(examples.images[3, :33, :33])
+  want = Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+  assert gap(batch.images[0], want)[0] <= 1.01
+  cropped = compiled(augment.test_batch, augmentation="coda")(square, jnp.array([3]))
+  assert gap(cropped.images[0], want)[0] > 5
+
+
+@pytest.mark.parametrize("name", ["pilot", "coda", "coda_uncropped", "mild"])
 def test_random_crops_are_pillows_crop_and_resize(examples, name):
   draw = drawer(name)
   rows = jnp.arange(len(SIZES))

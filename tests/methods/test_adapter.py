@@ -101,3 +101,33 @@ def test_layers_and_sites_drop_different_units(make_lab):
 def test_settings_that_cannot_be_are_refused_by_field(make_lab, changes, message):
   with pytest.raises(ConfigError, match=message):
     make_lab(method={"name": "adapter"} | changes)
+
+
+def test_layer_norms_train_with_houlsby_where_asked_and_are_used_at_test_time(make_lab):
+  made = make_lab(method={"name": "adapter", "width": 3, "train_norms": True})
+  norms = made.variables.shared["norms"]
+  assert set(norms) == {"block_0", "block_1", "norm"}
+  assert set(norms["block_1"]) == {"norm1", "norm2"}
+  assert len(jax.tree.leaves(norms)) == 2 * (2 * 2 + 1)
+  moved = jax.tree.map(lambda leaf: leaf + 0.5, norms)
+  variables = made.variables.update(shared={"norms": moved})
+  frozen = made.method.freeze(made.weights, variables)
+  trunks = (
+    made.method.trunk(variables.replace(frozen=frozen)),
+    made.method.folded(made.weights, variables)[0],
+  )
+  for trunk in trunks:
+    assert jax.tree.structure(trunk) == jax.tree.structure(made.weights)
+    for name in ("block_0", "block_1"):
+      np.testing.assert_array_equal(trunk[name]["norm2"]["scale"], moved[name]["norm2"]["scale"])
+      np.testing.assert_array_equal(
+        trunk[name]["fc1"]["dense"]["bias"], made.weights[name]["fc1"]["dense"]["bias"]
+      )
+    np.testing.assert_array_equal(trunk["norm"]["bias"], moved["norm"]["bias"])
+  assert not made.method.groups["norm"].decays
+
+
+@pytest.mark.parametrize("changes", [{}, {"kind": "adaptformer", "train_norms": True}], ids=str)
+def test_layer_norms_stay_by_default_and_with_adaptformer(make_lab, changes):
+  made = make_lab(method={"name": "adapter", "width": 3} | changes)
+  assert set(made.variables.shared) == {"adapter"}

@@ -202,4 +202,5 @@ def test_official_settings(benchmark, num_tasks, epochs, split):
   assert (built.epochs, built.batch_size, built.compute_dtype) == (epochs, 128, "float32")
   assert (method.pool_size, method.length, method.orthogonality) == (100, 8, 0.0)
   assert method.layers == (0, 1, 2, 3, 4)
-  assert (built.input.augmentation, built.tasks.split) == ("coda", split)
+  augmentation = "coda_uncropped" if benchmark == "cifar100" else "coda"
+  assert (built.input.augmentation, built.tasks.split) == (augmentation, split)

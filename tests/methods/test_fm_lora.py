@@ -13,6 +13,7 @@ import pytest
 
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
+from fmlora_jax.methods.fm_lora import rank_checks
 from fmlora_jax.models import heads, low_rank
 from fmlora_jax.train.labels import label_leaves
 from fmlora_jax.types import Adapters, LowRank
@@ -362,6 +363,13 @@ def test_a_task_s_delta_is_kept_as_it_was_trained_whatever_its_columns(make_lab,
       r"config\.method\.drs\.rank is 5: must be at most config\.method\.bases\.max_rank = 4",
     ),
     (
+      {"drs": {"ranks": (4, 2)}},
+      r"config\.method\.drs\.ranks is \(4, 2\): must have one rank for each of the 3 tasks",
+    ),
+    ({"drs": {"ranks": (4, 5, 1)}}, r"drs\.ranks is \(4, 5, 1\): must be at most .*max_rank = 4"),
+    ({"drs": {"ranks": (2, 2, 1)}}, r"drs\.ranks is \(2, 2, 1\): must begin with .*max_rank = 4"),
+    ({"drs": {"ranks": (4, 0, 1)}}, r"drs\.ranks is \(4, 0, 1\): must be integers >= 1"),
+    (
       {"bases": {"max_rank": 17}},
       r"config\.method\.bases\.max_rank is 17: must be at most 16, .* 'query'",
     ),
@@ -370,6 +378,34 @@ def test_a_task_s_delta_is_kept_as_it_was_trained_whatever_its_columns(make_lab,
 def test_settings_that_do_not_fit_are_refused_by_field(make_lab, changes, message):
   with pytest.raises(ConfigError, match=message):
     make_lab(**changes)
+
+
+@pytest.mark.parametrize("strategy", ["gumbel", "fixed"])
+def test_given_ranks_are_replayed_without_validation_images(make_lab, strategy):
+  made = make_lab(drs={"ranks": (4, 1, 3), "strategy": strategy})
+  spec = dataclasses.replace(made.spec, has_val=False)
+  method, variables = methods.make_method(made.config, made.backbone, spec), made.variables
+  for task, rank in enumerate((4, 1, 3)):
+    view = dataclasses.replace(made.view(task), val_batches=None)
+    variables, facts = method.begin_task(variables, view)
+    assert (facts["rank"], facts["complexity"]) == (rank, None)
+    assert {core["m"].shape[1:] for core in variables.cur["core"].values()} == {(rank, rank)}
+    variables, _ = method.end_task(variables, view)
+
+
+@pytest.mark.parametrize(
+  ("tasks", "val_splits", "advice"),
+  [
+    ({"split": "slice80"}, ("slice", "x"), "set config.tasks.split=slice or config.tasks.split=x;"),
+    ({"val_fraction": 0.0}, (), "set config.tasks.val_fraction > 0, or"),
+    ({"val_fraction": 0.1}, (), "add images;"),
+    ({"split": "slice80", "task_file": "f"}, ("slice",), "set config.tasks.task_file to that"),
+  ],
+)
+def test_the_refusal_without_validation_images_names_what_helps(lab, tasks, val_splits, advice):
+  config = lab().config
+  config = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, **tasks))
+  assert f"no validation images: {advice}" in rank_checks.without_val(config, "a task", val_splits)
 
 
 @pytest.mark.parametrize("strategy", ["gumbel", "validation"])

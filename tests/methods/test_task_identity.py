@@ -24,13 +24,13 @@ def linear(layer, x):
   return x @ np.asarray(layer["kernel"], np.float64).T + np.asarray(layer["bias"], np.float64)
 
 
-def by_hand(identity, features):
+def by_hand(identity, features, epsilon=1e-6):
   """Returns head(LayerNorm(x + up(GELU(down(x))))) in float64."""
   features = np.asarray(features, np.float64)
   hidden = linear(identity["down"], features)
   hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
   x = features + linear(identity["up"], hidden)
-  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
   scale, bias = (np.asarray(identity["norm"][name], np.float64) for name in ("scale", "bias"))
   return linear(identity["head"], x * scale + bias)
 
@@ -48,6 +48,23 @@ def test_its_logits_are_those_of_the_formula():
   features = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
   got = task_identity.logits(identity, features)
   np.testing.assert_allclose(got, by_hand(identity, features), atol=1e-5)
+
+
+def test_epsilon_is_added_to_the_variance():
+  identity = moved(task_identity.fresh(jax.random.key(0), 6, 4))
+  features = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+  got = task_identity.logits(identity, features, 0.5)
+  np.testing.assert_allclose(got, by_hand(identity, features, 0.5), atol=1e-5)
+  assert np.abs(got - task_identity.logits(identity, features)).max() > 0.01
+  ranges = (0, 2), (2, 4)
+  spec = SequenceSpec(scenario="cil", num_tasks=2, num_classes=4, class_ranges=ranges)
+  rows = class_statistics.Rows(spec)
+  many = np.random.default_rng(1).normal(size=(400, 6)).astype(np.float32)
+  named = [
+    task_identity.predict_tasks(identity, many, rows, jnp.ones(2, bool), epsilon)
+    for epsilon in (1e-6, 1.0)
+  ]
+  assert (np.asarray(named[0]) != np.asarray(named[1])).any()
 
 
 def test_the_network_of_a_vit_b_has_the_parameters_of_the_public_code():

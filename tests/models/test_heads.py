@@ -120,6 +120,55 @@ def test_a_task_with_new_classes_starts_from_new_rows():
   assert not np.asarray(heads.start(linear, dirty, CIL, 1, jax.random.key(0))["kernel"]).any()
 
 
+WIDE = 768
+
+
+def drawn(rows, *, kind="linear", seed=0):
+  """Returns kernel and bias of a large head."""
+  mem = heads.make_head(kind, 1000, WIDE, rows=rows).init(jax.random.key(seed))
+  return np.asarray(mem["kernel"]), np.asarray(mem["bias"])
+
+
+@pytest.mark.parametrize(
+  ("rows", "limit", "bias_limit"),
+  [("torch_linear", 768**-0.5, 768**-0.5), ("kaiming_uniform", (3 / 768) ** 0.5, 0)],
+)
+def test_uniform_starts_fill_their_bounds_evenly(rows, limit, bias_limit):
+  kernel, bias = drawn(rows)
+  assert 0.9999 * limit < np.abs(kernel).max() <= limit * (1 + 1e-6)
+  np.testing.assert_allclose(kernel.std(), limit / 3**0.5, rtol=3e-3)
+  np.testing.assert_allclose(np.quantile(kernel, [0.25, 0.5]), [-limit / 2, 0], atol=3e-3 * limit)
+  assert 0.99 * bias_limit <= np.abs(bias).max() <= bias_limit * (1 + 1e-6)
+  np.testing.assert_allclose(bias.std(), bias_limit / 3**0.5, rtol=0.05)
+  assert len(np.unique(kernel[:10])) > 7600  # no row, no entry is drawn twice
+
+
+def test_the_truncated_normal_start_is_cut_at_100_deviations():
+  kernel, bias = drawn("truncated_normal")
+  np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.02], atol=1e-4)
+  shares = [np.mean(np.abs(kernel) < 0.02 * k) for k in (1, 2, 3)]
+  np.testing.assert_allclose(shares, [0.6827, 0.9545, 0.9973], atol=2e-3)
+  assert not bias.any()
+
+
+@pytest.mark.parametrize("rows", heads.STARTS)
+def test_a_start_depends_on_its_key_alone_and_not_on_the_rows_before(rows):
+  for got, same, other in zip(drawn(rows), drawn(rows), drawn(rows, seed=1), strict=True):
+    np.testing.assert_array_equal(got, same)
+    assert np.array_equal(got, other) == (not got.any())
+  for got, of_means in zip(drawn(rows), drawn(rows, kind="class_mean"), strict=True):
+    np.testing.assert_array_equal(got, of_means)
+
+
+@pytest.mark.parametrize("rows", ["torch_linear", "kaiming_uniform", "truncated_normal"])
+def test_each_task_draws_its_rows_and_padding_stays_zero(rows):
+  head = heads.make_head("linear", 6, WIDTH, rows=rows)
+  mem = head.init(jax.random.key(0))
+  first, second = (heads.start(head, mem, CIL, 0, jax.random.key(seed)) for seed in (1, 2))
+  assert (np.asarray(first["kernel"][:2]) != np.asarray(second["kernel"][:2])).all()
+  assert not np.asarray(first["kernel"][2]).any() and not np.asarray(first["bias"][2])
+
+
 def test_local_losses_are_the_cross_entropy_over_the_classes_of_the_task():
   task = task_arrays(CIL, 0)  # 2 of 3 slots
   logits = draw(4, 3)
@@ -138,6 +187,41 @@ def test_local_losses_are_the_cross_entropy_over_the_classes_of_the_task():
   np.testing.assert_array_equal(heads.local_losses(logits, jnp.full(4, 5), last), np.zeros(4))
 
 
+def test_losses_over_all_classes_so_far_are_those_of_numpy_and_mask_classes_to_come():
+  task, labels = task_arrays(CIL, 1), jnp.array([2, 4, 3, 2])  # after classes 0 and 1; 5 to come
+  logits, old = draw(4, 3), draw(4, 6)
+  joined = np.concatenate([np.asarray(old)[:, :2], np.asarray(logits)], axis=1)
+  expected = np.log(np.exp(joined).sum(1)) - joined[np.arange(4), np.asarray(labels)]
+  np.testing.assert_allclose(heads.local_losses(logits, labels, task, old), expected, rtol=1e-5)
+  grad = jax.grad(lambda x: heads.local_losses(logits, labels, task, x).sum())(old)
+  assert np.asarray(grad)[:, :2].all() and not np.asarray(grad)[:, 2:].any()
+  first = task_arrays(CIL, 0)  # nothing is before it
+  labels = jnp.array([0, 1, 1, 0])
+  np.testing.assert_array_equal(
+    heads.local_losses(logits, labels, first, old), heads.local_losses(logits, labels, first)
+  )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_rows_have_no_gradient_and_the_features_have_one(kind):
+  head, mem = fresh(kind)
+  mem = mem | {"kernel": draw(6, WIDTH)}
+  cur = heads.start(head, mem, CIL, 1, jax.random.key(0))
+  x = draw(5, WIDTH)
+
+  def total(mem, cur, x):
+    return (heads.old_logits(head, mem, cur, x) ** 2).sum()
+
+  of_mem, of_cur, of_x = jax.grad(total, argnums=(0, 1, 2))(mem, cur, x)
+  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(of_mem))
+  assert np.asarray(of_x).any()
+  assert [name for name, leaf in of_cur.items() if leaf.any()] == ["log_scale"] * (kind == "cosine")
+  expected = head.logits(mem, x)
+  if kind == "cosine":
+    expected = head.predict(mem, x) * np.exp(np.asarray(cur["log_scale"]).mean())
+  np.testing.assert_allclose(heads.old_logits(head, mem, cur, x), expected, rtol=1e-5)
+
+
 def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
   task = task_arrays(CIL, 0)
   labels = jnp.array([0, 1, 5, 0])  # 5: a padding row's label may be of another task
@@ -152,6 +236,15 @@ def test_slots_beyond_the_task_get_no_gradient_and_no_row_gives_nan():
   assert not np.asarray(grad)[2:].any()  # padding rows
   assert np.asarray(jax.grad(loss)(draw(4, 3)))[:2, :2].any()
   assert heads.local_losses(draw(4, 3).astype(jnp.bfloat16), labels, task).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("label", "slot"), [(-3, 0), (1, 0), (2, 0), (4, 2), (5, 2), (99, 2)])
+def test_a_label_outside_the_task_has_the_loss_of_the_nearest_slot(label, slot):
+  """Task 2 has classes 2 to 4; a NaN there would reach the mean although its weight is 0."""
+  logits = draw(2, 3)
+  got = heads.local_losses(logits, jnp.full(2, label), task_arrays(CIL, 1))
+  expected = np.log(np.exp(logits).sum(1)) - np.asarray(logits)[:, slot]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_a_mean_over_no_valid_row_is_zero():

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import refusal, result, run_report, save
+from made_up import comparable, refusal, result, run_report, save
 from matplotlib.image import imread
 
 from fmlora_jax import methods
+from fmlora_jax import tasks as benchmarks
 from fmlora_jax.config.diff import leaves
-from fmlora_jax.report import paper, paper_html, paper_markdown
+from fmlora_jax.report import paper, paper_html, paper_markdown, runs
 
 NAMES = {  # config.method.name -> the paper's row
   "finetune": "Fine-Tuning",
@@ -29,17 +30,6 @@ NAMES = {  # config.method.name -> the paper's row
   "fm_lora": "FM-LoRA",
 }
 VOID = {"meta", "img"}  # elements of HTML without an end
-
-
-def comparable(method="fm_lora", seed=1993, *, tasks=10, **changes):
-  """Returns a result under the protocol of the paper's ImageNet-R tables."""
-  settings = {
-    "benchmark": "imagenet_r",
-    "split_id": "imagenet_r/slice80",
-    "weights": {"tag": "augreg2_in21k_ft_in1k", "sha256": "5f3c" * 16},
-    "batch_size": 256,
-  }
-  return result(method, seed, tasks=tasks, ranks=None, **settings | changes)
 
 
 def lines_of(results, title="Table 1: ImageNet-R, N = 10"):
@@ -180,7 +170,7 @@ def test_a_cell_holds_our_mean_deviation_and_difference_over_seeds():
     "close",
     "3",
     "augreg2_in21k_ft_in1k 5f3c5f3c",
-    "imagenet_r/slice80",
+    "imagenet_r/slice",
   ]
   assert paper.cells(line_of(runs)) == expected
 
@@ -251,6 +241,24 @@ def test_dynamic_ranks_stand_in_table_3_as_well_and_fixed_ranks_only_there():
   assert paper.compare([drs, *fixed]).others == []
 
 
+def test_given_ranks_stand_with_the_dynamic_ones_and_are_named():
+  given = comparable(config={"method.drs.strategy": "fixed", "method.drs.ranks": [32, 4, 8]})
+  lines = [line for line in lines_of([given]) if line.runs]
+  assert [line.name for line in lines] == ["FM-LoRA drs.ranks=(32,4,8)"]
+  assert [label for groups in runs.group([given]).values() for label in groups] == [
+    "fm_lora drs.ranks=(32,4,8)"
+  ]
+
+
+def test_the_splits_of_the_cells_are_those_of_the_benchmarks():
+  for column in paper.tables()["columns"].values():
+    names = benchmarks.val_splits(column["benchmark"])
+    for kind, ids in column["splits"].items():
+      for name in (split_id.removeprefix(f"{column['benchmark']}/") for split_id in ids):
+        assert name in benchmarks.find(column["benchmark"]).SPLITS
+        assert (name in names) == (kind == "with_val")
+
+
 def test_no_run_is_compared_with_a_rank_that_is_not_known():
   fixed = comparable(config={"method.drs.strategy": "fixed", "method.drs.rank": 4})
   lines = lines_of([fixed], title="Table 3: ImageNet-R, N = 10")
@@ -267,14 +275,14 @@ def test_other_settings_splits_and_weights_are_never_averaged():
   runs = [
     comparable(seed=1993),
     comparable(seed=1994),
-    comparable(split_id="imagenet_r/slice"),
+    comparable(split_id="imagenet_r/slice80"),
     comparable(weights=other),
     comparable(config={"optim.learning_rate": 5e-3}),
   ]
   ours = [line for line in lines_of(runs) if line.method == "FM-LoRA"]
   assert [len(line.runs) for line in ours] == [2, 1, 1, 1]
   assert len({line.name for line in ours}) == 4
-  assert [cell(line, "split") for line in ours][1] == "imagenet_r/slice"
+  assert [cell(line, "split") for line in ours][1] == "imagenet_r/slice80"
   assert [cell(line, "weights") for line in ours][2] == "dinov2_base abababab"
   assert "optim.learning_rate=0.005" in ours[3].settings
 
@@ -283,7 +291,9 @@ def test_other_settings_splits_and_weights_are_never_averaged():
   ("changes", "flags"),
   [
     ({}, []),
-    ({"split_id": "imagenet_r/slice"}, ["split"]),
+    ({"split_id": "imagenet_r/slice80"}, ["split"]),
+    ({"config": {"method.drs.ranks": []}}, []),
+    ({"config": {"method.drs.ranks": [32, 4]}}, ["given"]),
     ({"weights": {"tag": "dinov2_base", "sha256": "ab"}}, ["weights"]),
     ({"config": {"weights.depth": 6}}, ["weights"]),
     ({"config": {"weights.depth": None, "input.image_size": 224}}, []),
@@ -297,6 +307,9 @@ def test_other_settings_splits_and_weights_are_never_averaged():
     ({"config": {"head.start": "class_mean"}}, ["head"]),
     ({"config": {"head.alignment": {"epochs": 30}}}, ["head"]),
     ({"config": {"head.alignment": {"epochs": 0}}}, []),
+    ({"config": {"head.loss": "seen"}}, ["head"]),
+    ({"config": {"optim.later_lr_scale": 0.3}}, ["schedule"]),
+    ({"config": {"optim.later_lr_scale": 1.0, "head.loss": "task"}}, []),
     ({"normalisation": "half", "split_id": "x"}, ["pixels", "split"]),
   ],
 )
@@ -473,7 +486,7 @@ def test_the_command_prints_markdown_and_writes_the_page(tmp_path):
   assert "domainnet (cil), 5 tasks" not in done.stdout  # it is in Table 2
   for text in (done.stdout, target.read_text(encoding="utf-8")):
     assert "wip is not finished; the same command resumes it" in text
-    assert "imagenet_r/slice80" in text
+    assert "imagenet_r/slice" in text
   Page(target.read_text(encoding="utf-8"))
   assert sorted(path.name for path in tmp_path.iterdir()) == ["paper.html", "runs"]
 

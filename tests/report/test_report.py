@@ -172,6 +172,9 @@ def test_heads_that_differ_are_warned_about():
   assert notes.warnings({"lora": [theirs], "old": [result(config=plain)]}) == []
   aligned = {"method.name": "hide_prompt", "method.alignment": {"epochs": 9}}  # not the head's
   assert notes.warnings({"fm_lora": [ours], "hide": [result(config=plain | aligned)]}) == []
+  seen = result(config=plain | {"head.loss": "seen", "head.drift": "sdc"})
+  (line,) = notes.warnings({"seen": [seen], "old": [result(config=plain)]})
+  assert "linear from class_mean with sdc drift and loss over classes seen (seen)" in line
 
 
 def test_the_same_seed_twice_is_warned_about():

@@ -2,18 +2,21 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from made_up import comparable
 
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.experiment.run import run
 from fmlora_jax.input import augment
 from fmlora_jax.models import vit
 from fmlora_jax.models.weights import registry
+from fmlora_jax.report import paper
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
@@ -27,15 +30,18 @@ TINY = {
   "drs": {"strategy": "fixed", "rank": 2},
   "prompt": {"num_tokens": 2},
 }
+SMALL = {  # the same sizes, with the paper's schedule
+  key: TINY[key] for key in ("compute_dtype", "weights", "input", "bases")
+}
 
 
-def settings(name: str, variant: str | None, data_dir) -> config.Config:
+def settings(name: str, variant: str | None, data_dir, changes=TINY) -> config.Config:
   """Returns what configs/<name>.py says, on the data in `data_dir` and with a tiny ViT."""
   spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   values = module.get_config(variant)
-  values.update(TINY)
+  values.update(changes)
   values.tasks.data_dir = str(data_dir)
   return methods.build_config(values.to_dict())
 
@@ -88,8 +94,37 @@ def test_without_validation_images_no_rank_is_selected(prepared, tmp_path):
   chosen = settings("imagenet_r", "split=slice80", prepared)
   drs = dataclasses.replace(chosen.method.drs, strategy="gumbel", candidate_ranks=(2, 4))
   chosen = dataclasses.replace(chosen, method=dataclasses.replace(chosen.method, drs=drs))
-  with pytest.raises(config.ConfigError, match=r"no validation images: .*drs.strategy=fixed"):
+  with pytest.raises(config.ConfigError, match="images: set config.tasks.split=slice or c"):
     run(chosen, tmp_path)
+  drs = dataclasses.replace(drs, ranks=(4, 2, 1, 4, 2, 1, 4, 2, 1, 4))
+  chosen = dataclasses.replace(chosen, method=dataclasses.replace(chosen.method, drs=drs))
+  made = tasks.make(chosen.tasks, seed=1993, source_size=20)
+  backbone = vit.make_vit(registry.check(chosen.weights, 16), jnp.float32)
+  assert methods.make_method(chosen, backbone, made.spec).settings.drs.ranks == drs.ranks
+
+
+@pytest.mark.parametrize("table", ["imagenet_r", "cifar100", "cub200", "domainnet"])
+def test_the_config_of_a_paper_benchmark_fills_the_cell_of_fm_lora(prepared, table):
+  """The split, the order, the pixels and the schedule are the cell's; the weights are named."""
+  chosen = settings(table, None, prepared, changes={"drs": {"candidate_ranks": (2, 4)}} | SMALL)
+  made = tasks.make(chosen.tasks, seed=chosen.seed, source_size=chosen.input.source_size)
+  backbone = vit.make_vit(registry.check(chosen.weights, chosen.input.image_size), jnp.float32)
+  methods.make_method(chosen, backbone, made.spec)  # it has the images to select ranks with
+  found = comparable(
+    tasks=len(made.tasks),
+    benchmark=table,
+    split_id=made.split_id,
+    epochs=chosen.epochs,
+    batch_size=chosen.batch_size,
+    augmentation=chosen.input.augmentation,
+    normalisation=chosen.input.normalisation,
+    weights={"tag": config.WeightsConfig().tag, "sha256": "5f3c" * 16},
+  )
+  found["config"] = json.loads(json.dumps(dataclasses.asdict(chosen)))
+  found["config"]["weights"]["depth"] = found["config"]["input"]["image_size"] = None
+  lines = [line for s in paper.compare([found]).sections for line in s.lines if line.runs]
+  ours = {flag for line in lines for flag in line.flags} - paper.tables()["flags"].keys()
+  assert lines and not ours
 
 
 REAL = os.environ.get("FMLORA_DATA_DIR")  # prepared from the published archives

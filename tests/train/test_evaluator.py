@@ -1,5 +1,7 @@
 """Evaluation costs one folded forward pass of the ViT per test image, by one program."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +93,15 @@ def test_one_program_serves_all_tasks_and_counts_what_the_logits_say(lab):
     counts = evaluator.correct(model, [(examples, owner)], masks)
     assert counts.tolist() == [1, 0, 0]  # one image, seven labels, and padding
   assert evaluate.count_correct._cache_size() == before + 1
+
+
+@pytest.mark.parametrize(("scenario", "after"), [("cil", [1, 2, 3]), ("dil", [2, 3, 3])])
+def test_after_a_task_its_sets_are_measured_and_in_dil_the_next_one(make_lab, scenario, after):
+  made = make_lab(method={"name": "linear_probe"})
+  setup = made.setup
+  tests = evaluate.TestSets(
+    setup.loader, "test", made.method, made.weights, batch_size=8, center=setup.center,
+    mesh=setup.mesh,
+  )  # fmt: skip
+  tests._spec = dataclasses.replace(made.spec, scenario=scenario)
+  assert [tests.num_after(index) for index in range(3)] == after

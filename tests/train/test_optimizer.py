@@ -202,6 +202,21 @@ def test_a_floor_of_the_rate_is_each_group_s_own():
   np.testing.assert_allclose(updates["core"], -floor * decayed, rtol=1e-4)
 
 
+def test_from_task_2_on_rates_have_a_factor_and_the_head_another():
+  config = make_config(name="sgd", momentum=0.0, later_lr_scale=0.25, later_head_lr_scale=0.5)
+  optimizer = optim.make_optimizer(config, GROUPS, LABELS)
+  state, grads = optimizer.init(PARAMS), gradients(0)
+  update = jax.jit(
+    lambda task: optimizer.update(grads, state, PARAMS, progress=0.0, epoch=0, task=task)
+  )
+  first, second, third = (update(jnp.int32(task))[0] for task in range(3))
+  for name, factor in {"core": 0.25, "first": 0.25, "prompt": 0.25, "head": 0.5}.items():
+    assert np.abs(first[name]).max() > 0
+    np.testing.assert_allclose(second[name], factor * first[name], rtol=1e-6)
+    np.testing.assert_array_equal(second[name], third[name])
+  assert not np.asarray(second["old"]).any()
+
+
 def test_a_label_that_is_no_group_is_refused():
   with pytest.raises(ValueError, match="haed"):
     optim.make_optimizer(make_config(), GROUPS, LABELS | {"head": "haed"}).init(PARAMS)

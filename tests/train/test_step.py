@@ -113,9 +113,9 @@ def test_the_epoch_is_exact_whatever_the_number_of_steps(ready, monkeypatch, ste
   def recorded(*arguments):
     chosen = original(*arguments)
 
-    def update(updates, state, params, *, progress, epoch):
-      seen.append((progress, epoch))
-      return chosen.update(updates, state, params, progress=progress, epoch=epoch)
+    def update(updates, state, params, **now):
+      seen.append((now["progress"], now["epoch"]))
+      return chosen.update(updates, state, params, **now)
 
     return optax.GradientTransformationExtraArgs(chosen.init, update)
 

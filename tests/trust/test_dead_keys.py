@@ -41,6 +41,8 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "optim.milestones": ({"epochs": 3, "optim": STEPS}, (2,)),
   "optim.decay": ({"optim": STEPS}, 0.5),
   "optim.final_learning_rate": ({"epochs": 3, "optim": {"schedule": "timm_cosine"}}, 0.005),
+  "optim.later_lr_scale": ({}, 0.5),
+  "optim.later_head_lr_scale": ({}, 0.5),
   "optim.clip_norm": ({}, 0.1),
   "bases.max_rank": ({}, 5),
   "bases.orthonormalise": ({}, "none"),
@@ -59,6 +61,7 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "drs.weight": (GUMBEL, 5000.0),
   "drs.reference": (GUMBEL, 50.0),
   "drs.deviations": (GUMBEL | {"drs": {"strategy": "gumbel", "weight": 0.0}}, 500.0),
+  "drs.ranks": ({}, (4, 1)),
   "drs.tau": (GUMBEL, 30.0),
   "drs.tolerance": ({"drs": {"strategy": "validation"}}, 9.0),
   "drs.epochs": (GUMBEL, 3),
@@ -74,6 +77,10 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "head.alignment.learning_rate": (ALIGNED, 0.05),
   "head.alignment.momentum": (ALIGNED, 0.5),
   "head.num_centroids": (ALIGNED, 2),
+  "head.loss": ({}, "seen"),
+  "head.drift": (ALIGNED, "sdc"),
+  "head.drift_bandwidth": (config_files.merged(ALIGNED, {"head": {"drift": "sdc"}}), 0.1),
+  "head.drift_ridge": (config_files.merged(ALIGNED, {"head": {"drift": "linear"}}), 2.0),
 }
 OF_TASKS = {  # the same of keys that the sequence of tasks depends on
   "benchmark": ({}, "digits_dil"),
@@ -117,6 +124,7 @@ OF_PROGRAMS = (  # of how a run goes on, not of its numbers: they are read outsi
 )
 OF_METHODS = {  # settings in which a key of a method shows, and other values, where not the usual
   "adapter.dropout": ({"kind": "adaptformer"}, 0.7),
+  "adapter.train_norms": ({"kind": "houlsby"}, True),
   "coda_prompt.length": ({}, 6),
   "coda_prompt.pool_size": ({}, 12),  # a multiple of the two tasks
   "dualprompt.pull": ({}, 0.0),  # Adam does not see the size of a gradient

@@ -45,6 +45,24 @@ def test_a_digest_is_that_of_plain_integers(dtype, shape):
   assert digest.tree_digests(jnp.asarray(array)) == {"": reference(array)}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4), (2, 3, 5)], ids=str)
+def test_a_device_computes_the_same_digest(monkeypatch, dtype, shape):
+  monkeypatch.setattr(digest, "HOST_SIZE", -1)
+  monkeypatch.setattr(digest, "_host_sums", None)  # which would be called
+  array = random_bits(dtype, shape)
+  assert digest.tree_digests(jnp.asarray(array)) == {"": reference(array)}
+
+
+@pytest.mark.parametrize(("size", "where"), [(2**17, "_host_sums"), (2**17 + 1, "_device_sums")])
+def test_only_large_arrays_are_digested_by_a_program_of_their_shape(monkeypatch, size, where):
+  called, lanes = [], np.zeros(2, np.uint32)
+  for name in ("_host_sums", "_device_sums"):
+    monkeypatch.setattr(digest, name, lambda leaf, name=name: called.append(name) or lanes)
+  digest.tree_digests(jnp.zeros(size, jnp.int8))
+  assert called == [where]
+
+
 def test_leaves_have_their_paths():
   tree = {"a": {"b": jnp.ones(2)}, "c": [jnp.zeros(1), jnp.ones((2, 2), jnp.bfloat16)]}
   found = digest.tree_digests(tree)

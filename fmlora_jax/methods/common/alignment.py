@@ -133,6 +133,9 @@ class HeadAlignment:
     width: D.
     logits: of the head: (rows, features [B, D]) -> [B, C].
     features: (model, images) -> [B, D], as at test time.
+
+  Attributes:
+    collect: (model, view) -> these features of the training images, and their labels.
   """
 
   def __init__(
@@ -148,7 +151,7 @@ class HeadAlignment:
   ):
     self._rows = class_statistics.Rows(spec)
     self._shape = len(self._rows), num_centroids, width
-    self._collect = class_statistics.make_collector(features)
+    self.collect = class_statistics.make_collector(features)
     self._aligner = Aligner(settings, field, logits, self._rows.label)
 
   @property
@@ -161,7 +164,11 @@ class HeadAlignment:
     return class_statistics.empty(*self._shape)
 
   def after(
-    self, head: Params, statistics: Params, model: Params, view: TaskView
+    self,
+    head: Params,
+    statistics: Params,
+    images: tuple[Float[np.ndarray, "n D"], Int[np.ndarray, " n"]],
+    view: TaskView,
   ) -> tuple[Params, Params, Facts]:
     """Returns the aligned head, the statistics with the task of `view`, and facts of it.
 
@@ -170,16 +177,13 @@ class HeadAlignment:
     Args:
       head: rows of all classes, those of the task as training left them.
       statistics: of the tasks before.
-      model: first argument of `features`, at the task's end.
+      images: what `collect` returns at the task's end.
 
     Raises:
       NonFiniteError: if the loss becomes NaN or infinite.
     """
     task, rows = view.index, self._rows
-    features, labels = self._collect(model, view)
-    statistics = view.replicate(
-      class_statistics.add(statistics, rows, task, features, labels, view.seed)
-    )
+    statistics = view.replicate(class_statistics.add(statistics, rows, task, *images, view.seed))
     if task == 0:
       return head, statistics, {}
     head, loss = self._aligner.align(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError, MethodConfig
 from fmlora_jax.methods.common.alignment import LOSS
-from fmlora_jax.methods.common.head import TrainedHead
+from fmlora_jax.methods.common.head import MEAN_DRIFT, TrainedHead
 from fmlora_jax.types import (
   Adapters,
   Backbone,
@@ -79,8 +79,7 @@ class AdaptedViT(Generic[Settings]):
 
   A method overrides the hooks in which it differs, and calls `super()` in those that have a part of
   the head: init, begin_task, end_task, rules, stored. This class alone trains a head on the frozen
-  ViT. Methods are compared by identity, so a bound hook may be a static argument of a jitted
-  function.
+  ViT. Methods are compared by identity, so a bound hook may be a static argument of `jax.jit`.
 
   Attributes:
     run: config of the run; `settings` is the method's part of it.
@@ -98,7 +97,7 @@ class AdaptedViT(Generic[Settings]):
 
   query: ClassVar[Literal["never", "test", "always"]] = "never"
   feature_epochs: ClassVar[int] = 0
-  reports: ClassVar[tuple[Reported, ...]] = (LOSS,)
+  reports: ClassVar[tuple[Reported, ...]] = (LOSS, MEAN_DRIFT)
   caveats: ClassVar[tuple[str, ...]] = ()
 
   @property
@@ -131,8 +130,8 @@ class AdaptedViT(Generic[Settings]):
 
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Returns the variables that a task starts from, and facts of it."""
-    model = self.fold(view.weights, variables) if self.head.starts_at_means(view.index) else None
-    return variables.update(cur={"head": self.head.begin_task(variables, view, model)}), {}
+    model = self.fold(view.weights, variables) if self.head.reads_before(view.index) else None
+    return self.head.begin_task(variables, view, model), {}
 
   def adapters(self, variables: Variables, inputs: StepInputs) -> Adapters:
     """Returns the adapters of a training step."""
@@ -173,10 +172,12 @@ class AdaptedViT(Generic[Settings]):
     return self.read(model["backbone"], images, self.recall(model["memory"], query))
 
   def freeze(self, weights: Params, variables: Variables) -> Params:
-    """Returns the `frozen` group of a task: the ViT in the compute dtype, unless it is trained."""
-    if "backbone" in variables.shared:
-      return {}
+    """Returns the `frozen` group of a task: the ViT in the compute dtype."""
     return {"backbone": cast_kernels(self.past(weights, variables), self.dtype)}
+
+  def trunk(self, variables: Variables) -> Params:
+    """Returns the ViT of a training step."""
+    return variables.frozen["backbone"]
 
   def apply(
     self,
@@ -192,11 +193,11 @@ class AdaptedViT(Generic[Settings]):
       query = jax.lax.stop_gradient(self.backbone.apply(variables.frozen["backbone"], images))
     valid = jnp.ones(len(images), bool) if valid is None else valid
     inputs = StepInputs(task=task, key=key, valid=valid, query=query)
-    trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
-    features = self.read(trunk, images, self.adapters(variables, inputs))
+    features = self.read(self.trunk(variables), images, self.adapters(variables, inputs))
     return Output(
       logits=self.head.layer.logits(variables.cur["head"], features),
       penalty=self.penalty(variables, inputs, features),
+      old_logits=self.head.old_logits(variables, features),
     )
 
   def fold(self, weights: Params, variables: Variables) -> Params:

@@ -1,17 +1,30 @@
-"""The head of a method from task to task: rows, class means, and alignment with earlier classes."""
+"""The head of a method from task to task: rows, class means, drift, alignment with old classes."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
-from jaxtyping import PRNGKeyArray
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.config import AlignmentConfig, HeadConfig
 from fmlora_jax.methods.common import class_statistics
 from fmlora_jax.methods.common.alignment import HeadAlignment
+from fmlora_jax.methods.common.drift import Drift
 from fmlora_jax.models import heads
-from fmlora_jax.types import Facts, Features, Params, SequenceSpec, TaskView, Variables
+from fmlora_jax.types import (
+  Facts,
+  Features,
+  Params,
+  Reported,
+  SequenceSpec,
+  TaskView,
+  Variables,
+)
+
+MEAN_DRIFT = Reported(name="mean_drift", kind=float)  # length by which stored means were moved
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +46,8 @@ class TrainedHead:
   @functools.cached_property
   def layer(self) -> heads.Head:
     """The classifier on features."""
-    return heads.make_head(self.config.kind, self.spec.num_classes, self.width)
+    rows = "zero" if self._starts_at_means else self.config.start
+    return heads.make_head(self.config.kind, self.spec.num_classes, self.width, rows=rows)
 
   @functools.cached_property
   def alignment(self) -> HeadAlignment | None:
@@ -67,14 +81,23 @@ class TrainedHead:
     """(folded model, view) -> sums of features and numbers of images by class."""
     return class_statistics.make_class_sums(self.features, self.spec.num_classes)
 
+  @functools.cached_property
+  def collect(self) -> Callable:
+    """(folded model, view) -> features and labels of the training images, on the host."""
+    return class_statistics.make_collector(self.features)
+
   @property
   def _starts_at_means(self) -> bool:
     return self.config.start == "class_mean"
 
   @property
+  def _drifts(self) -> bool:
+    return self.config.drift != "none"
+
+  @property
   def num_passes(self) -> int:
     """Passes over a task's training images before and after its steps."""
-    return self._starts_at_means + self.layer.needs_means + (self.alignment is not None)
+    return (self._starts_at_means or self._drifts) + self.reads_features
 
   def init(self, key: PRNGKeyArray) -> Params:
     """Returns the entries of `mem` before the first task."""
@@ -85,39 +108,83 @@ class TrainedHead:
     """Whether the rows of a task, from 0, start at the means of its features."""
     return self._starts_at_means and not (self.spec.shares_classes and task)
 
+  def reads_before(self, task: int) -> bool:
+    """Whether the start of a task, from 0, needs the features of its images."""
+    return self.starts_at_means(task) or (self._drifts and task > 0)
+
   @property
   def reads_features(self) -> bool:
     """Whether a task's end needs the features of its images."""
     return self.layer.needs_means or self.alignment is not None
 
-  def begin_task(self, variables: Variables, view: TaskView, model: Params | None) -> Params:
-    """Returns the rows that the task trains.
+  def begin_task(self, variables: Variables, view: TaskView, model: Params | None) -> Variables:
+    """Returns the variables with the rows that the task trains.
+
+    Where there is a drift to follow, mem["between"] has the features of the task's images, [n, D].
 
     Args:
-      model: the folded one, needed where `starts_at_means`.
+      model: the folded one, needed where `reads_before`.
     """
-    mem, key = variables.mem["head"], _fold_in(view.key("init"), 1)
+    mem, key, between = variables.mem["head"], _fold_in(view.key("init"), 1), {}
     rows = heads.start(self.layer, mem, self.spec, view.index, key)
+    sums = None
+    if self._drifts and view.index:
+      features, labels = self.collect(model, view)
+      sums = class_statistics.sums_of(features, labels, self.spec.num_classes)
+      between = {"between": jnp.asarray(features)}
     if self.starts_at_means(view.index):
-      rows = heads.imprint(rows, *self.class_sums(model, view), view.arrays)
-    return rows
+      rows = heads.imprint(rows, *(sums or self.class_sums(model, view)), view.arrays)
+    return variables.update(cur={"head": rows}, mem=between)
+
+  def old_logits(self, variables: Variables, features: Features) -> Float[Array, "B C"] | None:
+    """Returns the logits that join the loss of a step, None where it is of the task's classes."""
+    if self.config.loss == "task" or self.spec.shares_classes:
+      return None
+    return heads.old_logits(self.layer, variables.mem["head"], variables.cur["head"], features)
 
   def end_task(
     self, variables: Variables, view: TaskView, model: Params | None
   ) -> tuple[Variables, Facts]:
-    """Writes the trained rows to `mem`, updates class means and aligns the head.
+    """Writes the trained rows to `mem`, updates what is stored of classes and aligns the head.
 
     Args:
       model: the folded one, needed where `reads_features`.
     """
-    head = heads.commit(variables.mem["head"], variables.cur["head"], self.spec, view.index)
-    if self.layer.needs_means:
-      head = heads.add_means(head, *self.class_sums(model, view))
-    if self.alignment is None or model is None:
-      return variables.update(mem={"head": head}), {}
-    statistics = variables.mem["head_statistics"]
-    head, statistics, facts = self.alignment.after(head, statistics, model, view)
-    return variables.update(mem={"head": head, "head_statistics": statistics}), facts
+    mem, facts = dict(variables.mem), {}
+    before = mem.pop("between", None)
+    mem["head"] = heads.commit(mem["head"], variables.cur["head"], self.spec, view.index)
+    if before is None and self.alignment is None:
+      if self.layer.needs_means:
+        mem["head"] = heads.add_means(mem["head"], *self.class_sums(model, view))
+      return variables.replace(mem=mem), facts
+    features, labels = self.collect(model, view)
+    if before is not None:
+      mem, facts = follow(mem, Drift(self.config, np.asarray(before), features))
+    if self.alignment is None:
+      sums = class_statistics.sums_of(features, labels, self.spec.num_classes)
+      mem["head"] = heads.add_means(mem["head"], *sums)
+    else:
+      mem["head"], mem["head_statistics"], aligned = self.alignment.after(
+        mem["head"], mem["head_statistics"], (features, labels), view
+      )
+      facts |= aligned
+    return variables.replace(mem=mem), facts
+
+
+def follow(mem: Params, drift: Drift) -> tuple[Params, Facts]:
+  """Returns `mem` with the statistics or class means of earlier tasks moved, and facts of it."""
+  group = "head_statistics" if "head_statistics" in mem else "head"
+  stored = mem[group]
+  exists = np.asarray(stored["exists"] if group == "head_statistics" else stored["count"] > 0)
+  new = {name: np.array(stored[name]) for name in ("mean", "variance") if name in stored}
+  means = new["mean"][exists]
+  variances = new["variance"][exists] if "variance" in new else np.zeros_like(means)
+  moved, variances = drift.move(means, variances)
+  for name, values in (("mean", moved), ("variance", variances)):
+    if name in new:
+      new[name][exists] = values
+  length = np.linalg.norm(moved - means, axis=1).mean()
+  return mem | {group: stored | jax.tree.map(jnp.asarray, new)}, {"mean_drift": float(length)}
 
 
 def _fold_in(key: PRNGKeyArray, purpose: int) -> PRNGKeyArray:

@@ -7,6 +7,13 @@ Sources in this folder are REPOSITORY/path:line of public code on GitHub:
   LP  google-research/l2p at dd8836e
   PI  sun-hailong/LAMDA-PILOT at 5240714
   SD  WuYichen-97/SD-Lora-CL at 8bacded
+
+Exceptions, where every official recipe differs from the codes; each method's file lists its own:
+  - Batches, crops and initial values are drawn by JAX: the same laws, never the same draws.
+  - Random crops are cut from images whose shorter side was reduced to `input.source_size` before.
+  - ImageNet-R is split 80/20 as by LP. CO and IL have lists of their own (tasks.split=coda, with
+    their files), PI and SD folders. CUB-200 is split 80/20 too, where HD takes the published split.
+  - An epoch's last batch is padded, and the rest of its images count; LP and CO leave them out.
 """
 
 import functools
@@ -51,6 +58,7 @@ def _sd_lora(benchmark: str, method: dict, num_tasks: int) -> dict:
     "batch_size": 128,
     "compute_dtype": "float32",
     "method": method,
+    "head": {"start": "kaiming_uniform"},  # SD/backbone/linears.py:27-29
     "optim": optim("sgd", rate, **schedule),  # decay commented out: the json's value is not read
     "input": {"augmentation": "pilot", "normalisation": "zero_one"},  # SD/utils/data.py:95-119
     "weights": {"tag": "augreg2_in21k_ft_in1k"},  # SD/logs/C100.log
@@ -62,13 +70,14 @@ def like_inflora(benchmark: str, *, optim: dict, method: dict) -> dict[str, Any]
   """Returns the settings that all runs of InfLoRA's code share, and those of a method."""
   # IL/configs/{mimg10,cifar100,domainnet}_inflora.json; cub200: none, so ImageNet-R's
   epochs = {"imagenet_r": 50, "cifar100": 20, "cub200": 50, "domainnet": 5}[benchmark]
-  # IL/utils/data.py:111-178, 281-292; for CIFAR alone IL does not crop test images, as "coda" does
-  augmentation = "pilot" if benchmark == "cub200" else "coda"
+  # IL/utils/data.py:44-57, 111-178, 281-292
+  augmentation = {"cub200": "pilot", "cifar100": "coda_uncropped"}.get(benchmark, "coda")
   return {
     "epochs": epochs,
     "batch_size": 128,
     "compute_dtype": "float32",
     "method": method,
+    "head": {"start": "torch_linear"},  # IL/models/sinet_inflora.py:74-77
     "optim": optim,
     "input": {"augmentation": augmentation, "normalisation": "zero_one"},
     "weights": {"tag": "augreg_in21k"},  # IL/models/sinet_inflora.py:68

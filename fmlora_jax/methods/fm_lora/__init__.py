@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.common import base
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
-from fmlora_jax.methods.fm_lora import drs, gradient_start
+from fmlora_jax.methods.fm_lora import drs, gradient_start, rank_checks
 from fmlora_jax.methods.fm_lora.settings import Config
 from fmlora_jax.models import heads, low_rank
 from fmlora_jax.models.flora import FLoRA
@@ -47,8 +46,7 @@ class FMLoRA(AdaptedViT[Config]):
   """FM-LoRA: bases and prompt in `shared`, the task's core in `cur`, all cores in `mem`.
 
   Raises:
-    ConfigError: if a rank is above r_max or r_max above min(d_in, d_out) of a target, or if the
-      rank selector has no validation images.
+    ConfigError: if r_max is above min(d_in, d_out) of a target, or as `rank_checks.check` says.
   """
 
   reports = (
@@ -64,21 +62,9 @@ class FMLoRA(AdaptedViT[Config]):
   )
 
   def __post_init__(self):
-    bases, selecting = self.settings.bases, self.settings.drs
+    bases = self.settings.bases
     base.check_rank(bases.max_rank, "method.bases.max_rank", self.backbone, bases.targets)
-    largest, field = selecting.rank, "rank"
-    if selecting.strategy != "fixed":
-      largest, field = selecting.candidate_ranks[-1], "candidate_ranks"
-      if self.spec.num_tasks > 1 and not self.spec.has_val:
-        raise ConfigError(
-          f"config.method.drs.strategy is {selecting.strategy!r} and a task has no validation "
-          "images: set config.tasks.val_fraction > 0 or config.method.drs.strategy=fixed"
-        )
-    if largest > bases.max_rank:
-      raise ConfigError(
-        f"config.method.drs.{field} is {getattr(selecting, field)}: must be at most "
-        f"config.method.bases.max_rank = {bases.max_rank}"
-      )
+    rank_checks.check(self.run, self.spec)
 
   @functools.cached_property
   def flora(self) -> FLoRA:
@@ -154,6 +140,8 @@ class FMLoRA(AdaptedViT[Config]):
   def choose_rank(self, variables: Variables, view: TaskView) -> Facts:
     """Returns the rank of a task, r_max of the first, and the complexity where it is measured."""
     selecting, max_rank = self.settings.drs, self.settings.bases.max_rank
+    if selecting.ranks:
+      return {"rank": selecting.ranks[view.index], "complexity": None}
     if selecting.strategy == "fixed":
       return {"rank": selecting.rank if view.index else max_rank, "complexity": None}
     if view.index == 0 and view.val_batches is None:  # a sequence of one task may have none

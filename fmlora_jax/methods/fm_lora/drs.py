@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.methods.common import base
+from fmlora_jax.methods.fm_lora import rank_checks
 from fmlora_jax.methods.fm_lora.settings import Config as Settings
 from fmlora_jax.models import heads, rank_selector
 from fmlora_jax.models.flora import FLoRA
@@ -83,7 +84,7 @@ class RankSelection:
   def __init__(self, config: Config, logits: Callable[..., Float[Array, "B K"]]):
     settings = cast(Settings, config.method)
     self.drs, self.max_rank = settings.drs, settings.bases.max_rank
-    self._logits = logits
+    self.config, self._logits = config, logits
     self.selector = rank_selector.RankSelector(
       self.drs.candidate_ranks, self.max_rank, self.drs.tau
     )
@@ -110,10 +111,7 @@ class RankSelection:
       NonFiniteError: if the preliminary training gives NaN or infinity.
     """
     if view.val_batches is None:
-      raise ConfigError(
-        f"config.method.drs.strategy is {self.drs.strategy!r} and task {view.index + 1} has no "
-        "validation images: raise config.tasks.val_fraction or set config.method.drs.strategy=fixed"
-      )
+      raise ConfigError(rank_checks.without_val(self.config, f"task {view.index + 1}"))
     context = Context(fixed=fixed, task=view.arrays)
     choose = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
     evidence, scores = choose(params, context, view)

@@ -80,9 +80,13 @@ class DrsConfig:
 
   Attributes:
     strategy: gumbel (Eq. 11-12), validation (Sec. 4.1: the smallest candidate within `tolerance`
-      of the least validation loss), or fixed (`rank`; the rows of Table 3).
+      of the least validation loss), or fixed (`rank`; the rows of Table 3). Without effect
+      where `ranks` are given.
     candidate_ranks: R, ascending, at most bases.max_rank.
     rank: for "fixed", from task 2 on; task 1 has bases.max_rank with every strategy.
+    ranks: one for each task, beginning with bases.max_rank, such as those that a run selected on
+      another split; nothing is selected then, so no validation image is needed (ours). () leaves
+      the ranks to `strategy`.
     weight: lambda, what the task's complexity weighs beside the gains on validation images; the
       logits are in models/rank_selector.py, `difficulty_logits`.
     reference: complexity up to which a task asks for less than half of r_max, whatever the tasks
@@ -100,6 +104,7 @@ class DrsConfig:
   strategy: Literal["gumbel", "validation", "fixed"] = "gumbel"
   candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
   rank: int = 16
+  ranks: tuple[int, ...] = ()
   weight: float = 20.0
   reference: float = 0.5
   deviations: float = 2.0
@@ -115,6 +120,7 @@ class DrsConfig:
     ok = len(ranks) > 0 and ranks[0] >= 1 and ascending
     require(ok, "candidate_ranks", ranks, "ascending integers >= 1")
     require_within(self, 1, MOST_WIDE, "rank")
+    require(all(r >= 1 for r in self.ranks), "ranks", self.ranks, "integers >= 1, one a task")
     for name in ("weight", "deviations"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     require(self.reference > 0, "reference", self.reference, "> 0")
@@ -163,9 +169,12 @@ class Config(MethodConfig):
   prompt: PromptConfig = PromptConfig()
 
   def largest(self) -> tuple["Config", list[str]]:
-    if self.drs.strategy == "fixed":
+    given = self.drs.ranks
+    if self.drs.strategy == "fixed" and not given:
       return self, []
-    rank = self.drs.candidate_ranks[-1]
-    drs = dataclasses.replace(self.drs, strategy="fixed", rank=rank)
+    rank = max(given[1:] or given or self.drs.candidate_ranks)
+    drs = dataclasses.replace(self.drs, strategy="fixed", rank=rank, ranks=())
     note = f"ranks are selected task by task: all have {rank} here, and selecting takes no time"
+    if given:
+      note = f"ranks are given task by task: from task 2 on all have {rank} here"
     return dataclasses.replace(self, drs=drs), [note]

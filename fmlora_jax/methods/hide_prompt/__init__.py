@@ -196,8 +196,9 @@ class HiDePrompt(AdaptedViT[Config]):
     variables, _ = super().end_task(variables, view)  # first: the alignment trains these rows too
     mem, slot = variables.mem, self.slot_in_training(variables)
     model = {"trunk": base.cast_kernels(view.weights, self.dtype), "slot": slot}
+    images = self.prefixed_alignment.collect(model, view)
     head, statistics, facts = self.prefixed_alignment.after(
-      mem["head"], mem["statistics"], model, view
+      mem["head"], mem["statistics"], images, view
     )
     mem = {
       "prompt": mem["prompt"].at[view.index].set(slot),
@@ -212,7 +213,9 @@ class HiDePrompt(AdaptedViT[Config]):
     return weights, memory | {"identity": variables.shared["identity"]}
 
   def recall(self, memory: Params, query: Features) -> Adapters:
-    task = task_identity.predict_tasks(memory["identity"], query, self.rows, memory["seen"])
+    task = task_identity.predict_tasks(
+      memory["identity"], query, self.rows, memory["seen"], self.settings.identity.epsilon
+    )
     return self.prefixed(memory["prompt"][task])
 
   def rules(self, task: int) -> Rules:
@@ -286,10 +289,12 @@ def _official(
       "temperature": 0.8,
       "num_centroids": 10,
       "identity": identity
+      | {"epsilon": 1e-5}  # torch's; HD/vits/hide_prompt_vision_transformer.py:321-361
       | {"alignment": alignment | {"batch_size": 24, "learning_rate": _ALIGNMENT}},
       "alignment": alignment | {"batch_size": 120, "learning_rate": 5e-3},
     }
     | method,
+    "head": {"start": "truncated_normal"},  # HD/vits/hide_prompt_vision_transformer.py:677-682
     "optim": recipes.optim(
       "adam", _PROMPT, head_learning_rate=_PROMPT * head, clip_norm=1.0, **schedule
     ),
@@ -299,6 +304,11 @@ def _official(
   }
 
 
+# exceptions, beside those of common/recipes.py and in the module's docstring:
+# - CIFAR-100: HD jitters the brightness of training images, crops at least 0.08 of their area
+#   bicubically and normalises by CIFAR's own mean and deviation (HD/datasets.py:339-361)
+# - CUB-200: HD takes the published split (HD/continual_datasets.py:453)
+# - DomainNet: HD has no settings; CIFAR-100's with 5 epochs at a constant rate
 # HD/training_scripts/train_{imr,cifar100,cub}_vit.sh
 OFFICIAL = {
   "imagenet_r": _official(
@@ -308,7 +318,6 @@ OFFICIAL = {
     method={"prompt_length": 20, "repulsion": 0.5},
     schedule={"schedule": "timm_cosine", "final_learning_rate": 1e-5},
   ),
-  # without its colour jitter and CIFAR's own mean and deviation, HD/datasets.py:339-361
   "cifar100": _official(
     "full",
     epochs=50,
@@ -316,7 +325,6 @@ OFFICIAL = {
     method={"prompt_length": 5, "repulsion": 0.1},
     schedule=_STEP,
   ),
-  # which takes the published cut whole, HD/continual_datasets.py:453; here the budget of the others
   "cub200": _official(
     "full",
     epochs=50,
@@ -325,7 +333,6 @@ OFFICIAL = {
     schedule=_STEP,
     head=1.0,  # without --larger_prompt_lr
   ),
-  # no official settings: CIFAR-100's with 5 epochs
   "domainnet": _official(
     "full",
     epochs=5,

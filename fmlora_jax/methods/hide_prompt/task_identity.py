@@ -6,6 +6,7 @@ apart where they share their classes too; the likeliest output names the task. S
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from fmlora_jax.types import (
   TaskView,
 )
 
+EPSILON = 1e-6
 HIDDEN = 2  # times the width; HD/vits/hide_prompt_vision_transformer.py:321-369
 
 
@@ -43,16 +45,19 @@ class IdentityConfig:
     learning_rate: of Adam.
     alignment: of the whole network afterwards, on the statistics of all classes so far; from task 2
       on. HD/engines/hide_tii_engine.py trains everything but the ViT, too.
+    epsilon: added to the variance in the classifier's LayerNorm; HD's is 1e-5.
   """
 
   epochs: int = 20
   learning_rate: float = 1e-3
   alignment: AlignmentConfig = dataclasses.field(default_factory=AlignmentConfig)
+  epsilon: float = EPSILON
 
   def __post_init__(self):
     config_lib.require(self.epochs >= 1, "epochs", self.epochs, ">= 1")
     rate = self.learning_rate
     config_lib.require(rate > 0, "learning_rate", rate, "> 0")
+    config_lib.require(0 < self.epsilon <= 1, "epsilon", self.epsilon, "in (0, 1]")
 
 
 def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:
@@ -73,11 +78,11 @@ def fresh(key: PRNGKeyArray, width: int, num_rows: int) -> Params:
 
 
 @jax.default_matmul_precision("highest")
-def logits(identity: Params, features: Features) -> Float[Array, "B R"]:
+def logits(identity: Params, features: Features, epsilon: float = EPSILON) -> Float[Array, "B R"]:
   """Returns head(LayerNorm(x + up(GELU(down(x)))))."""
   hidden = jax.nn.gelu(heads.linear(identity["down"], features), approximate=False)
   x = features + heads.linear(identity["up"], hidden)
-  normed = jax.nn.standardize(x, epsilon=1e-6)
+  normed = jax.nn.standardize(x, epsilon=epsilon)
   return heads.linear(
     identity["head"], normed * identity["norm"]["scale"] + identity["norm"]["bias"]
   )
@@ -88,18 +93,25 @@ def predict_tasks(
   features: Features,
   rows: Rows,
   seen: Bool[Array, " T"],
+  epsilon: float = EPSILON,
 ) -> Int[Array, " B"]:
   """Returns the task of the likeliest class of the tasks seen; 0 before there is one."""
   task = jnp.asarray(rows.task)
-  masked = jnp.where(seen[task], logits(identity, features), -jnp.inf)
+  masked = jnp.where(seen[task], logits(identity, features, epsilon), -jnp.inf)
   return task[jnp.argmax(masked, axis=-1)]
 
 
 def local_loss(
-  identity: Params, features: Features, batch: Batch, task: TaskArrays, rows: Rows
+  identity: Params,
+  features: Features,
+  batch: Batch,
+  task: TaskArrays,
+  rows: Rows,
+  epsilon: float = EPSILON,
 ) -> Scalar:
   """Returns the mean cross-entropy of a batch over the outputs of one task, in nats."""
-  masked = jnp.where(jnp.asarray(rows.task) == task.index, logits(identity, features), -1e9)
+  outputs = logits(identity, features, epsilon)
+  masked = jnp.where(jnp.asarray(rows.task) == task.index, outputs, -1e9)
   targets = batch.labels - task.lo + jnp.asarray(rows.first)[task.index]
   # the target of a padding row is arbitrary; its weight is 0
   losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -125,7 +137,8 @@ class Learner:
     self._step = jax.jit(self._train_step, static_argnames="augment")
     self._collect = class_statistics.make_collector(backbone.apply)
     field = "method.identity.alignment"
-    self._aligner = Aligner(self.settings.alignment, field, logits, np.arange(len(rows)))
+    outputs = functools.partial(logits, epsilon=settings.epsilon)
+    self._aligner = Aligner(settings.alignment, field, outputs, np.arange(len(rows)))
 
   def learn(
     self, identity: Params, statistics: Params, trunk: Params, view: TaskView
@@ -176,6 +189,8 @@ class Learner:
   def _train_step(self, identity, state, trunk, task, examples, rows, key, *, augment):
     batch = augment(examples, rows, key)
     features = self._features(trunk, batch.images)
-    loss, grads = jax.value_and_grad(local_loss)(identity, features, batch, task, self._rows)
+    loss, grads = jax.value_and_grad(local_loss)(
+      identity, features, batch, task, self._rows, self.settings.epsilon
+    )
     updates, state = self._optimizer.update(grads, state, identity)
     return optax.apply_updates(identity, updates), state, loss

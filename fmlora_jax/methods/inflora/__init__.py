@@ -193,6 +193,9 @@ def _official(benchmark: str, threshold: float) -> dict:
   return recipes.like_inflora(benchmark, optim=optim, method=method)
 
 
+# exceptions, beside those of common/recipes.py and in the module's docstring:
+# - CUB-200: IL has no settings; ImageNet-R's, with the crops that IL has for it
+# - DomainNet: IL's lists of images are not public; the published split
 OFFICIAL = {
   "imagenet_r": _official("imagenet_r", 0.98),
   "cifar100": _official("cifar100", 0.95),

@@ -10,8 +10,10 @@ from fmlora_jax.tasks.tfds.source import PublishedSplit, make_source
 
 BUILDERS = ("imagenet_r",)
 SPLITS = {
-  "slice": splits.sliced(70, 80),  # its test images are those of L2P and DualPrompt
-  "slice80": splits.sliced(80, 80),  # the same, with val in train: the budget of SD-LoRA's table
+  # the 70/10/20 that FM-LoRA's paper states: the split of its cells; its test images are those of
+  # L2P and DualPrompt
+  "slice": splits.sliced(70, 80),
+  "slice80": splits.sliced(80, 80),  # the same, with val in train: that of the baseline rows
   "stratified": splits.stratified,
   "coda": splits.listed(  # CODA-Prompt's and InfLoRA's, whose lists are not ours to ship
     train="imagenet-r_train.yaml",

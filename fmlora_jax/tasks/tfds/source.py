@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from fmlora_jax.config import ConfigError, TasksConfig
 from fmlora_jax.tasks import images
 from fmlora_jax.tasks.sequence import TEST, TRAIN, VAL, DataSource
-from fmlora_jax.tasks.splits import Records, SplitRule
+from fmlora_jax.tasks.splits import Records, SplitRule, with_val
 from fmlora_jax.tasks.tfds.prepared import PreparedData, PreparedSplit, data_root
 
 TFDS_SPLITS = {"train": TRAIN, "validation": VAL, "test": TEST}  # by TFDS's names
@@ -145,6 +145,7 @@ def make_source(
     digest=_digest(prepared, published, splits),
     split=codes,
     split_name=split_name,
+    val_splits=with_val(rules or {}),
     domains=domains.astype(np.int32) if domain_names else None,
     domain_names=tuple(domain_names),
     group=_groups(splits),

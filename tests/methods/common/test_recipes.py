@@ -10,6 +10,7 @@ from fmlora_jax.models.weights import registry
 
 NAMES = ("adapter", "c_lora", "finetune", "lora", "sd_lora")
 BENCHMARKS = ("imagenet_r", "cifar100", "cub200", "domainnet")
+FT = "augreg_in21k_ft_in1k"
 SD = "augreg2_in21k_ft_in1k"
 
 
@@ -43,11 +44,11 @@ def test_official_settings_build_and_name_what_exists(name, benchmark):
     ("lora", "imagenet_r", "sgd", 8e-3, 20, "constant", SD, "pilot"),
     ("adapter", "cifar100", "sgd", 8e-3, 20, "constant", SD, "pilot"),
     ("c_lora", "imagenet_r", "adam", 1e-3, 50, "coda_cosine", "augreg_in21k", "coda"),
-    ("c_lora", "cifar100", "adam", 1e-3, 20, "coda_cosine", "augreg_in21k", "coda"),
+    ("c_lora", "cifar100", "adam", 1e-3, 20, "coda_cosine", "augreg_in21k", "coda_uncropped"),
     ("c_lora", "cub200", "adam", 1e-3, 50, "coda_cosine", "augreg_in21k", "pilot"),
     ("c_lora", "domainnet", "adam", 1e-3, 5, "coda_cosine", "augreg_in21k", "coda"),
-    ("finetune", "cifar100", "adam", 5e-5, 20, "coda_cosine", "augreg_in21k_ft_in1k", "coda"),
-    ("finetune", "domainnet", "adam", 5e-5, 5, "coda_cosine", "augreg_in21k_ft_in1k", "coda"),
+    ("finetune", "cifar100", "adam", 5e-5, 20, "coda_cosine", FT, "coda_uncropped"),
+    ("finetune", "domainnet", "adam", 5e-5, 5, "coda_cosine", FT, "coda"),
     ("finetune", "imagenet_r", "sgd", 1e-3, 20, "constant", "augreg_in21k_ft_in1k", "pilot"),
     ("finetune", "cub200", "sgd", 1e-3, 20, "constant", "augreg_in21k_ft_in1k", "pilot"),
   ],
@@ -82,3 +83,35 @@ def test_ranks_and_targets_are_those_of_the_codes():
 def test_domainnet_decays_at_three_epochs():
   optim = official("sd_lora", "domainnet").optim
   assert (optim.milestones, optim.decay) == ((4, 6, 8), 0.005)
+
+
+@pytest.mark.parametrize(
+  ("name", "starts"),  # of ImageNet-R, CIFAR-100, CUB-200 and DomainNet
+  [
+    ("adapter", ["kaiming_uniform"] * 4),
+    ("c_lora", ["torch_linear"] * 4),
+    ("coda_prompt", ["torch_linear"] * 4),
+    ("dualprompt", ["zero", "zero", "truncated_normal", "zero"]),
+    ("finetune", ["kaiming_uniform", "torch_linear", "kaiming_uniform", "torch_linear"]),
+    ("hide_prompt", ["truncated_normal"] * 4),
+    ("inflora", ["torch_linear"] * 4),
+    ("l2p", ["truncated_normal", "zero", "truncated_normal", "zero"]),
+    ("lora", ["kaiming_uniform"] * 4),
+    ("sd_lora", ["kaiming_uniform"] * 4),
+  ],
+)
+def test_heads_start_as_those_of_the_codes(name, starts):
+  assert [cases.official(name, benchmark).head.start for benchmark in BENCHMARKS] == starts
+
+
+@pytest.mark.parametrize("name", ["c_lora", "coda_prompt", "finetune", "inflora"])
+def test_only_cifars_test_images_are_not_cropped(name):
+  got = {b: cases.official(name, b).input.augmentation for b in BENCHMARKS}
+  assert got.pop("cifar100") == "coda_uncropped"
+  assert "coda_uncropped" not in got.values() and got["domainnet"] == "coda"
+
+
+def test_settings_that_are_off_by_default_are_on_in_the_recipe():
+  assert official("lora", "cifar100").method.init == "torch_linear"
+  assert official("adapter", "cifar100").method.train_norms
+  assert cases.official("hide_prompt", "cifar100").method.identity.epsilon == 1e-5
