@@ -67,13 +67,18 @@ def test_the_smallest_rank_that_does_is_selected(select, strategy, rank):
 
 
 def test_with_a_large_weight_the_complexity_alone_decides(select, view):
-  """Of a task that needs rank 4: half of its losses are those of guessing."""
-  facts = select(4, strategy="gumbel", weight=1e4)
-  harder = np.argmin(np.abs(np.array(RANKS) / 4 - min(1, facts["complexity"])))
-  assert facts["rank"] == RANKS[harder] < 4
+  """Of tasks that need a known rank: at smaller candidates their losses are those of guessing."""
+  chosen = {}
+  for needed in RANKS:
+    facts = select(needed, strategy="gumbel", weight=1e4)
+    nearest = np.argmin(np.abs(np.array(RANKS) / 4 - min(1, facts["complexity"])))
+    assert facts["rank"] == RANKS[nearest]
+    chosen[needed] = facts["rank"]
+  assert chosen[1] < chosen[4]
   after_hard_ones = dataclasses.replace(view, earlier=[{"complexity": 9.0}])
   assert select(4, after_hard_ones, strategy="gumbel", weight=1e4)["rank"] == 1
-  assert select(4, after_hard_ones, strategy="gumbel")["rank"] == 4  # where gains are clear
+  usual = dataclasses.replace(view, earlier=[{"complexity": 1.0}])
+  assert select(4, usual, strategy="gumbel")["rank"] == 4  # where gains are clear they decide
 
 
 def test_gumbel_scores_are_probabilities_and_the_largest_wins(select):
@@ -214,17 +219,18 @@ def second_view(setup, family, level, seed, first):
   return setup.with_sequence(difficulty.halves(family, level, seed)).views.view(1, [first])
 
 
-@pytest.mark.parametrize(
-  "family", ["rotation", *(pytest.param(f, marks=pytest.mark.tier(2)) for f in FAMILIES[1:])]
-)
-def test_ranks_rise_with_difficulty_on_real_digits(after_half_of_the_digits, family):
-  """Five levels, three seeds: Spearman's correlation of rank and complexity.
+ALL_SEEDS = [pytest.param(f, (1, 2, 3), marks=pytest.mark.tier(2)) for f in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "seeds"), [("rotation", (1,)), *ALL_SEEDS])
+def test_ranks_rise_with_difficulty_on_real_digits(after_half_of_the_digits, family, seeds):
+  """Five levels of each seed: Spearman's correlation of rank and complexity.
 
   Where the complexity only lowered a price of rank, it was 0.72 for rotation, 0.48 for overlap and
   0.33 for wrong labels.
   """
   selected = []
-  for seed in (1, 2, 3):
+  for seed in seeds:
     setup, variables, first = after_half_of_the_digits(seed)
     for level in difficulty.FAMILIES[family]:
       view = second_view(setup, family, level, seed, first)
@@ -280,7 +286,7 @@ def test_the_selection_costs_at_most_1_3_epochs_of_training():
 
   weights = jax.eval_shape(lab.backbone.init, jax.random.key(0))
   arguments, probe, context, stacked = jax.eval_shape(shapes, weights)
-  nothing, rows = selection.no_difficulty(), jnp.arange(2)
+  nothing, rows = jnp.zeros(4), jnp.arange(2)
   alpha = selection.selector.init({}, nothing, method="probabilities")
   seen = arguments[-1], rows  # a batch as it is
   programs = {
@@ -299,5 +305,5 @@ def test_the_selection_costs_at_most_1_3_epochs_of_training():
     ),
   }
   flops = {name: program.cost_analysis()["flops"] for name, program in programs.items()}
-  epochs = (flops["draw"] + 2 * flops["validate"] / 7) / flops["step"]  # validates twice
+  epochs = (flops["draw"] + flops["validate"] / 7) / flops["step"]
   assert 1 < epochs < 1.3

@@ -127,44 +127,42 @@ class RankSelection:
     }
 
   def _by_gumbel(self, params, context, view) -> tuple[Evidence, Float[np.ndarray, " k"]]:
-    """Returns the evidence and P of each candidate; alpha learns at half an epoch and its end."""
+    """Returns the evidence and P of each candidate.
+
+    In the first half of the first epoch all ranks are as likely, in the second P follows the
+    complexity so far; after each epoch alpha learns on the validation images.
+    """
     probe = _like_a_step(Probe(params, self.optimizer.init(params)), view)
-    state: Any = self.selector.init({}, self.no_difficulty(), method="probabilities")
-    difficulty, evidence = self.no_difficulty(), None
+    difficulty, evidence = self._difficulty(None, view), None
+    state = _like_a_step(self.selector.init({}, difficulty, method="probabilities"), view)
     for epoch in range(self.drs.epochs):
       unseen = []
       for step, batch, key in _steps(view, epoch):
         if step and step == view.steps_per_epoch // 2:
-          state, difficulty, _ = self._learned(state, probe, unseen, context, view, 2 * epoch)
+          difficulty = self._difficulty(self._evidence(None, unseen, context, view), view)
           unseen = []
         probe, losses = self.train_drawn(
           probe, state, difficulty, context, *batch, key, augment=view.augment
         )
         unseen.append(losses)
-      state, difficulty, evidence = self._learned(
-        state, probe, unseen, context, view, 2 * epoch + 1
-      )
-    chances = self.selector.apply(state, difficulty, method="probabilities")
+      evidence = self._evidence(self.stacked(probe.params), unseen, context, view)
+      difficulty = self._difficulty(evidence, view)
+      gains = rank_selector.significant_gains(jnp.asarray(evidence.losses), self.drs.deviations)
+      state = self._learn(state, gains, jax.random.fold_in(view.key("drs alpha"), epoch))
     assert evidence is not None  # epochs >= 1
+    chances: Any = self.selector.apply(state, difficulty, method="probabilities")
     return evidence, np.asarray(chances)
 
-  def _learned(self, state, probe, unseen, context, view, draws: int):
-    """Returns alpha after the evidence so far, the difficulty's logits, and that evidence."""
-    evidence = self._evidence(self.stacked(probe.params), unseen, context, view)
-    gains = rank_selector.significant_gains(jnp.asarray(evidence.losses), self.drs.deviations)
-    state = self._learn(state, gains, jax.random.fold_in(view.key("drs alpha"), draws))
+  def _difficulty(self, evidence: Evidence | None, view: TaskView) -> Float[Array, " k"]:
+    """Returns the logits of a task's complexity, zeros before anything is known of it."""
+    candidates = self.drs.candidate_ranks
+    if evidence is None:
+      return _like_a_step(jnp.zeros(len(candidates)), view)
     earlier = [fact["complexity"] for fact in view.earlier if fact.get("complexity") is not None]
-    share = rank_selector.rank_share(
-      evidence.complexity(view.num_classes), earlier, self.drs.reference
-    )
-    logits = rank_selector.difficulty_logits(
-      share, self.drs.candidate_ranks, self.max_rank, self.drs.weight
-    )
-    return state, logits, evidence
-
-  def no_difficulty(self) -> Float[Array, " k"]:
-    """Returns the difficulty's logits before anything is known of a task."""
-    return jnp.zeros(len(self.drs.candidate_ranks))
+    complexity = evidence.complexity(view.num_classes)
+    share = rank_selector.rank_share(complexity, earlier, self.drs.reference)
+    logits = rank_selector.difficulty_logits(share, candidates, self.max_rank, self.drs.weight)
+    return _like_a_step(logits, view)
 
   def _by_validation(self, params, context, view) -> tuple[Evidence, Float[np.ndarray, " k"]]:
     """Returns the evidence and the validation loss of each candidate, trained alone."""
@@ -229,7 +227,10 @@ class RankSelection:
     return losses(params, masks).T, batch.valid
 
   def _evidence(self, params, unseen, context, view) -> Evidence:
-    """Returns the losses of all validation images, and those of `unseen` batches, on the host."""
+    """Returns the losses of `unseen` batches and, with params, of all validation images."""
+    if params is None:
+      none = np.zeros((0, len(self.masks)), np.float32)
+      return Evidence(losses=none, unseen=_valid(view.gather(unseen)))
     parts = [
       self.validate_all(params, self.masks, context, *batch, center=view.center)
       for batch in view.val_batches(0)
@@ -289,9 +290,9 @@ def _valid(parts) -> np.ndarray:
   return np.asarray(losses, np.float32)[np.asarray(valid)]
 
 
-def _like_a_step(probe: Probe, view: TaskView) -> Probe:
-  """Gives `probe` the sharding that a step returns; otherwise the second step recompiles."""
-  return jax.device_put(probe, view.arrays.index.sharding)
+def _like_a_step(tree: Any, view: TaskView) -> Any:
+  """Gives arrays the sharding that a step returns; otherwise the second step recompiles."""
+  return jax.device_put(tree, view.arrays.index.sharding)
 
 
 def _steps(view: TaskView, epoch: int) -> Iterator[tuple[int, tuple, PRNGKeyArray]]:

@@ -105,7 +105,7 @@ class DrsConfig:
   candidate_ranks: tuple[int, ...] = (4, 8, 16, 32)
   rank: int = 16
   ranks: tuple[int, ...] = ()
-  weight: float = 20.0
+  weight: float = 10.0
   reference: float = 0.5
   deviations: float = 2.0
   tau: float = 1.0
