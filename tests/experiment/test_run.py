@@ -168,8 +168,8 @@ def test_what_a_selection_read_is_known_after_a_resume(tmp_path):
         raise Killed
 
     patch.setattr(checkpoint.CheckpointStore, "save", save_and_die)
-    run(settings, tmp_path / "run")
-  result = run(settings, tmp_path / "run")
+    run(settings, tmp_path / "run", cache=CACHE)
+  result = run(settings, tmp_path / "run", cache=CACHE)
   assert result["protocol"]["validation_read_by_method"]
   assert len(result["protocol"]["code"]) == 1  # nobody changed it meanwhile
 
@@ -252,7 +252,7 @@ def test_an_image_that_can_not_be_decoded_ahead_stops_the_run_at_its_task(
   assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
   steps = {json.loads(line)["step"] for line in lines(workdir)}
   assert max(steps) == (9 if part == "train" else 19)  # of ten steps a task
-  assert_same_run(finished, workdir, run(settings, workdir))
+  assert_same_run(finished, workdir, run(settings, workdir, cache=CACHE))
 
 
 def streamed(settings, **changes):
@@ -271,7 +271,7 @@ def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monke
     return load(sequence, indices, capacity)
 
   monkeypatch.setattr(resident, "load_examples", recorded)
-  result = run(streamed(finished[0]), tmp_path / "run")
+  result = run(streamed(finished[0]), tmp_path / "run", cache=CACHE)
   assert_same_run(finished, tmp_path / "run", result)
   assert loaded == {3 * 64, 256}  # steps of a dispatch, a batch of test images
   assert result["input"] == {"mode": "stream", "workers": 0}
@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypa
   settings = small(
     "fm_lora",
     batch_size=256,
-    drs={"strategy": "gumbel", "candidate_ranks": (1, 2, 4)},
+    drs={"strategy": "gumbel", "candidate_ranks": (1, 2), "selector_steps": 3},
     head={"start": "class_mean", "kind": "class_mean"},
     tasks={"benchmark": "digits_dil", "scenario": "dil"},
   )
@@ -553,11 +553,16 @@ def test_hyper_parameters_are_chosen_on_validation_images(tmp_path, monkeypatch)
   assert decoded >= set(sequence.tasks[1].val.tolist())
 
 
-OTHERS = [case for case in cases.ALL if case.name not in ("fm_lora", "lora", "linear_probe")]
+OTHERS = [
+  pytest.param(case, marks=() if case.name in ("dualprompt", "inflora") else pytest.mark.tier(2))
+  for case in cases.ALL
+  if case.name not in ("fm_lora", "lora", "linear_probe")
+]
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_every_other_method_runs_end_to_end(tmp_path, case):
+  """Most in tier 2: methods/test_contract.py trains, resumes and tests each."""
   settings = small(case.name, method_settings=case.changes, optim={"learning_rate": 1e-4})
   result = run(settings, tmp_path / "run")
   assert fields_of(case.name) == set(result) and result["method"] == case.name

@@ -1,5 +1,6 @@
 """What every file in fmlora_jax/methods must keep; a new method is tested by being there."""
 
+import gc
 import importlib
 import json
 import pathlib
@@ -33,8 +34,19 @@ def cases_where(trait):
   return pytest.mark.parametrize(("name", "changes"), found)
 
 
+CASE_BY_CASE = True  # conftest.py puts the tests of a method together
+MET: list[str] = []  # methods that were learned so far
+
+
 @pytest.fixture
 def learned(lab, name, changes):
+  """The method that learned all tasks; programs of four methods at most are held: 2 GB of 14."""
+  case = f"{name} {changes}"
+  if case not in MET:
+    MET.append(case)
+    if len(MET) % 4 == 0:
+      jax.clear_caches()
+      gc.collect()
   return lab(name, method=changes)
 
 
@@ -89,27 +101,30 @@ def test_every_hook_can_be_called_alone(learned):
   method = type(learned.method)(learned.config, learned.backbone, learned.spec)
   frozen = method.freeze(learned.weights, stage.begun)
   variables = stage.begun.replace(frozen=frozen)
-  trunk = variables.shared.get("backbone") or frozen["backbone"]
-  inputs = base.StepInputs(
-    task=stage.view.arrays,
-    key=stage.view.key("method"),
-    valid=jnp.ones(4, bool),
-    query=learned.backbone.apply(trunk, images),
+
+  @jax.jit  # one program, where hooks called one by one compile each of their operations
+  def called(variables, images, task, key):
+    trunk = variables.shared.get("backbone") or variables.frozen["backbone"]
+    query = learned.backbone.apply(trunk, images)
+    inputs = base.StepInputs(task=task, key=key, valid=jnp.ones(4, bool), query=query)
+    features = method.read(trunk, images, method.adapters(variables, inputs))
+    penalty = method.penalty(variables, inputs, features)
+    return query, features, penalty, method.apply(variables, images, task, key).logits
+
+  query, features, penalty, logits = called(
+    variables, images, stage.view.arrays, stage.view.key("method")
   )
-  features = method.read(trunk, images, method.adapters(variables, inputs))
-  assert features.shape == (4, 16)
-  assert method.penalty(variables, inputs, features).shape == ()
-  logits = method.apply(variables, images, inputs.task, inputs.key).logits
+  assert features.shape == (4, 16) and penalty.shape == ()
   np.testing.assert_allclose(
     logits, method.head.layer.logits(variables.cur["head"], features), rtol=0, atol=1e-5
   )
-  backbone, memory = method.folded(learned.weights, stage.ended)
+  backbone, memory = jax.eval_shape(method.folded, learned.weights, stage.ended)
   assert jax.tree.structure(backbone) == jax.tree.structure(learned.weights)
-  assert jax.tree.structure(method.past(learned.weights, stage.ended)) == jax.tree.structure(
-    backbone
-  )
-  assert isinstance(method.recall(memory, inputs.query), Adapters)
-  assert method.features(method.fold(learned.weights, stage.ended), images).shape == (4, 16)
+  past = jax.eval_shape(method.past, learned.weights, stage.ended)
+  assert jax.tree.structure(past) == jax.tree.structure(backbone)
+  assert isinstance(jax.eval_shape(method.recall, memory, query), Adapters)
+  folded = jax.eval_shape(method.fold, learned.weights, stage.ended)
+  assert jax.eval_shape(method.features, folded, images).shape == (4, 16)
 
 
 @every_method
@@ -235,7 +250,7 @@ def counter(learned, batch_size):
 
   biased = Biased(method.run, method.backbone, method.spec)
   evaluator = Evaluator(biased, setup.center)
-  folded = method.fold(learned.weights, learned.variables)
+  folded = jax.jit(method.fold)(learned.weights, learned.variables)
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
