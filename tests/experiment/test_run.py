@@ -99,10 +99,21 @@ def assert_same_run(finished, workdir, result):
 
 
 # saves are after steps 4 and 8, at the end of task 1, after steps 4 and 8 of task 2, at its end
+STOPS = {"within task 1": 1, "after task 1": 3, "within task 2": 5, "after the last": 6}
+
+
 @pytest.mark.parametrize(
-  "saves", [1, 3, 5, 6], ids=["within task 1", "after task 1", "within task 2", "after the last"]
+  ("finished", "saves"),
+  [
+    pytest.param(method, saves, id=f"{method}-{stop}", marks=marks)
+    for method, late in (("fm_lora", ("after task 1", "after the last")), ("lora", ()))
+    for stop, saves in STOPS.items()
+    for marks in [pytest.mark.tier(2) if stop in late else ()]
+  ],
+  indirect=["finished"],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, saves):
+  """fm_lora within its tasks; at their ends, in tier 2, nothing is resumed that lora has not."""
   settings, workdir = finished[0], tmp_path / "run"
   before = stop(settings, workdir, checkpoint.CheckpointStore, "save", saves)
   assert not (workdir / "result.json").exists()
@@ -522,8 +533,9 @@ def test_own_photos_are_named_wherever_a_run_shows_them(tmp_path):
   assert "images in two classes 1" in notes.protocols({"own": [result]})[0]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "class_mean"])
+@pytest.mark.parametrize("kind", [pytest.param("cosine", marks=pytest.mark.tier(2)), "class_mean"])
 def test_other_heads_learn_and_say_what_they_keep(tmp_path, kind):
+  """The cosine head in tier 2: methods/common/test_base.py trains it."""
   result = run(small("linear_probe", head={"kind": kind}), tmp_path / "run")
   assert result["accuracy"][0][0] > 0.25  # five classes
   statistics = 4 * 10 * 17 if kind == "class_mean" else 0  # means and counts, float32
