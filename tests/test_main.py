@@ -407,9 +407,12 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
         shade = Image.new("RGB", (16, 16), (100 * i, 20 * j, 99))
         shade.save(tmp_path / "data" / split / label / f"{j}.png")
   small = PROBE | {"tasks": {"num_tasks": 1, "data_dir": tmp_path / "data"}, "batch_size": 2}
-  monkeypatch.setenv("HOME", str(tmp_path))
-  run_main(small, "--workdir=~/run", file="image_folder:method=linear_probe")
-  first, second, third, *_ = capsys.readouterr().out.splitlines()
+  arguments = command(
+    *settings(small), "--workdir=~/run", config="configs/image_folder.py:method=linear_probe"
+  )
+  done = call(arguments, HOME=str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  first, second, third, *_ = done.stdout.splitlines()
   assert first == (
     f"checking 12 files of {tmp_path / 'data'}: layout split/class/*, splits Test (6), Train (6), "
     "2 classes 'ant', 'bee'"
@@ -423,6 +426,7 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
   assert (tmp_path / "run" / "result.json").exists()  # ~ is the home
   moved = (tmp_path / "data").rename(tmp_path / "moved")
   small["tasks"]["data_dir"] = str(moved)
+  monkeypatch.setenv("HOME", str(tmp_path))
   run_main(small, "--workdir=~/run", file="image_folder:method=linear_probe")
   assert "finished before" in capsys.readouterr().out
 
