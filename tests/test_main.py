@@ -381,6 +381,7 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert f"\ntime       {duration(seconds['total'])}: import " in done.stdout
 
 
+@pytest.mark.tier(2)  # cli/test_output.py closes outputs, report/test_report.py has the backend
 def test_a_run_without_a_reader_and_with_the_backend_of_a_notebook_ends_with_its_result(tmp_path):
   arguments = command(
     *settings(PROBE), "--workdir=run", config=f"{ROOT}/configs/digits.py:method=linear_probe"

@@ -1,5 +1,6 @@
 """What every file in fmlora_jax/methods must keep; a new method is tested by being there."""
 
+import functools
 import gc
 import importlib
 import json
@@ -70,7 +71,7 @@ def test_a_method_learns_three_tasks(learned):
   for stage in learned.stages:
     assert np.isfinite(stage.losses).all()
     assert stage.losses[-1] < stage.losses[0]
-  logits = learned.predictions(learned.variables, learned.images())
+  logits = learned.predictions(learned.variables, learned.images(), jitted=True)
   assert logits.shape == (8, 7) and logits.dtype == jnp.float32
   assert np.isfinite(logits).all()
 
@@ -176,10 +177,16 @@ def leaves_of(labels):
   return {jax.tree_util.keystr(path, simple=True, separator="/"): label for path, label in paths}
 
 
+@functools.cache
+def initial_weights(sizes: Sizes):
+  weights = jax.jit(vit.make_vit(sizes).init)(jax.random.key(0))
+  return jax.tree.map(lambda leaf: np.array(leaf), weights)  # copies: nothing can move them
+
+
 @every_method
 def test_weights_and_the_past_of_other_tasks_stay_as_they_are(learned, leaves, name):
   keeps_old_rows = all(case.keeps_old_rows for case in cases.ALL if case.name == name)
-  pristine = jax.jit(vit.make_vit(learned.backbone.sizes).init)(jax.random.key(0))
+  pristine = initial_weights(learned.backbone.sizes)
   jax.tree.map(np.testing.assert_array_equal, learned.weights, pristine)
   for stage in learned.stages:
     t = stage.view.index
@@ -224,16 +231,15 @@ def test_a_step_compiles_once_for_all_tasks_of_equal_rules_and_shapes(learned):
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(learned):
   """Alone, among others, in another order, beside padding: the same logits to rounding."""
   images = jnp.concatenate([learned.images(4, task=task) for task in range(3)])
-  whole = learned.predictions(learned.variables, images)
-  alone = jnp.concatenate([learned.predictions(learned.variables, x[None]) for x in images])
+  predictions = functools.partial(learned.predictions, learned.variables, jitted=True)
+  whole = predictions(images)
+  alone = jnp.concatenate([predictions(x[None]) for x in images])
   np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
   order = np.random.default_rng(0).permutation(12)
-  mixed = learned.predictions(learned.variables, images[order])
+  mixed = predictions(images[order])
   np.testing.assert_allclose(mixed, whole[order], rtol=0, atol=1e-5)
   padded = jnp.concatenate([images[:8], jnp.full((4, *images.shape[1:]), 37.0)])
-  np.testing.assert_allclose(
-    learned.predictions(learned.variables, padded)[:8], whole[:8], rtol=0, atol=1e-5
-  )
+  np.testing.assert_allclose(predictions(padded)[:8], whole[:8], rtol=0, atol=1e-5)
   assert np.abs(np.diff(whole, axis=0)).max() > 1e-3  # images do differ
 
 
@@ -330,7 +336,7 @@ def test_the_folded_model_is_the_trained_one(learned):
     lo, hi = learned.spec.class_ranges[stage.view.index]
     images = learned.images(task=stage.view.index)
     trained = learned.training_logits(stage.trained, stage, images)[:, : hi - lo]
-    folded = learned.predictions(stage.ended, images)[:, lo:hi]
+    folded = learned.predictions(stage.ended, images, jitted=True)[:, lo:hi]
     np.testing.assert_allclose(folded, trained, rtol=0, atol=1e-4)
     fresh = learned.training_logits(stage.begun, stage, images)[:, : hi - lo]
     assert np.abs(fresh - trained).max() > 0.01
