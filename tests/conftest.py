@@ -81,7 +81,27 @@ def pytest_collection_modifyitems(config, items):
   tiers = [getattr(item.get_closest_marker("tier"), "args", (1,))[0] for item in items]
   left_out = [i for i, t in zip(items, tiers, strict=True) if t > config.getoption("tier")]
   config.hook.pytest_deselected(items=left_out)
-  items[:] = [item for item in items if item not in set(left_out)]
+  items[:] = sorted((item for item in items if item not in set(left_out)), key=_place(items))
+
+
+def _place(items):
+  """Returns the key by which tests are sorted: by case in files with `CASE_BY_CASE`."""
+  files: dict = {}
+  for item in items:
+    files.setdefault(item.path, len(files))
+
+  def key(item):
+    is_sorted = getattr(item.module, "CASE_BY_CASE", False) and hasattr(item, "callspec")
+    return files[item.path], item.callspec.id if is_sorted else ""
+
+  return key
+
+
+def pytest_collection_finish():
+  """Keeps what was imported out of every later search for garbage; seldom looks for young one."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -253,9 +273,14 @@ class Lab:
     variables = variables.replace(frozen=self.method.freeze(self.weights, variables), cur=cur)
     return _apply(self.method)(variables, images, stage.view.arrays, stage.view.key("method"))
 
-  def predictions(self, variables: Variables, images) -> jax.Array:
-    """Returns the logits [B, C] of the folded model."""
-    return _predict(self.method)(self.method.fold(self.weights, variables), images)
+  def predictions(self, variables: Variables, images, *, jitted: bool = False) -> jax.Array:
+    """Returns the logits [B, C] of the folded model.
+
+    Args:
+      jitted: folds in one program, as an evaluation does: sooner, and to rounding the same.
+    """
+    fold = _fold(self.method) if jitted else self.method.fold
+    return _predict(self.method)(fold(self.weights, variables), images)
 
 
 _center = jax.jit(
@@ -271,6 +296,11 @@ def _backbone(sizes: Sizes, dtype: str):
 @functools.lru_cache(maxsize=64)
 def _apply(method):
   return jax.jit(lambda *arguments: method.apply(*arguments).logits)
+
+
+@functools.lru_cache(maxsize=64)
+def _fold(method):
+  return jax.jit(method.fold)
 
 
 @functools.lru_cache(maxsize=64)

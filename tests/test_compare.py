@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from fmlora_jax import compare
+from fmlora_jax.cli import errors, flags
+from fmlora_jax.config import ConfigError
 from fmlora_jax.report import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,10 +75,14 @@ def test_a_comparison_goes_on_where_it_was_and_says_what_it_left_out(tmp_path):
     ([DIGITS, "--workdir=gs://x"], "--workdir is 'gs://x': must be a local or mounted folder"),
   ],
 )
-def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
-  done = call(*arguments, cwd=tmp_path)
-  assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+  monkeypatch.chdir(tmp_path)
+  values = compare.define_flags()
+  flags.define_shared(values)
+  with pytest.raises(ConfigError) as error:
+    compare.main(flags.parse(values, ["compare", *arguments]))
+  said = errors.explain(error.value)
+  assert said.startswith(message) and "\n" not in said and not capsys.readouterr().out
   assert not list(tmp_path.iterdir())
 
 

@@ -29,7 +29,7 @@ GIB = memory.host_memory() / 2**30
 PROBE = {  # a small run of linear_probe
   "epochs": 1,
   "batch_size": 32,
-  "weights": {"tag": "random", "architecture": "micro", "depth": 2},
+  "weights": {"tag": "random", "architecture": "micro", "depth": 1},
   "input": {"normalisation": "half", "image_size": 16, "steps_per_dispatch": 1},
   "tasks": {"num_tasks": 2},
   "checkpoint": {"every_steps": 4},
@@ -285,7 +285,7 @@ def run_main(monkeypatch, tmp_path):
 
 
 def test_several_seeds_are_one_table_and_an_estimate_leaves_nothing(run_main, tmp_path, capsys):
-  small = PROBE | {"weights": PROBE["weights"] | {"depth": 1}, "seeds": (3, 4)}
+  small = PROBE | {"seeds": (3, 4)}
   probe, workdir = "digits:method=linear_probe", tmp_path / "run"
   run_main(small, "--estimate", file=probe)
   assert "for 2 seeds; each (train" in capsys.readouterr().out
@@ -358,10 +358,9 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_pa
 
 
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
-  small = PROBE | {"weights": PROBE["weights"] | {"depth": 1}}
   began = time.time()
   done = call(
-    command(*settings(small), config=f"{ROOT}/configs/digits.py:method=linear_probe"), cwd=tmp_path
+    command(*settings(PROBE), config=f"{ROOT}/configs/digits.py:method=linear_probe"), cwd=tmp_path
   )
   assert done.returncode == 0, done.stderr
   assert not done.stderr
@@ -382,10 +381,10 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   assert f"\ntime       {duration(seconds['total'])}: import " in done.stdout
 
 
+@pytest.mark.tier(2)  # cli/test_output.py closes outputs, report/test_report.py has the backend
 def test_a_run_without_a_reader_and_with_the_backend_of_a_notebook_ends_with_its_result(tmp_path):
-  small = PROBE | {"weights": PROBE["weights"] | {"depth": 1}}
   arguments = command(
-    *settings(small), "--workdir=run", config=f"{ROOT}/configs/digits.py:method=linear_probe"
+    *settings(PROBE), "--workdir=run", config=f"{ROOT}/configs/digits.py:method=linear_probe"
   )
   env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
   env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"

@@ -10,6 +10,8 @@ import sys
 import fakes
 import pytest
 
+from fmlora_jax import prepare
+from fmlora_jax.cli import errors, flags
 from fmlora_jax.config import ConfigError
 from fmlora_jax.tasks.benchmarks import domainnet
 from fmlora_jax.tasks.tfds import build, prepared
@@ -73,10 +75,13 @@ def test_weights_and_packages_that_are_missing_are_said_at_once(tmp_path):
   ],
 )
 def test_wrong_input_is_one_line(tmp_path, arguments, message):
-  done = call(*arguments, *([f"--data_dir={tmp_path}"] if arguments else []))
-  assert done.returncode == 2
-  assert "Traceback" not in done.stderr
-  assert re.search(f"^error: .*{message}", done.stderr.splitlines()[-1]), done.stderr
+  values = prepare.define_flags()
+  flags.define_shared(values)
+  words = ["prepare", *arguments, *([f"--data_dir={tmp_path}"] if arguments else [])]
+  with pytest.raises(ConfigError) as error:
+    prepare.main(flags.parse(values, words))
+  said = errors.explain(error.value)
+  assert re.search(message, said) and "\n" not in said, said
 
 
 def test_every_domain_has_its_published_files():

@@ -12,7 +12,9 @@ from fmlora_jax.cli.methods_flag import parse_methods
 MICRO = BenchSettings(architecture="micro", batch=2, rank=4, prompts=3)
 
 
+@pytest.mark.tier(2)
 def test_a_run_compiles_one_step_for_task_1_and_one_for_each_rank_after_it():
+  """In tier 2: methods/test_fm_lora.py counts the programs of a run."""
   assert counts.count_programs((8, 4, 8, 4, 8)) == 3
 
 

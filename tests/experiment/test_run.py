@@ -99,10 +99,21 @@ def assert_same_run(finished, workdir, result):
 
 
 # saves are after steps 4 and 8, at the end of task 1, after steps 4 and 8 of task 2, at its end
+STOPS = {"within task 1": 1, "after task 1": 3, "within task 2": 5, "after the last": 6}
+
+
 @pytest.mark.parametrize(
-  "saves", [1, 3, 5, 6], ids=["within task 1", "after task 1", "within task 2", "after the last"]
+  ("finished", "saves"),
+  [
+    pytest.param(method, saves, id=f"{method}-{stop}", marks=marks)
+    for method, late in (("fm_lora", ("after task 1", "after the last")), ("lora", ()))
+    for stop, saves in STOPS.items()
+    for marks in [pytest.mark.tier(2) if stop in late else ()]
+  ],
+  indirect=["finished"],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(finished, tmp_path, saves):
+  """fm_lora within its tasks; at their ends, in tier 2, nothing is resumed that lora has not."""
   settings, workdir = finished[0], tmp_path / "run"
   before = stop(settings, workdir, checkpoint.CheckpointStore, "save", saves)
   assert not (workdir / "result.json").exists()
@@ -168,8 +179,8 @@ def test_what_a_selection_read_is_known_after_a_resume(tmp_path):
         raise Killed
 
     patch.setattr(checkpoint.CheckpointStore, "save", save_and_die)
-    run(settings, tmp_path / "run")
-  result = run(settings, tmp_path / "run")
+    run(settings, tmp_path / "run", cache=CACHE)
+  result = run(settings, tmp_path / "run", cache=CACHE)
   assert result["protocol"]["validation_read_by_method"]
   assert len(result["protocol"]["code"]) == 1  # nobody changed it meanwhile
 
@@ -252,7 +263,7 @@ def test_an_image_that_can_not_be_decoded_ahead_stops_the_run_at_its_task(
   assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
   steps = {json.loads(line)["step"] for line in lines(workdir)}
   assert max(steps) == (9 if part == "train" else 19)  # of ten steps a task
-  assert_same_run(finished, workdir, run(settings, workdir))
+  assert_same_run(finished, workdir, run(settings, workdir, cache=CACHE))
 
 
 def streamed(settings, **changes):
@@ -271,7 +282,7 @@ def test_a_streamed_run_is_bit_equal_and_holds_no_task(finished, tmp_path, monke
     return load(sequence, indices, capacity)
 
   monkeypatch.setattr(resident, "load_examples", recorded)
-  result = run(streamed(finished[0]), tmp_path / "run")
+  result = run(streamed(finished[0]), tmp_path / "run", cache=CACHE)
   assert_same_run(finished, tmp_path / "run", result)
   assert loaded == {3 * 64, 256}  # steps of a dispatch, a batch of test images
   assert result["input"] == {"mode": "stream", "workers": 0}
@@ -293,7 +304,7 @@ def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypa
   settings = small(
     "fm_lora",
     batch_size=256,
-    drs={"strategy": "gumbel", "candidate_ranks": (1, 2, 4)},
+    drs={"strategy": "gumbel", "candidate_ranks": (1, 2), "selector_steps": 3},
     head={"start": "class_mean", "kind": "class_mean"},
     tasks={"benchmark": "digits_dil", "scenario": "dil"},
   )
@@ -522,8 +533,9 @@ def test_own_photos_are_named_wherever_a_run_shows_them(tmp_path):
   assert "images in two classes 1" in notes.protocols({"own": [result]})[0]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "class_mean"])
+@pytest.mark.parametrize("kind", [pytest.param("cosine", marks=pytest.mark.tier(2)), "class_mean"])
 def test_other_heads_learn_and_say_what_they_keep(tmp_path, kind):
+  """The cosine head in tier 2: methods/common/test_base.py trains it."""
   result = run(small("linear_probe", head={"kind": kind}), tmp_path / "run")
   assert result["accuracy"][0][0] > 0.25  # five classes
   statistics = 4 * 10 * 17 if kind == "class_mean" else 0  # means and counts, float32
@@ -553,11 +565,16 @@ def test_hyper_parameters_are_chosen_on_validation_images(tmp_path, monkeypatch)
   assert decoded >= set(sequence.tasks[1].val.tolist())
 
 
-OTHERS = [case for case in cases.ALL if case.name not in ("fm_lora", "lora", "linear_probe")]
+OTHERS = [
+  pytest.param(case, marks=() if case.name in ("dualprompt", "inflora") else pytest.mark.tier(2))
+  for case in cases.ALL
+  if case.name not in ("fm_lora", "lora", "linear_probe")
+]
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_every_other_method_runs_end_to_end(tmp_path, case):
+  """Most in tier 2: methods/test_contract.py trains, resumes and tests each."""
   settings = small(case.name, method_settings=case.changes, optim={"learning_rate": 1e-4})
   result = run(settings, tmp_path / "run")
   assert fields_of(case.name) == set(result) and result["method"] == case.name

@@ -1,5 +1,7 @@
 """What every file in fmlora_jax/methods must keep; a new method is tested by being there."""
 
+import functools
+import gc
 import importlib
 import json
 import pathlib
@@ -33,8 +35,19 @@ def cases_where(trait):
   return pytest.mark.parametrize(("name", "changes"), found)
 
 
+CASE_BY_CASE = True  # conftest.py puts the tests of a method together
+MET: list[str] = []  # methods that were learned so far
+
+
 @pytest.fixture
 def learned(lab, name, changes):
+  """The method that learned all tasks; programs of four methods at most are held: 2 GB of 14."""
+  case = f"{name} {changes}"
+  if case not in MET:
+    MET.append(case)
+    if len(MET) % 4 == 0:
+      jax.clear_caches()
+      gc.collect()
   return lab(name, method=changes)
 
 
@@ -58,7 +71,7 @@ def test_a_method_learns_three_tasks(learned):
   for stage in learned.stages:
     assert np.isfinite(stage.losses).all()
     assert stage.losses[-1] < stage.losses[0]
-  logits = learned.predictions(learned.variables, learned.images())
+  logits = learned.predictions(learned.variables, learned.images(), jitted=True)
   assert logits.shape == (8, 7) and logits.dtype == jnp.float32
   assert np.isfinite(logits).all()
 
@@ -90,27 +103,30 @@ def test_every_hook_can_be_called_alone(learned):
   method = type(learned.method)(learned.config, learned.backbone, learned.spec)
   frozen = method.freeze(learned.weights, stage.begun)
   variables = stage.begun.replace(frozen=frozen)
-  trunk = method.trunk(variables)
-  inputs = base.StepInputs(
-    task=stage.view.arrays,
-    key=stage.view.key("method"),
-    valid=jnp.ones(4, bool),
-    query=learned.backbone.apply(trunk, images),
+
+  @jax.jit  # one program, where hooks called one by one compile each of their operations
+  def called(variables, images, task, key):
+    trunk = method.trunk(variables)
+    query = learned.backbone.apply(trunk, images)
+    inputs = base.StepInputs(task=task, key=key, valid=jnp.ones(4, bool), query=query)
+    features = method.read(trunk, images, method.adapters(variables, inputs))
+    penalty = method.penalty(variables, inputs, features)
+    return query, features, penalty, method.apply(variables, images, task, key).logits
+
+  query, features, penalty, logits = called(
+    variables, images, stage.view.arrays, stage.view.key("method")
   )
-  features = method.read(trunk, images, method.adapters(variables, inputs))
-  assert features.shape == (4, 16)
-  assert method.penalty(variables, inputs, features).shape == ()
-  logits = method.apply(variables, images, inputs.task, inputs.key).logits
+  assert features.shape == (4, 16) and penalty.shape == ()
   np.testing.assert_allclose(
     logits, method.head.layer.logits(variables.cur["head"], features), rtol=0, atol=1e-5
   )
-  backbone, memory = method.folded(learned.weights, stage.ended)
+  backbone, memory = jax.eval_shape(method.folded, learned.weights, stage.ended)
   assert jax.tree.structure(backbone) == jax.tree.structure(learned.weights)
-  assert jax.tree.structure(method.past(learned.weights, stage.ended)) == jax.tree.structure(
-    backbone
-  )
-  assert isinstance(method.recall(memory, inputs.query), Adapters)
-  assert method.features(method.fold(learned.weights, stage.ended), images).shape == (4, 16)
+  past = jax.eval_shape(method.past, learned.weights, stage.ended)
+  assert jax.tree.structure(past) == jax.tree.structure(backbone)
+  assert isinstance(jax.eval_shape(method.recall, memory, query), Adapters)
+  folded = jax.eval_shape(method.fold, learned.weights, stage.ended)
+  assert jax.eval_shape(method.features, folded, images).shape == (4, 16)
 
 
 @every_method
@@ -162,10 +178,16 @@ def leaves_of(labels):
   return {jax.tree_util.keystr(path, simple=True, separator="/"): label for path, label in paths}
 
 
+@functools.cache
+def initial_weights(sizes: Sizes):
+  weights = jax.jit(vit.make_vit(sizes).init)(jax.random.key(0))
+  return jax.tree.map(lambda leaf: np.array(leaf), weights)  # copies: nothing can move them
+
+
 @every_method
 def test_weights_and_the_past_of_other_tasks_stay_as_they_are(learned, leaves, name):
   keeps_old_rows = all(case.keeps_old_rows for case in cases.ALL if case.name == name)
-  pristine = jax.jit(vit.make_vit(learned.backbone.sizes).init)(jax.random.key(0))
+  pristine = initial_weights(learned.backbone.sizes)
   jax.tree.map(np.testing.assert_array_equal, learned.weights, pristine)
   for stage in learned.stages:
     t = stage.view.index
@@ -210,16 +232,15 @@ def test_a_step_compiles_once_for_all_tasks_of_equal_rules_and_shapes(learned):
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(learned):
   """Alone, among others, in another order, beside padding: the same logits to rounding."""
   images = jnp.concatenate([learned.images(4, task=task) for task in range(3)])
-  whole = learned.predictions(learned.variables, images)
-  alone = jnp.concatenate([learned.predictions(learned.variables, x[None]) for x in images])
+  predictions = functools.partial(learned.predictions, learned.variables, jitted=True)
+  whole = predictions(images)
+  alone = jnp.concatenate([predictions(x[None]) for x in images])
   np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
   order = np.random.default_rng(0).permutation(12)
-  mixed = learned.predictions(learned.variables, images[order])
+  mixed = predictions(images[order])
   np.testing.assert_allclose(mixed, whole[order], rtol=0, atol=1e-5)
   padded = jnp.concatenate([images[:8], jnp.full((4, *images.shape[1:]), 37.0)])
-  np.testing.assert_allclose(
-    learned.predictions(learned.variables, padded)[:8], whole[:8], rtol=0, atol=1e-5
-  )
+  np.testing.assert_allclose(predictions(padded)[:8], whole[:8], rtol=0, atol=1e-5)
   assert np.abs(np.diff(whole, axis=0)).max() > 1e-3  # images do differ
 
 
@@ -236,7 +257,7 @@ def counter(learned, batch_size):
 
   biased = Biased(method.run, method.backbone, method.spec)
   evaluator = Evaluator(biased, setup.center)
-  folded = method.fold(learned.weights, learned.variables)
+  folded = jax.jit(method.fold)(learned.weights, learned.variables)
 
   def count(bonus=(0.0,) * 7, mask=(True,) * 7):
     model = {"folded": folded, "bonus": np.asarray(bonus, np.float32)}
@@ -316,7 +337,7 @@ def test_the_folded_model_is_the_trained_one(learned):
     lo, hi = learned.spec.class_ranges[stage.view.index]
     images = learned.images(task=stage.view.index)
     trained = learned.training_logits(stage.trained, stage, images)[:, : hi - lo]
-    folded = learned.predictions(stage.ended, images)[:, lo:hi]
+    folded = learned.predictions(stage.ended, images, jitted=True)[:, lo:hi]
     np.testing.assert_allclose(folded, trained, rtol=0, atol=1e-4)
     fresh = learned.training_logits(stage.begun, stage, images)[:, : hi - lo]
     assert np.abs(fresh - trained).max() > 0.01

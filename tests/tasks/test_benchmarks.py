@@ -50,7 +50,10 @@ def settings(name: str, variant: str | None, data_dir, changes=TINY) -> config.C
   ("name", "variant", "num_tasks", "split_id"),
   [
     ("imagenet_r", "tasks=5,split=slice80", 5, "imagenet_r/slice80"),
-    ("cifar100", "method=linear_probe", 10, "cifar100/official"),
+    pytest.param(
+      *("cifar100", "method=linear_probe", 10, "cifar100/official"),
+      marks=pytest.mark.tier(2),  # imagenet_r has classes by task too
+    ),
     ("domainnet_dil", "method=linear_probe", 6, "domainnet/official"),
   ],
 )

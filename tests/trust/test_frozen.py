@@ -150,11 +150,24 @@ BUGS = {  # the leaf that is named, and the task in which it is caught
 }
 
 
+# a naive step is compiled for each of these; what finds the moved leaf is the same for all
+NAIVE = [bug for bug in BUGS if bug.startswith(("optax", "weight decay", "nothing"))]
+
+
+@pytest.mark.parametrize(
+  "bugs",
+  [
+    [NAIVE[1], *(bug for bug in BUGS if bug not in NAIVE)],
+    pytest.param([NAIVE[0], NAIVE[2]], marks=pytest.mark.tier(2)),
+  ],
+  ids=["one of each kind", "other naive steps"],
+)
 def test_every_bug_that_moves_what_is_frozen_is_caught_at_the_next_checkpoint(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, bugs
 ):
   caught = 0
-  for i, (bug, (leaf, task)) in enumerate(BUGS.items()):
+  for i, bug in enumerate(bugs):
+    leaf, task = BUGS[bug]
     with monkeypatch.context() as patch:
       inject(patch, bug)
       with pytest.raises(FrozenError) as error:
@@ -164,4 +177,4 @@ def test_every_bug_that_moves_what_is_frozen_is_caught_at_the_next_checkpoint(
     saved = [p for p in (tmp_path / str(i) / "checkpoints").glob("*") if p.name.isdigit()]
     assert len(saved) == task - 1, bug  # the ends of the tasks before
     caught += 1
-  print(f"{caught}/{len(BUGS)} injected bugs caught at the next checkpoint")
+  print(f"{caught}/{len(bugs)} injected bugs caught at the next checkpoint")

@@ -11,6 +11,7 @@ import stopping
 
 from fmlora_jax.config import ConfigError
 from fmlora_jax.experiment.run import run
+from fmlora_jax.experiment.setup import SetupCache
 from fmlora_jax.models.weights import registry
 from fmlora_jax.workdir import lock, log
 from fmlora_jax.workdir.checkpoint import CheckpointStore
@@ -19,13 +20,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 SETTINGS = stopping.settings(method={"name": "linear_probe"}, checkpoint={"every_steps": 4})
+CACHE = SetupCache()  # one config in all runs
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """(workdir, result) of a run that nothing disturbed."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  return workdir, run(SETTINGS, workdir)
+  return workdir, run(SETTINGS, workdir, cache=CACHE)
 
 
 def assert_same(finished, workdir, result):
@@ -49,13 +51,14 @@ def test_a_run_that_lost_its_lock_writes_no_more_and_another_ends_the_same(
     if len(calls) == 3:
       workdir.rename(elsewhere) if renamed else (workdir / lock.FILE).unlink()
       if not renamed:
-        results.append(run(SETTINGS, workdir))
+        results.append(run(SETTINGS, workdir, cache=CACHE))
 
   monkeypatch.setattr(owner, name, then_lose)
   with pytest.raises(ConfigError, match=f"^workdir {workdir} is not this run's any more"):
-    run(SETTINGS, workdir)
+    run(SETTINGS, workdir, cache=CACHE)
   assert workdir.exists() is not renamed
-  assert_same(finished, elsewhere, results[0] if results else run(SETTINGS, elsewhere))
+  result = results[0] if results else run(SETTINGS, elsewhere, cache=CACHE)
+  assert_same(finished, elsewhere, result)
 
 
 def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(
@@ -78,7 +81,7 @@ def test_a_second_run_is_refused_at_ten_moments_and_the_first_ends_the_same(
     scalars(self, *arguments)
 
   monkeypatch.setattr(log.RunLog, "scalars", then_start_another)
-  result = run(settings, workdir)
+  result = run(settings, workdir, cache=CACHE)
   assert_same(finished, workdir, result)
   print(f"{len(took)}/10 second runs refused, the slowest in {1e3 * max(took):.1f} ms")
   assert len(took) == 10 and max(took) < 5

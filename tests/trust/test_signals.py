@@ -15,12 +15,15 @@ import stopping
 from fmlora_jax.cli.errors import guard
 from fmlora_jax.distributed import stop
 from fmlora_jax.experiment.run import run
+from fmlora_jax.experiment.setup import SetupCache
 
 
-def stopped(capsys, settings, workdir, moment, signum=signal.SIGTERM) -> tuple[int, str]:
+def stopped(
+  capsys, settings, workdir, moment, signum=signal.SIGTERM, cache=None
+) -> tuple[int, str]:
   """Returns (exit code, last line) of a session that gets a signal at a moment."""
   with stop.caught(), stopping.sent_at(moment, signum), pytest.raises(SystemExit) as left, guard():
-    run(settings, workdir)
+    run(settings, workdir, cache=cache)
   return left.value.code, capsys.readouterr().err
 
 
@@ -30,17 +33,25 @@ def assert_same_run(workdir, result, whole, expected):
   assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+  """(config, cache, workdir, result) of a run of linear_probe that no signal met."""
+  settings, cache = stopping.settings(method={"name": "linear_probe"}), SetupCache()
+  workdir = tmp_path_factory.mktemp("probe") / "run"
+  return settings, cache, workdir, run(settings, workdir, cache=cache)
+
+
 @pytest.mark.parametrize(
   ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_a_signal_in_training_loses_no_chunk(capsys, tmp_path, signum, code):
-  settings = stopping.settings(method={"name": "linear_probe"})
-  whole, workdir = tmp_path / "whole", tmp_path / "run"
+def test_a_signal_in_training_loses_no_chunk(capsys, probe, tmp_path, signum, code):
+  settings, cache, whole, expected = probe
+  workdir = tmp_path / "run"
   name = signal.Signals(signum).name
-  left, line = stopped(capsys, settings, workdir, "training", signum)
+  left, line = stopped(capsys, settings, workdir, "training", signum, cache)
   assert (left, line) == (code, f"stopped by {name}; the same command resumes\n")
   assert stopping.steps(workdir) == (2, 2)
-  assert_same_run(workdir, run(settings, workdir), whole, run(settings, whole))
+  assert_same_run(workdir, run(settings, workdir, cache=cache), whole, expected)
 
 
 @pytest.fixture(scope="module")

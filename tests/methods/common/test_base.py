@@ -20,7 +20,10 @@ def images_of(made, task):
   return batch.images, np.asarray(batch.labels)
 
 
-@pytest.mark.parametrize("method", ["fm_lora", "finetune"])
+@pytest.mark.parametrize(
+  "method",
+  [pytest.param("fm_lora", marks=pytest.mark.tier(2)), "finetune"],  # both move the features
+)
 def test_rows_start_as_the_nearest_mean_classifier_of_the_features_so_far(make_lab, method):
   made = make_lab(method={"name": method}, head={"start": "class_mean"})
   for task, stage in enumerate(made.learn()):

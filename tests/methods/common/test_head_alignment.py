@@ -12,7 +12,12 @@ from fmlora_jax.models import heads
 
 SETTINGS = {"alignment": {"epochs": 20, "learning_rate": 0.05}, "num_centroids": 1}
 # nothing moves, shared weights move, and the features are of a pass that a first one chooses
-METHODS = ("linear_probe", "fm_lora", "finetune", "dualprompt")
+METHODS = (
+  "linear_probe",
+  pytest.param("fm_lora", marks=pytest.mark.tier(2)),  # shared factors move, as finetune's weights
+  "finetune",
+  "dualprompt",
+)
 SMALL = {"dualprompt": {"general_layers": (0,), "expert_layers": (1,)}}
 
 
