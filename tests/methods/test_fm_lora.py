@@ -165,6 +165,49 @@ def test_a_kept_delta_is_that_of_the_trained_m_and_n(learned):
       assert relative_error(kept, expected) <= 1e-5
 
 
+def test_the_past_is_one_core_between_the_bases(learned):
+  """Eq. (8-9): W_t = W_0 + A (Σ M_i N_iᵀ) Bᵀ, the same as the sum of the tasks' changes."""
+  variables = learned.variables
+  groups = {"shared": variables.shared, "cur": {}, "mem": variables.mem}
+  past = learned.method.flora.apply(groups, method="past")
+  for name, delta in past.items():
+    assert delta.core.shape == (2, 4, 4)  # however many tasks
+    each = [low_rank.dense(delta_of(learned, name, task)) for task in range(3)]
+    np.testing.assert_allclose(low_rank.dense(delta), sum(each), atol=1e-6)
+  folded = learned.method.past(learned.weights, variables)
+  for layer in range(2):
+    kernel = folded[f"block_{layer}"]["attention"]["query"]["dense"]["kernel"]
+    before = learned.weights[f"block_{layer}"]["attention"]["query"]["dense"]["kernel"]
+    change = sum(np.asarray(low_rank.dense(delta_of(learned, "query", t)))[layer] for t in range(3))
+    np.testing.assert_allclose(kernel, before + change, atol=1e-6)
+
+
+def test_a_task_stores_two_r_squared_numbers_for_each_projection(fm_lora):
+  """Eq. (10), beside bases and prompt that are stored once."""
+  counted = fm_lora.method.stored([stage.facts for stage in fm_lora.stages])
+  assert counted["per_task"] == [2 * rank**2 * 2 * 2 for rank in (4, 2, 2)]  # layers, targets
+  assert counted["shared"] == 2 * 2 * (16 + 16) * 4 + 3 * 16
+
+
+def test_the_loss_is_the_cross_entropy_of_the_classes_of_the_task(make_lab):
+  """Eq. (14-15): of W·f(x) + b over the task's classes alone, the mean over its images."""
+  made = make_lab(input={"augmentation": "none"}, drs={"strategy": "fixed", "rank": 2})
+  view = made.view(1)
+  variables, _ = made.method.begin_task(made.variables, view)
+  rows = jax.random.normal(jax.random.key(3), variables.cur["head"]["kernel"].shape)
+  variables = variables.update(cur={"head": variables.cur["head"] | {"kernel": rows}})
+  batch = view.center(*next(iter(view.train_batches(0))))
+  prompt = Adapters(deltas={}, prompt=variables.shared["prompt"])  # dW = 0 at the start
+  features = np.asarray(made.backbone.apply(made.weights, batch.images, prompt))
+  lo, hi = made.spec.class_ranges[1]
+  logits = (features @ np.asarray(rows).T + np.asarray(variables.cur["head"]["bias"]))[:, : hi - lo]
+  chosen = logits[np.arange(len(logits)), np.clip(np.asarray(batch.labels) - lo, 0, hi - lo - 1)]
+  losses = np.log(np.exp(logits).sum(1)) - chosen
+  expected = losses[np.asarray(batch.valid)].mean()
+  _, stats, _ = next(made.trainer.train(made.trainer.init(variables, 1), variables, view))
+  np.testing.assert_allclose(stats["loss"][0], expected, rtol=1e-4)
+
+
 def test_orthonormalising_after_task_1_keeps_its_delta(fm_lora):
   """Property 5: A and B orthonormal, dW_1 as trained, singular values sorted."""
   first = fm_lora.stages[0]
