@@ -37,12 +37,13 @@ def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, head=plain|aligned."""
   chosen = config_files.parse_variant(variant, "method", "tasks", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
+  first = 1.0 if "alignment" in head else 0.1  # of task 1: features may move more if aligned
   fm_lora = {
-    # features may move more in task 1 if the head is aligned with them
-    "bases": {"targets": vit.PROJECTIONS, "lr_scale": 1.0 if "alignment" in head else 0.1},
+    "bases": {"targets": vit.PROJECTIONS, "lr_scale": first},
+    "core": {"first_lr_scale": first},
     # ten prompt tokens are many for 17 tokens of the image, and the one prompt of all tasks must
     # hardly move after task 1
-    "prompt": {"num_tokens": 1, "lr_scale": 0.05},
+    "prompt": {"num_tokens": 1, "first_lr_scale": first, "lr_scale": 0.05},
   }
   settings = SETTINGS | {"fm_lora": fm_lora}
   return config_files.defaults(

@@ -43,7 +43,8 @@ def get_config(variant: str | None = None):
     rate, factor = 3e-4, 6.0
   fm_lora = {
     "bases": {"targets": vit.PROJECTIONS, "lr_scale": factor},
-    "prompt": {"num_tokens": 2, "lr_scale": 0.05},
+    "core": {"first_lr_scale": factor},
+    "prompt": {"num_tokens": 2, "first_lr_scale": factor, "lr_scale": 0.05},
   }
   settings = SETTINGS | {"fm_lora": fm_lora}
   return config_files.defaults(

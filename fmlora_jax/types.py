@@ -13,7 +13,7 @@ Gradients and optimiser state exist for leaves of `shared` and `cur` only.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -294,6 +294,8 @@ class TaskView:
   Attributes:
     index: t, from 0.
     num_classes: of this task.
+    steps_per_epoch: batches of `train_batches`.
+    earlier: the facts of the tasks before.
     arrays: t, lo, hi on the device.
     weights: the pre-trained backbone, float32, untouched.
     train_batches: epoch -> iterator of (examples, rows int32 [B]) over the training images, in
@@ -314,6 +316,8 @@ class TaskView:
 
   index: int
   num_classes: int
+  steps_per_epoch: int
+  earlier: Sequence[Facts]
   arrays: TaskArrays
   weights: Params
   train_batches: Callable[[int], Batches]
@@ -370,8 +374,8 @@ class Reported:
     field: key of result.json with the values of all tasks; None is for the log alone.
     is_final: whether `field` has the last task's value alone.
     column: header and format of a column in the report's tables; report/columns.py has the formats.
-    label: of the axis where it is drawn; None takes the name. A final list holds a number in
-      [-1, 1] for each pair of tasks.
+    label: of the axis where it is drawn; None takes the name. A list is drawn with a label alone;
+      it then is final and holds a number in [-1, 1] for each pair of tasks.
   """
 
   name: str

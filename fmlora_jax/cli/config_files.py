@@ -99,21 +99,20 @@ def to_config_dict(record: Any) -> ml_collections.ConfigDict:
 
 
 def head_settings(
-  chosen: dict[str, str], heads: dict[str, dict], default: str | None = None
+  chosen: dict[str, str], heads: dict[str, dict], default: str = "aligned"
 ) -> dict[str, Any]:
   """Returns the settings of the head that a variant names.
 
   Args:
     chosen: the variant: method=NAME, head=plain|aligned.
     heads: settings by head, plain and aligned; and by method, for methods that have neither.
-    default: the head if the variant names none. None takes aligned for fm_lora and plain for other
-      methods.
+    default: the head of all methods if the variant names none.
 
   Raises:
     ConfigError: if there is no such head.
   """
   method = chosen.get("method", "fm_lora")
-  name = chosen.get("head") or default or ("aligned" if method == "fm_lora" else "plain")
+  name = chosen.get("head", default)
   require(name in ("plain", "aligned"), "head", name, "plain or aligned")
   return heads.get(method, heads[name])
 

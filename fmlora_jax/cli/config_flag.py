@@ -105,8 +105,10 @@ def _run_file(path: pathlib.Path, shown: str, arguments: list[str]) -> ml_collec
     raise ConfigError(f"{shown}: {error}") from error
   except (Exception, SystemExit, KeyboardInterrupt) as error:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    where = f"{path}, line {line}" if line else str(path)
+    file, line = path, lines[-1] if lines else None
+    if isinstance(error, SyntaxError):  # of this file, or of one that it imports
+      file, line = error.filename or path, error.lineno
+    where = f"{file}, line {line}" if line else str(file)
     message = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())[:300]
     raise ConfigError(f"{shown}: {type(error).__name__} in {where}: {message}") from error
 

@@ -9,6 +9,7 @@ MOVED = {
   "prompt": "method.prompt",
   "tasks.stream": "tasks.task_file",
 }
+REMOVED = {"method.drs.price": 0.001}  # fields of old files, with the default that they had
 
 
 def moved_field(field: str) -> str:
@@ -40,4 +41,16 @@ def upgrade_config(values: Mapping[str, Any], method_fields: Collection[str]) ->
       target = upgraded.setdefault(new_group, {})
       both_groups = isinstance(value, Mapping) and isinstance(target.get(new_name), Mapping)
       target[new_name] = {**target[new_name], **value} if both_groups else value
+  for field, default in REMOVED.items():  # another value is left for `build` to refuse
+    *groups, name = field.split(".")
+    place = upgraded
+    for group in groups:
+      if not isinstance(place.get(group), Mapping):
+        break
+      inner = dict(place[group])
+      place[group] = inner
+      place = inner
+    else:
+      if place.get(name) == default:
+        del place[name]
   return upgraded

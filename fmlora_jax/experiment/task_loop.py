@@ -173,7 +173,7 @@ class TaskLoop:
     trainer, every = self._setup.trainer, self._setup.config.checkpoint.every_steps
     self._log.task_started(self._plan(index))
     with self._clock.kind("data"):
-      view = self._setup.views.view(index)
+      view = self._setup.views.view(index, self._session.progress.facts[:index])
     tests = self._tests.prefetch(index, self._prefetcher)
     if index + 1 < self._num_tasks:
       self._setup.loader.prefetch(index + 1, self._prefetcher)

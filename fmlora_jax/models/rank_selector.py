@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class RankSelector(nn.Module):
-  """P(r_k) = softmax(alpha)_k over the candidate ranks; its collection is the group `cur`: alpha.
+  """P(r_k) = softmax(alpha + difficulty)_k over the candidate ranks; alpha is the group `cur`.
+
+  alpha_k is what validation images say of rank r_k, and `difficulty` are the logits that the task's
+  complexity adds, of `difficulty_logits`.
 
   Attributes:
     candidates: r_1 < ... < r_k.
@@ -31,16 +34,13 @@ class RankSelector(nn.Module):
   def masks(self) -> Float[Array, "k R"]:
     return rank_masks(self.candidates, self.max_rank)
 
-  def __call__(self, key: PRNGKeyArray) -> Float[Array, " R"]:
+  def __call__(self, difficulty: Float[Array, " k"], key: PRNGKeyArray) -> Float[Array, " R"]:
     """Returns the mask of a drawn rank, Eq. (11); its gradient is the soft sample's."""
-    return gumbel_one_hot(self.alpha.value, key, self.tau) @ self.masks
+    return gumbel_one_hot(self.alpha.value + difficulty, key, self.tau) @ self.masks
 
-  def probabilities(self) -> Float[Array, " k"]:
-    return jax.nn.softmax(self.alpha.value)
-
-  def choice(self) -> Int[Array, ""]:
-    """Returns the number of the likeliest candidate, without noise: Eq. (12)."""
-    return jnp.argmax(self.alpha.value)
+  def probabilities(self, difficulty: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Returns P(r_k); the likeliest candidate is the choice, without noise: Eq. (12)."""
+    return jax.nn.softmax(self.alpha.value + difficulty)
 
   def learn(
     self, costs: Float[Array, " k"], key: PRNGKeyArray, *, steps: int, learning_rate: float
@@ -74,29 +74,53 @@ def mask_core(
   return (m * corner) @ jnp.swapaxes(n * corner, -1, -2)
 
 
-def complexity(loss: Float[Array, ""], num_classes: Int[Array, ""] | int) -> Float[Array, ""]:
-  """Returns H_t: the validation loss over that of guessing, 1 = no better than chance.
+def complexity(loss: Float[Array, "*k"], num_classes: int) -> Float[Array, "*k"]:
+  """Returns H_t: a loss on unseen images in nats over that of guessing, 1 = no better than chance.
 
   Source: FM-LoRA Sec. 3.3; the division, which makes tasks comparable, is ours.
   """
-  return loss / jnp.log(jnp.maximum(num_classes, 2))
+  return loss / jnp.log(max(num_classes, 2))
 
 
-def selection_costs(
-  losses: Float[Array, " k"],
-  *,
-  candidates: Sequence[int],
-  max_rank: int,
-  price: float,
-  num_classes: Int[Array, ""] | int,
-) -> Float[Array, " k"]:
-  """Returns CE_val + (price / H_t)·r / r_max of each candidate r.
+def rank_share(
+  complexity: Float[Array, ""] | float, earlier: Sequence[float], reference: float
+) -> Float[Array, ""]:
+  """Returns q(H_t), the share of r_max that a task of complexity H_t asks for.
 
-  H_t is the mean complexity at the candidates: a harder task pays less for rank. Source: FM-LoRA
-  Sec. 3.3, with the price ours.
+  q(H_t) = min(1, H_t / (2·max(mean of the earlier H, reference))). So a task that is as hard as the
+  tasks so far asks for half of r_max, and one that the model can do already for the smallest rank.
+  The reference keeps a sequence of easy tasks from asking for large ranks. Source: ours.
   """
-  difficulty = jnp.maximum(complexity(losses.mean(), num_classes), 1e-3)
-  return losses + price / difficulty * jnp.asarray(candidates, jnp.float32) / max_rank
+  usual = max([reference, sum(earlier) / len(earlier)] if earlier else [reference])
+  return jnp.minimum(1.0, jnp.asarray(complexity) / (2 * usual))
+
+
+def difficulty_logits(
+  share: Float[Array, ""], candidates: Sequence[int], max_rank: int, weight: float
+) -> Float[Array, " k"]:
+  """Returns what the complexity of a task adds to the logits of the candidate ranks.
+
+  s(H_t)·x_k - weight·x_k² with x_k = r_k / r_max and s(H_t) = 2·weight·q(H_t): up to a constant the
+  log density of a normal distribution of x around the share q(H_t). Therefore
+    - log P(r_k) - log P(r_j) rises with H_t for r_k > r_j, so for the same alpha a harder task
+      never gets a smaller rank;
+    - where alpha tells no candidate from another, the one next to q(H_t)·r_max is chosen.
+  Source: FM-LoRA Sec. 3.3, where the complexity enters Eq. (11); its form is ours.
+  """
+  x = jnp.asarray(candidates, jnp.float32) / max_rank
+  return weight * (2 * share * x - x**2)
+
+
+def significant_gains(losses: Float[Array, "n k"], deviations: float) -> Float[Array, " k"]:
+  """Returns each candidate's mean loss less the first one's, as far as it exceeds its noise.
+
+  The mean of the paired differences over n images is moved towards 0 by `deviations` standard
+  errors; what is closer to 0 is no evidence and becomes 0. Source: ours (soft thresholding).
+  """
+  apart = losses - losses[:, :1]
+  noise = deviations * apart.std(0) / jnp.sqrt(len(losses))
+  mean = apart.mean(0)
+  return jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - noise, 0)
 
 
 def learn_alpha(

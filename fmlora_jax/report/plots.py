@@ -52,6 +52,7 @@ def write_plots(result: RunResult, workdir: str | os.PathLike) -> list[Path]:
   plot_accuracy_over_tasks({title(result): {"": [result]}}, paths["accuracy_over_tasks"])
   reports = {fact.field or "": fact for fact in methods.reports(result["method"])}
   facts = {field: fact for field, fact in reports.items() if result.get(field) is not None}
+  facts = {field: fact for field, fact in facts.items() if fact.kind is not list or fact.label}
   by_task = {field: fact for field, fact in facts.items() if not fact.is_final}
   for field in [*by_task][:1]:
     paths[field] = folder / f"{field}.png"

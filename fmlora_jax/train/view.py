@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from fmlora_jax.input import order
 from fmlora_jax.input.loader import TaskLoader
 from fmlora_jax.train import mesh as mesh_lib
 from fmlora_jax.train.rng import named_key
-from fmlora_jax.types import Batches, Params, TaskArrays, TaskView
+from fmlora_jax.types import Batches, Facts, Params, TaskArrays, TaskView
 
 
 class TaskViews:
@@ -49,14 +49,20 @@ class TaskViews:
     self._width = mesh_lib.padded_size(config.batch_size, mesh)
     self.val_read = False
 
-  def view(self, index: int) -> TaskView:
-    """Returns the view of task `index`; its images are on the devices unless they are streamed."""
+  def view(self, index: int, earlier: Sequence[Facts] = ()) -> TaskView:
+    """Returns the view of task `index`; its images are on the devices unless they are streamed.
+
+    Args:
+      earlier: the facts of the tasks before.
+    """
     task, readers = self._loader.sequence.tasks[index], self._loader.readers(index)
     train, val = readers["train"], readers.get("val")
     arrays = TaskArrays(*map(jnp.int32, (index, task.lo, task.hi)))
     return TaskView(
       index=index,
       num_classes=task.hi - task.lo,
+      steps_per_epoch=-(-len(task.train) // self._config.batch_size),
+      earlier=tuple(earlier),
       arrays=mesh_lib.place(arrays, mesh_lib.replicated(self._mesh)),
       weights=self._weights,
       train_batches=functools.partial(self._train_batches, train, index),

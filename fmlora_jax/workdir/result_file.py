@@ -232,7 +232,7 @@ def _require_facts(result: Mapping[str, Any]) -> None:
   """Refuses values of the facts that the method declares which are not of their kinds."""
   numbers: Any = [(int, float, None)]
   for fact in methods.reports(result["method"]):
-    kind = (numbers, [numbers]) if fact.kind is list else (fact.kind, None)
+    kind = (numbers, [numbers], [[numbers]]) if fact.kind is list else (fact.kind, None)
     values = result.get(fact.field)
     if values is not None:
       ok = fits(values, kind if fact.is_final else [kind])

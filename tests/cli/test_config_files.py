@@ -126,18 +126,28 @@ def test_a_method_of_a_config_file_has_its_own_fields():
   assert tree.method.rank == 3 and tree.method.mode == "incremental"
 
 
-def test_the_head_is_aligned_for_fm_lora_alone_unless_a_variant_names_one():
+def test_all_methods_have_the_aligned_head_unless_a_variant_names_one():
   heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}, "hide_prompt": {}}
 
-  def named(default=None, **chosen):
-    found = config_files.head_settings(chosen, heads, default)
+  def named(*default, **chosen):
+    found = config_files.head_settings(chosen, heads, *default)
     return next(name for name, head in heads.items() if head is found)
 
-  assert named() == named(method="fm_lora") == named(method="lora", head="aligned") == "aligned"
-  assert named(method="lora") == named(head="plain") == named("plain") == "plain"
+  assert named() == named(method="fm_lora") == named(method="lora") == "aligned"
+  assert named(head="plain") == named("plain") == named("plain", method="lora") == "plain"
+  assert named("plain", head="aligned") == "aligned"
   assert named(method="hide_prompt", head="aligned") == "hide_prompt"
   with pytest.raises(config.ConfigError, match="head is 'flat': must be plain or aligned"):
     config_files.head_settings({"head": "flat"}, heads)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_dil", "fashion_mnist", "image_folder"])
+def test_the_methods_of_a_config_have_one_head(name):
+  """But hide_prompt, whose own part it is."""
+  (path,) = (path for path in CONFIGS if path.stem == name)
+  names = [method for method in methods.names() if method != "hide_prompt"]
+  heads = [load(path).get_config(f"method={method}").head.to_dict() for method in names]
+  assert all(head == heads[0] for head in heads)
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_dil", "fashion_mnist", "image_folder"])

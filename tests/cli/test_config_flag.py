@@ -46,6 +46,7 @@ NO_CONFIG = {  # file -> its contents, and what is said
   "list.py": (b"def get_config(): return [1]", "list.py returns list: must return a ConfigDict"),
   "syntax.py": (b"x = 1\ndef get_config(:", "SyntaxError in .*syntax.py, line 2: invalid syntax"),
   "text.py": (b"hello world", "SyntaxError in .*text.py, line 1: invalid syntax"),
+  "imports.py": (b"compile('(', 'other.py', 'exec')", "SyntaxError in other.py, line 1: "),
   "bytes.py": (b"x = '\xf8'", "SyntaxError in .*bytes.py, line 1: .*utf-8"),
   "zero.py": (b"\0", "(SyntaxError|ValueError) in .*zero.py.*null bytes"),
   "import.py": (b"import no_such_module", "ModuleNotFoundError in .*import.py, line 1: No module"),

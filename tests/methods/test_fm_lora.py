@@ -14,7 +14,7 @@ import pytest
 from fmlora_jax import methods
 from fmlora_jax.config import ConfigError
 from fmlora_jax.methods.fm_lora import rank_checks
-from fmlora_jax.models import low_rank
+from fmlora_jax.models import heads, low_rank
 from fmlora_jax.train.labels import label_leaves
 from fmlora_jax.types import Adapters, LowRank
 
@@ -165,6 +165,49 @@ def test_a_kept_delta_is_that_of_the_trained_m_and_n(learned):
       assert relative_error(kept, expected) <= 1e-5
 
 
+def test_the_past_is_one_core_between_the_bases(learned):
+  """Eq. (8-9): W_t = W_0 + A (Σ M_i N_iᵀ) Bᵀ, the same as the sum of the tasks' changes."""
+  variables = learned.variables
+  groups = {"shared": variables.shared, "cur": {}, "mem": variables.mem}
+  past = learned.method.flora.apply(groups, method="past")
+  for name, delta in past.items():
+    assert delta.core.shape == (2, 4, 4)  # however many tasks
+    each = [low_rank.dense(delta_of(learned, name, task)) for task in range(3)]
+    np.testing.assert_allclose(low_rank.dense(delta), sum(each), atol=1e-6)
+  folded = learned.method.past(learned.weights, variables)
+  for layer in range(2):
+    kernel = folded[f"block_{layer}"]["attention"]["query"]["dense"]["kernel"]
+    before = learned.weights[f"block_{layer}"]["attention"]["query"]["dense"]["kernel"]
+    change = sum(np.asarray(low_rank.dense(delta_of(learned, "query", t)))[layer] for t in range(3))
+    np.testing.assert_allclose(kernel, before + change, atol=1e-6)
+
+
+def test_a_task_stores_two_r_squared_numbers_for_each_projection(fm_lora):
+  """Eq. (10), beside bases and prompt that are stored once."""
+  counted = fm_lora.method.stored([stage.facts for stage in fm_lora.stages])
+  assert counted["per_task"] == [2 * rank**2 * 2 * 2 for rank in (4, 2, 2)]  # layers, targets
+  assert counted["shared"] == 2 * 2 * (16 + 16) * 4 + 3 * 16
+
+
+def test_the_loss_is_the_cross_entropy_of_the_classes_of_the_task(make_lab):
+  """Eq. (14-15): of W·f(x) + b over the task's classes alone, the mean over its images."""
+  made = make_lab(input={"augmentation": "none"}, drs={"strategy": "fixed", "rank": 2})
+  view = made.view(1)
+  variables, _ = made.method.begin_task(made.variables, view)
+  rows = jax.random.normal(jax.random.key(3), variables.cur["head"]["kernel"].shape)
+  variables = variables.update(cur={"head": variables.cur["head"] | {"kernel": rows}})
+  batch = view.center(*next(iter(view.train_batches(0))))
+  prompt = Adapters(deltas={}, prompt=variables.shared["prompt"])  # dW = 0 at the start
+  features = np.asarray(made.backbone.apply(made.weights, batch.images, prompt))
+  lo, hi = made.spec.class_ranges[1]
+  logits = (features @ np.asarray(rows).T + np.asarray(variables.cur["head"]["bias"]))[:, : hi - lo]
+  chosen = logits[np.arange(len(logits)), np.clip(np.asarray(batch.labels) - lo, 0, hi - lo - 1)]
+  losses = np.log(np.exp(logits).sum(1)) - chosen
+  expected = losses[np.asarray(batch.valid)].mean()
+  _, stats, _ = next(made.trainer.train(made.trainer.init(variables, 1), variables, view))
+  np.testing.assert_allclose(stats["loss"][0], expected, rtol=1e-4)
+
+
 def test_orthonormalising_after_task_1_keeps_its_delta(fm_lora):
   """Property 5: A and B orthonormal, dW_1 as trained, singular values sorted."""
   first = fm_lora.stages[0]
@@ -200,6 +243,15 @@ def test_the_logged_interference_is_that_of_the_dense_deltas(learned):
   np.testing.assert_allclose(logged, np.mean(cosines, axis=0), atol=1e-5)
   np.testing.assert_allclose(np.diagonal(logged), 1, atol=1e-5)
   assert 1e-4 < np.abs(logged[0, 1]) < 1
+
+
+def test_the_raw_interference_of_each_target_is_that_of_the_dense_deltas(learned):
+  """Eq. (5)."""
+  logged = learned.stages[2].facts["interference_by_target"]
+  for name, found in zip(learned.config.method.bases.targets, logged, strict=True):
+    dense = [np.asarray(low_rank.dense(delta_of(learned, name, task))) for task in range(3)]
+    inner = np.array([[np.sum(x * y) for y in dense] for x in dense])
+    np.testing.assert_allclose(found, inner, rtol=1e-3, atol=1e-5 * np.abs(inner).max())
 
 
 def test_interference_with_orthonormal_bases_is_that_of_the_cores(fm_lora, raw):
@@ -250,15 +302,101 @@ def test_bases_are_trained_in_task_1_only_and_the_prompt_in_every_task(fm_lora, 
     variables = fm_lora.stages[task].begun
     params = {"shared": variables.shared, "cur": variables.cur}
     labels = label_leaves(params, fm_lora.method.rules(task))
-    assert labels["shared"]["prompt"] == ("prompt" if task else "bases")
-    assert labels["shared"]["bases"]["value"] == dict.fromkeys("ab", "frozen" if task else "bases")
-    assert set(labels["cur"]["core"]["value"].values()) == {"adapter" if task else "bases"}
+    first = "" if task else "first_"
+    assert labels["shared"]["prompt"] == f"{first}prompt"
+    sides = {"a": "frozen", "b": "frozen"} if task else {"a": "a", "b": "b"}
+    assert labels["shared"]["bases"]["value"] == sides
+    assert labels["cur"]["core"]["value"] == {"m": f"{first}core_m", "n": f"{first}core"}
+  groups = fm_lora.method.groups
+  assert not groups["core_m"].decays and not groups["first_core_m"].decays  # M starts at I
   assert "prompt" not in raw.variables.shared
+
+
+def test_lora_s_start_is_no_change_and_trains_every_factor_but_a_at_once(make_lab):
+  made = make_lab(bases={"zero": "b"}, method={"core": {"alpha": 8.0}})
+  variables, _ = made.method.begin_task(made.variables, made.view(0))
+  for name, core in variables.cur["core"].items():
+    np.testing.assert_array_equal(core["m"], core["n"])
+    assert not np.asarray(variables.shared["bases"][name]["b"]).any()
+    assert np.asarray(variables.shared["bases"][name]["a"]).all()
+  flora = made.method.flora
+  deltas = flora.apply({"shared": variables.shared, "cur": variables.cur, "mem": variables.mem})
+  np.testing.assert_allclose(deltas["query"].core[0], 2.0 * np.eye(4), rtol=1e-6)  # alpha / r
+
+
+def test_bases_from_the_gradient_are_its_leading_singular_vectors(make_lab):
+  made = make_lab(bases={"init": "gradient", "targets": ("query", "fc1")})
+  view = made.view(0)
+  variables, _ = made.method.begin_task(made.variables, view)
+  sums = made.method.head.class_sums(made.method.fold(made.weights, made.variables), view)
+  rows = heads.imprint({"kernel": jnp.zeros((2, 16))}, *sums, view.arrays)
+
+  def loss(changes):  # of all training images in one batch each
+    total = 0.0
+    for batch in view.train_batches(0):
+      images, labels, valid = dataclasses.astuple(view.center(*batch))
+      features = made.backbone.apply(low_rank.add(made.weights, changes), images)
+      losses = heads.local_losses(heads.linear(rows, features), labels, view.arrays)
+      total += jnp.sum(losses * valid)
+    return total
+
+  sizes = made.backbone.sizes
+  for name in ("query", "fc1"):
+    gradient = jax.grad(loss)({name: jnp.zeros((2, *sizes.projection(name)))})[name]
+    u, s, vt = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+    assert (s[:, 0] > 1e-6).all()
+    for side, vectors in (("a", u[..., :1]), ("b", np.swapaxes(vt[:, :1], 1, 2))):
+      base = np.asarray(variables.shared["bases"][name][side])
+      inner = np.einsum("ldr,ldr->lr", base[..., :1], vectors)
+      np.testing.assert_allclose(np.abs(inner), np.ones_like(inner), atol=1e-3)
+      gram = np.einsum("ldr,lds->lrs", base, base)
+      np.testing.assert_allclose(gram, np.broadcast_to(np.eye(4), gram.shape), atol=1e-4)
+
+
+def test_free_columns_are_those_that_earlier_tasks_use_least(make_lab):
+  made = make_lab(bases={"columns": "free", "max_rank": 4}, drs={"strategy": "fixed", "rank": 1})
+  cores = np.zeros((3, 2, 4, 4), np.float32)
+  cores[0] = np.diag([4.0, 3.0, 2.0, 1.0])  # the last column is the least used
+  cores[1, :, 3, 2] = 5.0  # then a task used row 3 and column 2
+  stacks = dict.fromkeys(("query", "value"), jnp.asarray(cores))
+  groups = {"shared": made.variables.shared, "mem": {"cores": stacks}}
+  core = made.method.flora.new_core(1)
+  core = {name: {"m": c["m"], "n": c["n"] + 7.0} for name, c in core.items()}
+  groups["cur"] = {"core": core}
+  delta = made.method.flora.apply(groups)["query"]
+  bases = made.variables.shared["bases"]["query"]
+  np.testing.assert_array_equal(delta.a, bases["a"][..., 2:3])
+  np.testing.assert_array_equal(delta.b, bases["b"][..., 3:4])
+  _, changed = made.method.flora.apply(groups, 2, False, method="commit", mutable=["mem"])
+  kept = np.zeros((2, 4, 4))
+  kept[:, 2, 3] = 7.0
+  np.testing.assert_array_equal(changed["mem"]["cores"]["query"][2], kept)
+
+
+@pytest.mark.parametrize("columns", ["leading", "free"])
+def test_a_task_s_delta_is_kept_as_it_was_trained_whatever_its_columns(make_lab, columns):
+  made = make_lab(bases={"columns": columns}, drs={"strategy": "fixed", "rank": 2})
+  rng = np.random.default_rng(0)
+  cores = {name: jnp.asarray(rng.normal(size=(3, 2, 4, 4)), jnp.float32).at[2].set(0)
+           for name in ("query", "value")}  # fmt: skip
+  core = {name: {"m": jnp.asarray(rng.normal(size=(2, 2, 2)), jnp.float32),
+                 "n": jnp.asarray(rng.normal(size=(2, 2, 2)), jnp.float32)}
+          for name in ("query", "value")}  # fmt: skip
+  groups = {"shared": made.variables.shared, "mem": {"cores": cores}, "cur": {"core": core}}
+  trained = made.method.flora.apply(groups)
+  _, changed = made.method.flora.apply(groups, 2, False, method="commit", mutable=["mem"])
+  for name, delta in trained.items():
+    kept = LowRank(**made.variables.shared["bases"][name], core=changed["mem"]["cores"][name][2])
+    np.testing.assert_allclose(low_rank.dense(kept), low_rank.dense(delta), atol=1e-5)
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    (
+      {"bases": {"columns": "free", "orthonormalise": "none"}},
+      r"config\.method\.bases\.columns is 'free': must be leading, or orthonormalise svd",
+    ),
     (
       {"drs": {"strategy": "gumbel", "candidate_ranks": (2, 8)}},
       r"config\.method\.drs\.candidate_ranks is \(2, 8\): must be at most .*bases\.max_rank = 4",

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,18 +78,40 @@ def test_complexity_is_one_for_guessing():
   assert np.isfinite(rank_selector.complexity(jnp.float32(0.1), 1))  # log 1 = 0
 
 
-def costs_of(losses, price=0.3):
-  return rank_selector.selection_costs(
-    jnp.asarray(losses), candidates=RANKS, max_rank=8, price=price, num_classes=5
-  )
+def test_the_share_of_rank_compares_a_task_with_those_before_it():
+  share = functools.partial(rank_selector.rank_share, reference=0.5)
+  np.testing.assert_allclose(share(0.5, []), 0.5)  # no task before: the reference
+  np.testing.assert_allclose(share(0.3, [0.1, 0.2]), 0.3)  # easy ones: the reference
+  np.testing.assert_allclose(share(0.9, [0.8, 1.0]), 0.5, rtol=1e-6)  # as hard as usual
+  np.testing.assert_allclose(share(0.3, [0.8, 1.0]), 1 / 6, rtol=1e-6)
+  assert share(3.0, [0.8, 1.0]) == 1
 
 
-def test_the_price_of_rank_falls_with_complexity():
-  for losses in (np.array([0.3, 0.2, 0.1]), np.array([1.5, 1.4, 1.6])):
-    hardness = losses.mean() / np.log(5)
-    expected = losses + 0.3 / hardness * np.array(RANKS) / 8  # a share of r_max
-    np.testing.assert_allclose(costs_of(losses), expected, rtol=1e-5)
-  assert np.isfinite(costs_of(np.zeros(3))).all()
+def test_without_evidence_the_candidate_next_to_the_share_is_the_likeliest():
+  candidates = (4, 8, 16, 32)
+  for share in np.linspace(0, 1, 60):
+    logits = rank_selector.difficulty_logits(jnp.float32(share), candidates, 32, 20.0)
+    nearest = np.argmin(np.abs(np.array(candidates) / 32 - share))
+    assert int(jnp.argmax(logits)) == nearest
+    x = np.array(candidates) / 32
+    density = -20.0 * (x - share) ** 2  # of a normal distribution, up to a constant
+    apart = np.asarray(logits) - density
+    np.testing.assert_allclose(apart, np.full(4, apart[0]), atol=1e-5)
+
+
+def test_a_gain_within_its_noise_is_none_and_a_clear_one_is_kept_less_the_noise():
+  rng = np.random.default_rng(0)
+  first = rng.normal(1.0, 1.0, (100, 1))
+  noisy = first + rng.normal(0.0, 1.0, (100, 1)) * 0.1  # differs by chance
+  better = first - 0.5 + rng.normal(0.0, 1.0, (100, 1)) * 0.1
+  losses = np.concatenate([first, noisy, better], axis=1).astype(np.float32)
+  apart = losses - losses[:, :1]
+  error = apart.std(0) / 10
+  got = np.asarray(rank_selector.significant_gains(losses, 4.0))
+  assert got[0] == got[1] == 0
+  np.testing.assert_allclose(got[2], apart[:, 2].mean() + 4.0 * error[2], rtol=1e-5)
+  plain = rank_selector.significant_gains(losses, 0.0)
+  np.testing.assert_allclose(plain, apart.mean(0), rtol=1e-5, atol=1e-7)
 
 
 def select(costs, key):
@@ -103,33 +127,36 @@ def test_the_cheapest_candidate_is_found_however_small_its_lead(best):
   assert (np.asarray(jax.vmap(lambda key: select(costs, key))(keys)) == best).all()
 
 
-def test_a_larger_validation_loss_never_lowers_the_selected_rank():
-  """With everything else equal: what each rank gains is kept while the loss is raised."""
-  levels = np.linspace(0.35, 4.0, 20, dtype=np.float32)
-  gains = np.random.default_rng(0).uniform(-0.3, 0.3, (40, 3)).astype(np.float32)
-  gains = np.sort(gains, axis=1)[:, ::-1]  # more rank, less loss
-  costs = jax.vmap(jax.vmap(costs_of))(levels[None, :, None] + gains[:, None, :])
-  keys = jax.random.split(jax.random.key(1), len(gains))
-  chosen = jax.jit(jax.vmap(jax.vmap(select, in_axes=(0, None))))(costs, keys)
+@pytest.mark.parametrize("size", [0.0, 0.02, 0.3])
+def test_a_harder_task_never_gets_a_smaller_rank(size):
+  """For the same alpha, which may say anything; and without gains ranks rise with complexity."""
+  candidates, alphas = (4, 8, 16, 32), jax.random.normal(jax.random.key(1), (40, 4)) * size * 50
+  levels = jnp.linspace(0.02, 1.5, 30)
+
+  def choose(alpha, complexity):
+    share = rank_selector.rank_share(complexity, [0.2, 0.4], 0.5)
+    difficulty = rank_selector.difficulty_logits(share, candidates, 32, 20.0)
+    selector, state = rank_selector.RankSelector(candidates, 32), {"cur": {"alpha": alpha}}
+    return jnp.argmax(selector.apply(state, difficulty, method="probabilities"))
+
+  chosen = np.asarray(jax.vmap(lambda a: jax.vmap(lambda h: choose(a, h))(levels))(alphas))
   assert (np.diff(chosen, axis=1) >= 0).all()
-  assert (chosen[:, 0] < chosen[:, -1]).mean() > 0.3  # and often it rises
-  margin = np.diff(np.sort(costs, axis=-1)[..., :2], axis=-1)[..., 0]
-  clear = margin > 0.02
-  assert clear.mean() > 0.7
-  np.testing.assert_array_equal(chosen[clear], np.argmin(costs, axis=-1)[clear])
+  if size == 0:
+    assert sorted(set(chosen.ravel().tolist())) == [0, 1, 2, 3]
+  else:
+    assert (chosen[:, 0] < chosen[:, -1]).mean() > 0.2
 
 
-def test_the_selector_draws_masks_and_chooses_the_likeliest_candidate():
+def test_the_selector_draws_masks_with_evidence_and_difficulty():
   selector = rank_selector.RankSelector(RANKS, 8, tau=0.7)
-  state, key = {"cur": {"alpha": jnp.array([0.2, 1.5, 0.1])}}, jax.random.key(2)
-  drawn = rank_selector.gumbel_one_hot(state["cur"]["alpha"], key, 0.7)
+  alpha, difficulty = jnp.array([0.2, 1.5, 0.1]), jnp.array([0.0, -3.0, 0.5])
+  state, key = {"cur": {"alpha": alpha}}, jax.random.key(2)
+  drawn = rank_selector.gumbel_one_hot(alpha + difficulty, key, 0.7)
   expected = rank_selector.rank_masks(RANKS, 8)[jnp.argmax(drawn)]
-  np.testing.assert_allclose(selector.apply(state, key), expected, atol=1e-6)
-  assert int(selector.apply(state, method="choice")) == 1
-  np.testing.assert_allclose(
-    selector.apply(state, method="probabilities"), jax.nn.softmax(state["cur"]["alpha"])
-  )
-  fresh = selector.init({}, method="probabilities")
+  np.testing.assert_allclose(selector.apply(state, difficulty, key), expected, atol=1e-6)
+  chances = selector.apply(state, difficulty, method="probabilities")
+  np.testing.assert_allclose(chances, jax.nn.softmax(alpha + difficulty), rtol=1e-6)
+  fresh = selector.init({}, difficulty, method="probabilities")
   costs, descent = jnp.array([0.5, 0.4, 0.6]), {"steps": 20, "learning_rate": 1.0}
   _, learned = selector.apply(fresh, costs, key, **descent, method="learn", mutable="cur")
   by_function = rank_selector.learn_alpha(jnp.zeros(3), costs, key, tau=0.7, **descent)

@@ -61,11 +61,11 @@ def test_every_free_field_is_a_field():
 def test_a_field_that_came_later_has_its_default_or_is_refused(tmp_path):
   now = {"config": json.loads(json.dumps(dataclasses.asdict(methods.build_config({}))))}
   before = json.loads(json.dumps(now))
-  del before["config"]["optim"]["clip_norm"], before["config"]["method"]["drs"]["price"]
+  del before["config"]["optim"]["clip_norm"], before["config"]["method"]["drs"]["weight"]
   identity_lib.claim_workdir(tmp_path / "run", before)
   identity_lib.claim_workdir(tmp_path / "run", now)
-  now["config"]["method"]["drs"]["price"] = 0.5
-  with pytest.raises(ConfigError, match=r"\(config\.method\.drs\.price: None there, 0\.5 now\)"):
+  now["config"]["method"]["drs"]["weight"] = 0.5
+  with pytest.raises(ConfigError, match=r"\(config\.method\.drs\.weight: None there, 0\.5 now\)"):
     identity_lib.claim_workdir(tmp_path / "run", now)
 
 

@@ -11,13 +11,14 @@ import functools
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.methods.common import base
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
-from fmlora_jax.methods.fm_lora import drs, rank_checks
+from fmlora_jax.methods.fm_lora import drs, gradient_start, rank_checks
 from fmlora_jax.methods.fm_lora.settings import Config
-from fmlora_jax.models import low_rank
+from fmlora_jax.models import heads, low_rank
 from fmlora_jax.models.flora import FLoRA
 from fmlora_jax.models.meta_prompt import MetaPrompt
 from fmlora_jax.types import (
@@ -51,8 +52,12 @@ class FMLoRA(AdaptedViT[Config]):
   reports = (
     base.RANK,
     Reported(name="complexity", kind=float, field="complexity"),
-    Reported(name="rank_scores", kind=list),
+    Reported(name="complexity_by_rank", kind=list, field="complexity_by_rank"),
+    Reported(name="rank_scores", kind=list, field="rank_scores"),
     INTERFERENCE,
+    Reported(
+      name="interference_by_target", kind=list, field="interference_by_target", is_final=True
+    ),
     *AdaptedViT.reports,
   )
 
@@ -64,7 +69,15 @@ class FMLoRA(AdaptedViT[Config]):
   @functools.cached_property
   def flora(self) -> FLoRA:
     bases = self.settings.bases
-    return FLoRA(bases.targets, self.backbone.sizes, bases.max_rank, self.spec.num_tasks)
+    return FLoRA(
+      targets=bases.targets,
+      sizes=self.backbone.sizes,
+      max_rank=bases.max_rank,
+      num_tasks=self.spec.num_tasks,
+      zero=bases.zero,
+      alpha=self.settings.core.alpha,
+      columns=bases.columns,
+    )
 
   @functools.cached_property
   def prompt(self) -> MetaPrompt | None:
@@ -79,10 +92,19 @@ class FMLoRA(AdaptedViT[Config]):
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:
-    return super().groups | {
-      "bases": OptimizerGroup(lr_scale=self.settings.bases.lr_scale),
-      "prompt": OptimizerGroup(lr_scale=self.settings.prompt.lr_scale),
+    bases, core, prompt = self.settings.bases, self.settings.core, self.settings.prompt
+    rates = {
+      "a": bases.lr_scale,
+      "b": bases.lr_scale * bases.b_lr_scale,
+      "first_core": core.first_lr_scale,
+      "core": core.lr_scale,
+      "first_prompt": prompt.first_lr_scale,
+      "prompt": prompt.lr_scale,
     }
+    groups = {name: OptimizerGroup(lr_scale=rate) for name, rate in rates.items()}
+    for name in ("first_core", "core"):  # M starts at I, and decay would pull it to 0
+      groups[f"{name}_m"] = OptimizerGroup(lr_scale=rates[name], decays=False)
+    return super().groups | groups
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
     variables = super().init(key, weights)
@@ -94,24 +116,41 @@ class FMLoRA(AdaptedViT[Config]):
     return variables
 
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
-    """Chooses the rank of the task and makes its core."""
+    """Chooses the rank of the task and makes its core; starts the bases of task 1."""
     variables, facts = super().begin_task(variables, view)
+    if view.index == 0 and self.settings.bases.init == "gradient":
+      variables = variables.update(shared={"bases": self.gradient_bases(variables, view)})
     chosen = self.choose_rank(variables, view)
     core = self.flora.new_core(chosen["rank"])
+    if view.index == 0:
+      bases, core = self.flora.start(variables.shared["bases"])
+      variables = variables.update(shared={"bases": bases})
     return variables.update(cur={"core": core}), facts | chosen
+
+  def gradient_bases(self, variables: Variables, view: TaskView) -> Params:
+    """Returns bases from the gradient of task 1, under rows that start at class means."""
+    sums = self.head.class_sums(self.fold(view.weights, variables), view)
+    empty = {"kernel": jnp.zeros((view.num_classes, self.backbone.sizes.width))}
+    rows = heads.imprint(empty, *sums, view.arrays)
+    bases = self.settings.bases
+    gradient = gradient_start.make_gradient(self.backbone, bases.targets)
+    found = gradient_start.principal_bases(gradient(view.weights, rows, view), bases.max_rank)
+    return view.replicate(found)
 
   def choose_rank(self, variables: Variables, view: TaskView) -> Facts:
     """Returns the rank of a task, r_max of the first, and the complexity where it is measured."""
-    bases, selecting = self.settings.bases, self.settings.drs
+    selecting, max_rank = self.settings.drs, self.settings.bases.max_rank
     if selecting.ranks:
       return {"rank": selecting.ranks[view.index], "complexity": None}
-    if view.index == 0:
-      return {"rank": bases.max_rank, "complexity": None}
     if selecting.strategy == "fixed":
-      return {"rank": selecting.rank, "complexity": None}
+      return {"rank": selecting.rank if view.index else max_rank, "complexity": None}
+    if view.index == 0 and view.val_batches is None:  # a sequence of one task may have none
+      return {"rank": max_rank, "complexity": None}
     fixed = variables.shared | self.freeze(view.weights, variables)
-    params = {"core": self.flora.new_core(bases.max_rank), "head": variables.cur["head"]}
-    return self.selection.select(params, fixed, view)
+    fixed |= {"cores": variables.mem["cores"]}
+    params = {"core": self.flora.new_core(max_rank), "head": variables.cur["head"]}
+    selected = self.selection.select(params, fixed, view)
+    return selected if view.index else selected | {"rank": max_rank}
 
   def tokens(self, shared: Params) -> Float[Array, "P D"] | None:
     """Returns the meta-prompt's tokens, None without it."""
@@ -137,9 +176,12 @@ class FMLoRA(AdaptedViT[Config]):
       mutable=["shared", "mem"],
     )
     variables = variables.replace(**changed)
-    interference = self.call(collections(variables), method="interference")
+    inner = self.call(collections(variables), method="interference")
     variables, facts = super().end_task(variables, view)
-    return variables, {"interference": interference.tolist()} | facts
+    cosines = jnp.mean(jnp.stack([low_rank.cosine(x) for x in inner.values()]), axis=0)
+    facts["interference"] = cosines.tolist()
+    facts["interference_by_target"] = [inner[name].tolist() for name in self.flora.targets]
+    return variables, facts
 
   def past(self, weights: Params, variables: Variables) -> Params:
     deltas = self.call(collections(variables), method="past")
@@ -149,10 +191,15 @@ class FMLoRA(AdaptedViT[Config]):
     return self.past(weights, variables), Adapters(prompt=self.tokens(variables.shared))
 
   def rules(self, task: int) -> Rules:
-    bases, core, prompt = ("frozen", "adapter", "prompt") if task else ("bases",) * 3
-    table = [("shared/bases/.*", bases), ("cur/core/.*", core)]
+    first = "" if task else "first_"
+    trained = not task and self.settings.bases.lr_scale > 0
+    table = [
+      *((f"shared/bases/.*/{side}", side if trained else "frozen") for side in "ab"),
+      ("cur/core/.*/m", f"{first}core_m"),
+      ("cur/core/.*/n", f"{first}core"),
+    ]
     if self.prompt:
-      table.append(("shared/prompt", prompt))
+      table.append(("shared/prompt", f"{first}prompt"))
     return (*table, *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:

@@ -8,14 +8,14 @@ same task choose among the candidates. Only the choice leaves the selection. Sou
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.methods.common import base
@@ -49,6 +49,30 @@ class Context(flax.struct.PyTreeNode):
   task: TaskArrays
 
 
+class Evidence(NamedTuple):
+  """What the preliminary training of a task shows.
+
+  Attributes:
+    losses: of each validation image with each candidate, in nats, float32.
+    unseen: the losses of training images before a step saw them, in the second half of an epoch.
+  """
+
+  losses: Float[np.ndarray, "n k"]
+  unseen: Float[np.ndarray, " m"]
+
+  def complexities(self, num_classes: int) -> Float[np.ndarray, " k"]:
+    """Returns H on the validation images by candidate."""
+    return np.asarray(rank_selector.complexity(jnp.asarray(self.losses.mean(0)), num_classes))
+
+  def complexity(self, num_classes: int) -> float:
+    """Returns H_t over all images that were not trained on yet, the mean over the candidates.
+
+    Validation images alone are few, and training images are as new before their first step.
+    """
+    pooled = np.concatenate([self.losses.mean(1), self.unseen]).mean()
+    return float(rank_selector.complexity(jnp.asarray(pooled), num_classes))
+
+
 class RankSelection:
   """Chooses the rank of each task by `config.method.drs`; its programs compile once per run.
 
@@ -72,12 +96,15 @@ class RankSelection:
     self._learn = jax.jit(self._learn_alpha)
 
   def select(self, params: Params, fixed: Params, view: TaskView) -> Facts:
-    """Returns {"rank", "complexity", "rank_scores"} for the task of `view`.
+    """Returns the rank of the task of `view` and what it follows from.
+
+    The facts are "rank", "complexity", "complexity_by_rank" and "rank_scores": P of each candidate,
+    or its validation loss with strategy "validation".
 
     Args:
       params: {"core": {target: {"m", "n"}}, "head"}: fresh, at r_max.
       fixed: further inputs of `logits`, which are not trained here.
-      view: the task.
+      view: the task; its `earlier` facts hold the complexities to compare with.
 
     Raises:
       ConfigError: if the task has no validation images.
@@ -87,76 +114,107 @@ class RankSelection:
       raise ConfigError(rank_checks.without_val(self.config, f"task {view.index + 1}"))
     context = Context(fixed=fixed, task=view.arrays)
     choose = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
-    index, val_loss, scores = choose(params, context, view)
-    if not np.isfinite([val_loss, *scores]).all():
-      raise NonFiniteError(
-        f"validation loss is {val_loss} in the rank selection of task {view.index + 1}: must be "
-        "finite; lower config.optim.learning_rate or set config.optim.clip_norm"
-      )
+    evidence, scores = choose(params, context, view)
+    require_finite(evidence, view)
+    best = np.argmax(scores)
+    if self.drs.strategy == "validation":
+      best = first_within(scores, self.drs.tolerance)
     return {
-      "rank": self.drs.candidate_ranks[index],
-      "complexity": float(rank_selector.complexity(val_loss, view.num_classes)),
+      "rank": self.drs.candidate_ranks[int(best)],
+      "complexity": evidence.complexity(view.num_classes),
+      "complexity_by_rank": evidence.complexities(view.num_classes).tolist(),
       "rank_scores": [float(score) for score in scores],
     }
 
-  def _by_gumbel(self, params, context, view):
-    """Returns the likeliest candidate, its loss, and all probabilities."""
+  def _by_gumbel(self, params, context, view) -> tuple[Evidence, Float[np.ndarray, " k"]]:
+    """Returns the evidence and P of each candidate.
+
+    In the first half of the first epoch all ranks are as likely, in the second P follows the
+    complexity so far; after each epoch alpha learns on the validation images.
+    """
     probe = _like_a_step(Probe(params, self.optimizer.init(params)), view)
-    state: Any = self.selector.init({}, method="probabilities")
+    difficulty, evidence = self._difficulty(None, view), None
+    state = _like_a_step(self.selector.init({}, difficulty, method="probabilities"), view)
     for epoch in range(self.drs.epochs):
-      for batch, key in _steps(view, epoch):
-        probe = self.train_drawn(probe, state, context, *batch, key, augment=view.augment)
-      losses, _ = self._validate(self.stacked(probe.params), context, view)
-      costs = rank_selector.selection_costs(
-        losses,
-        candidates=self.drs.candidate_ranks,
-        max_rank=self.max_rank,
-        price=self.drs.price,
-        num_classes=view.num_classes,
-      )
-      state = self._learn(state, costs, jax.random.fold_in(view.key("drs alpha"), epoch))
-    index, chances = (self._select(state, method=name) for name in ("choice", "probabilities"))
-    return int(index), losses[int(index)], chances
+      unseen = []
+      for step, batch, key in _steps(view, epoch):
+        if step and step == view.steps_per_epoch // 2:
+          difficulty = self._difficulty(self._evidence(None, unseen, context, view), view)
+          unseen = []
+        probe, losses = self.train_drawn(
+          probe, state, difficulty, context, *batch, key, augment=view.augment
+        )
+        unseen.append(losses)
+      evidence = self._evidence(self.stacked(probe.params), unseen, context, view)
+      difficulty = self._difficulty(evidence, view)
+      gains = rank_selector.significant_gains(jnp.asarray(evidence.losses), self.drs.deviations)
+      state = self._learn(state, gains, jax.random.fold_in(view.key("drs alpha"), epoch))
+    assert evidence is not None  # epochs >= 1
+    chances: Any = self.selector.apply(state, difficulty, method="probabilities")
+    return evidence, np.asarray(chances)
 
-  def _select(self, state, method: str) -> Any:
-    return self.selector.apply(state, method=method)
+  def _difficulty(self, evidence: Evidence | None, view: TaskView) -> Float[Array, " k"]:
+    """Returns the logits of a task's complexity, zeros before anything is known of it."""
+    candidates = self.drs.candidate_ranks
+    if evidence is None:
+      return _like_a_step(jnp.zeros(len(candidates)), view)
+    earlier = [fact["complexity"] for fact in view.earlier if fact.get("complexity") is not None]
+    complexity = evidence.complexity(view.num_classes)
+    share = rank_selector.rank_share(complexity, earlier, self.drs.reference)
+    logits = rank_selector.difficulty_logits(share, candidates, self.max_rank, self.drs.weight)
+    return _like_a_step(logits, view)
 
-  def _by_validation(self, params, context, view):
-    """Returns the smallest candidate that is accurate enough, its loss, and all accuracies."""
+  def _by_validation(self, params, context, view) -> tuple[Evidence, Float[np.ndarray, " k"]]:
+    """Returns the evidence and the validation loss of each candidate, trained alone."""
     stacked = self.stacked(params)
     probes = _like_a_step(Probe(stacked, jax.vmap(self.optimizer.init)(stacked)), view)
+    unseen = []
     for epoch in range(self.drs.epochs):
-      for batch, key in _steps(view, epoch):
-        probes = self.train_all(probes, self.masks, context, *batch, key, augment=view.augment)
-    losses, accuracies = self._validate(probes.params, context, view)
-    index = first_within(np.asarray(accuracies), self.drs.tolerance)
-    return index, losses[index], accuracies
+      unseen = []
+      for step, batch, key in _steps(view, epoch):
+        probes, losses = self.train_all(
+          probes, self.masks, context, *batch, key, augment=view.augment
+        )
+        if step >= view.steps_per_epoch // 2:
+          unseen.append(losses)
+    evidence = self._evidence(probes.params, unseen, context, view)
+    return evidence, evidence.losses.mean(0)
 
   def stacked(self, params: Params) -> Params:
     """Returns the parameters once for each candidate."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.masks), axis=0), params)
 
-  def _loss(self, params, mask, context, batch):
+  def _losses(self, params, mask, context, batch) -> Float[Array, " B"]:
     logits = self._logits(params, context.fixed, mask, batch.images)
-    losses = heads.local_losses(logits, batch.labels, context.task)
-    return heads.weighted_mean(losses, batch.valid)
+    return heads.local_losses(logits, batch.labels, context.task)  # float32
 
   def _update(self, probe, mask, context, batch):
-    grads = jax.grad(self._loss)(probe.params, mask, context, batch)
+    """Returns a probe after one step, and the losses of the batch before it."""
+
+    def loss(params):
+      losses = self._losses(params, mask, context, batch)
+      return heads.weighted_mean(losses, batch.valid), losses
+
+    grads, losses = jax.grad(loss, has_aux=True)(probe.params)
     updates, opt_state = self.optimizer.update(grads, probe.opt_state, probe.params)
     params = cast(Params, optax.apply_updates(probe.params, updates))
-    return Probe(params, opt_state)
+    return Probe(params, opt_state), losses
 
-  def _train_drawn(self, probe, state, context, examples, rows, key, *, augment):
-    """One training step at a rank drawn with P = softmax(alpha): Eq. (11)."""
+  def _train_drawn(self, probe, state, difficulty, context, examples, rows, key, *, augment):
+    """One training step at a rank drawn with P: Eq. (11)."""
     draw_rank, draw_crop = jax.random.split(key)
-    mask = self.selector.apply(state, draw_rank)
-    return self._update(probe, mask, context, augment(examples, rows, draw_crop))
+    mask = self.selector.apply(state, difficulty, draw_rank)
+    batch = augment(examples, rows, draw_crop)
+    probe, losses = self._update(probe, mask, context, batch)
+    return probe, (losses, batch.valid)
 
   def _train_all(self, probes, masks, context, examples, rows, key, *, augment):
     """One training step of every candidate, on the same batch."""
     batch = augment(examples, rows, key)
-    return jax.vmap(lambda probe, mask: self._update(probe, mask, context, batch))(probes, masks)
+    probes, losses = jax.vmap(lambda probe, mask: self._update(probe, mask, context, batch))(
+      probes, masks
+    )
+    return probes, (losses.mean(0), batch.valid)
 
   def _learn_alpha(self, state, costs, key):
     descent = {"steps": self.drs.selector_steps, "learning_rate": self.drs.selector_learning_rate}
@@ -165,21 +223,29 @@ class RankSelection:
 
   def _validate_all(self, params, masks, context, examples, rows, *, center):
     batch = center(examples, rows)
+    losses = jax.vmap(lambda params, mask: self._losses(params, mask, context, batch))
+    return losses(params, masks).T, batch.valid
 
-    def sums(params, mask):
-      logits = self._logits(params, context.fixed, mask, batch.images)
-      return loss_and_correct(logits, batch.labels, batch.valid, context.task)
-
-    return jax.vmap(sums)(params, masks), jnp.sum(batch.valid)
-
-  def _validate(self, params, context, view) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Returns the mean loss and the accuracy of each candidate over the whole validation set."""
+  def _evidence(self, params, unseen, context, view) -> Evidence:
+    """Returns the losses of `unseen` batches and, with params, of all validation images."""
+    if params is None:
+      none = np.zeros((0, len(self.masks)), np.float32)
+      return Evidence(losses=none, unseen=_valid(view.gather(unseen)))
     parts = [
       self.validate_all(params, self.masks, context, *batch, center=view.center)
       for batch in view.val_batches(0)
     ]
-    totals = sum((sums for sums, _ in parts), jnp.zeros(())) / sum(count for _, count in parts)
-    return totals[:, 0], totals[:, 1]
+    return Evidence(losses=_valid(view.gather(parts)), unseen=_valid(view.gather(unseen)))
+
+
+def require_finite(evidence: Evidence, view: TaskView) -> None:
+  """Raises NonFiniteError if a validation loss is NaN or infinite."""
+  loss = evidence.losses.mean()
+  if not np.isfinite(loss):
+    raise NonFiniteError(
+      f"validation loss is {loss} in the rank selection of task {view.index + 1}: must be "
+      "finite; lower config.optim.learning_rate or set config.optim.clip_norm"
+    )
 
 
 def make_logits(
@@ -191,7 +257,8 @@ def make_logits(
   """
 
   def logits(params, fixed, mask, images):
-    deltas: Any = flora.apply({"shared": fixed, "cur": params}, mask, method="masked")
+    groups = {"shared": fixed, "cur": params, "mem": fixed}
+    deltas: Any = flora.apply(groups, mask, method="masked")
     tokens: Any = prompt.apply({"shared": fixed}) if prompt else None
     features = backbone.apply(fixed["backbone"], images, Adapters(deltas=deltas, prompt=tokens))
     return layer.logits(params["head"], features)
@@ -212,31 +279,24 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
   return optax.chain(base.clipping(config), grouped)
 
 
-def loss_and_correct(
-  logits: Float[Array, "B K"],
-  labels: Int[Array, " B"],
-  valid: Bool[Array, " B"],
-  task: TaskArrays,
-) -> Float[Array, "2"]:
-  """Returns the sum of losses in nats and the number of right answers over the valid images."""
-  losses = heads.local_losses(logits, labels, task)
-  slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
-  correct = jnp.argmax(jnp.where(slots, logits, -jnp.inf), -1) + task.lo == labels
-  return jnp.stack([jnp.sum(losses * valid), jnp.sum(correct & valid)])
+def first_within(losses: Float[np.ndarray, " k"], tolerance: float) -> int:
+  """Returns the first candidate whose loss is within `tolerance` nats of the least; Sec. 4.1."""
+  return int(np.argmax(losses <= float(losses.min()) + tolerance))
 
 
-def first_within(accuracies: Float[np.ndarray, " k"], tolerance: float) -> int:
-  """Returns the first candidate whose accuracy is within `tolerance` of the best; Sec. 4.1."""
-  return int(np.argmax(accuracies >= float(accuracies.max()) - tolerance))
+def _valid(parts) -> np.ndarray:
+  """Returns the losses of valid images, side by side, from (losses, valid) of each batch."""
+  losses, valid = map(np.concatenate, zip(*parts, strict=True))
+  return np.asarray(losses, np.float32)[np.asarray(valid)]
 
 
-def _like_a_step(probe: Probe, view: TaskView) -> Probe:
-  """Gives `probe` the sharding that a step returns; otherwise the second step recompiles."""
-  return jax.device_put(probe, view.arrays.index.sharding)
+def _like_a_step(tree: Any, view: TaskView) -> Any:
+  """Gives arrays the sharding that a step returns; otherwise the second step recompiles."""
+  return jax.device_put(tree, view.arrays.index.sharding)
 
 
-def _steps(view: TaskView, epoch: int) -> Iterator[tuple[tuple, PRNGKeyArray]]:
-  """Yields (training batch, key) for each step of one epoch of the preliminary training."""
+def _steps(view: TaskView, epoch: int) -> Iterator[tuple[int, tuple, PRNGKeyArray]]:
+  """Yields (step, training batch, key) for each step of an epoch of the preliminary training."""
   key = jax.random.fold_in(view.key("drs"), epoch)
   for step, batch in enumerate(view.train_batches(epoch)):
-    yield batch, jax.random.fold_in(key, step)
+    yield step, batch, jax.random.fold_in(key, step)
