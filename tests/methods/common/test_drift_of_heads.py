@@ -17,8 +17,15 @@ def features_of(made, variables, task):
   return made.method.head.collect(model, made.view(task))
 
 
-@pytest.mark.parametrize("method", ["lora", "finetune"])
-@pytest.mark.parametrize("kind", ["sdc", "linear"])
+@pytest.mark.parametrize(
+  ("method", "kind"),
+  [
+    ("lora", "sdc"),
+    ("finetune", "linear"),
+    pytest.param("lora", "linear", marks=pytest.mark.tier(2)),
+    pytest.param("finetune", "sdc", marks=pytest.mark.tier(2)),
+  ],
+)
 def test_statistics_of_earlier_classes_follow_the_task_s_images(lab, method, kind):
   made = lab(method, head=ALIGNED | {"drift": kind, "start": "class_mean"})
   for task, stage in enumerate(made.stages):
@@ -89,8 +96,15 @@ def test_class_means_follow_too_and_domains_share_them(make_lab):
   assert np.abs(moved - old["mean"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-@pytest.mark.parametrize("method", ["fm_lora", "finetune"])
+@pytest.mark.parametrize(
+  ("method", "kind"),
+  [
+    ("fm_lora", "linear"),
+    ("finetune", "cosine"),
+    pytest.param("fm_lora", "cosine", marks=pytest.mark.tier(2)),
+    pytest.param("finetune", "linear", marks=pytest.mark.tier(2)),
+  ],
+)
 def test_the_loss_over_all_classes_so_far_fixes_the_rows_of_earlier_ones(lab, method, kind):
   made = lab(method, head={"kind": kind, "loss": "seen"})
   plain = lab(method, head={"kind": kind})
