@@ -282,7 +282,7 @@ def test_the_selection_costs_at_most_1_3_epochs_of_training():
     params = {"core": core, "head": variables.cur["head"]}
     probe = drs.Probe(params, selection.optimizer.init(params))
     context = drs.Context(fixed=variables.shared | fixed.frozen, task=fixed.task)
-    return (state, fixed, batch), probe, context, selection.stacked(params)
+    return (state, fixed, batch), probe, context, drs.stacked(4, params)
 
   weights = jax.eval_shape(lab.backbone.init, jax.random.key(0))
   arguments, probe, context, stacked = jax.eval_shape(shapes, weights)

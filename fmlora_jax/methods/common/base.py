@@ -73,13 +73,13 @@ class StepInputs(flax.struct.PyTreeNode):
     return self.query
 
 
+# without __eq__, so that a bound hook may be a static argument of jax.jit
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedViT(Generic[Settings]):
   """A continual-learning method: adapters of the frozen ViT, and the head of `config.head`.
 
-  A method overrides the hooks in which it differs, and calls `super()` in those that have a part of
-  the head: init, begin_task, end_task, rules, stored. This class alone trains a head on the frozen
-  ViT. Methods are compared by identity, so a bound hook may be a static argument of `jax.jit`.
+  A method overrides the hooks in which it differs, and calls `super()` in those with a part of the
+  head: init, begin_task, end_task, rules, stored. This class alone trains a head on frozen features.
 
   Attributes:
     run: config of the run; `settings` is the method's part of it.

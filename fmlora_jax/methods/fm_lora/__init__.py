@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from fmlora_jax.methods.common import base
 from fmlora_jax.methods.common.base import AdaptedViT, StepInputs
-from fmlora_jax.methods.fm_lora import drs, gradient_start, rank_checks
+from fmlora_jax.methods.fm_lora import drs, gradient_start, optimizer_groups, rank_checks
 from fmlora_jax.methods.fm_lora.settings import Config
-from fmlora_jax.models import heads, low_rank
+from fmlora_jax.models import low_rank
 from fmlora_jax.models.flora import FLoRA
 from fmlora_jax.models.meta_prompt import MetaPrompt
 from fmlora_jax.types import (
@@ -92,19 +92,7 @@ class FMLoRA(AdaptedViT[Config]):
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:
-    bases, core, prompt = self.settings.bases, self.settings.core, self.settings.prompt
-    rates = {
-      "a": bases.lr_scale,
-      "b": bases.lr_scale * bases.b_lr_scale,
-      "first_core": core.first_lr_scale,
-      "core": core.lr_scale,
-      "first_prompt": prompt.first_lr_scale,
-      "prompt": prompt.lr_scale,
-    }
-    groups = {name: OptimizerGroup(lr_scale=rate) for name, rate in rates.items()}
-    for name in ("first_core", "core"):  # M starts at I, and decay would pull it to 0
-      groups[f"{name}_m"] = OptimizerGroup(lr_scale=rates[name], decays=False)
-    return super().groups | groups
+    return super().groups | optimizer_groups.groups(self.settings)
 
   def init(self, key: PRNGKeyArray, weights: Params) -> Variables:
     variables = super().init(key, weights)
@@ -118,24 +106,17 @@ class FMLoRA(AdaptedViT[Config]):
   def begin_task(self, variables: Variables, view: TaskView) -> tuple[Variables, Facts]:
     """Chooses the rank of the task and makes its core; starts the bases of task 1."""
     variables, facts = super().begin_task(variables, view)
-    if view.index == 0 and self.settings.bases.init == "gradient":
-      variables = variables.update(shared={"bases": self.gradient_bases(variables, view)})
+    bases = self.settings.bases
+    if view.index == 0 and bases.init == "gradient":
+      sums = self.head.class_sums(self.fold(view.weights, variables), view)
+      started = gradient_start.start(self.backbone, bases.targets, bases.max_rank, sums, view)
+      variables = variables.update(shared={"bases": started})
     chosen = self.choose_rank(variables, view)
     core = self.flora.new_core(chosen["rank"])
     if view.index == 0:
-      bases, core = self.flora.start(variables.shared["bases"])
-      variables = variables.update(shared={"bases": bases})
+      started, core = self.flora.start(variables.shared["bases"])
+      variables = variables.update(shared={"bases": started})
     return variables.update(cur={"core": core}), facts | chosen
-
-  def gradient_bases(self, variables: Variables, view: TaskView) -> Params:
-    """Returns bases from the gradient of task 1, under rows that start at class means."""
-    sums = self.head.class_sums(self.fold(view.weights, variables), view)
-    empty = {"kernel": jnp.zeros((view.num_classes, self.backbone.sizes.width))}
-    rows = heads.imprint(empty, *sums, view.arrays)
-    bases = self.settings.bases
-    gradient = gradient_start.make_gradient(self.backbone, bases.targets)
-    found = gradient_start.principal_bases(gradient(view.weights, rows, view), bases.max_rank)
-    return view.replicate(found)
 
   def choose_rank(self, variables: Variables, view: TaskView) -> Facts:
     """Returns the rank of a task, r_max of the first, and the complexity where it is measured."""
@@ -191,16 +172,7 @@ class FMLoRA(AdaptedViT[Config]):
     return self.past(weights, variables), Adapters(prompt=self.tokens(variables.shared))
 
   def rules(self, task: int) -> Rules:
-    first = "" if task else "first_"
-    trained = not task and self.settings.bases.lr_scale > 0
-    table = [
-      *((f"shared/bases/.*/{side}", side if trained else "frozen") for side in "ab"),
-      ("cur/core/.*/m", f"{first}core_m"),
-      ("cur/core/.*/n", f"{first}core"),
-    ]
-    if self.prompt:
-      table.append(("shared/prompt", f"{first}prompt"))
-    return (*table, *super().rules(task))
+    return (*optimizer_groups.rules(self.settings, task), *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
     """Counts the bases and the prompt once, M and N of each task at its rank."""

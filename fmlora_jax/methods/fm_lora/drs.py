@@ -116,6 +116,7 @@ class RankSelection:
     choose = self._by_gumbel if self.drs.strategy == "gumbel" else self._by_validation
     evidence, scores = choose(params, context, view)
     require_finite(evidence, view)
+    scores = np.asarray(view.replicate(scores))  # of process 0: CPUs round differently
     best = np.argmax(scores)
     if self.drs.strategy == "validation":
       best = first_within(scores, self.drs.tolerance)
@@ -126,48 +127,38 @@ class RankSelection:
       "rank_scores": [float(score) for score in scores],
     }
 
-  def _by_gumbel(self, params, context, view) -> tuple[Evidence, Float[np.ndarray, " k"]]:
+  def _by_gumbel(self, params, context, view) -> tuple[Evidence, Float[Array, " k"]]:
     """Returns the evidence and P of each candidate.
 
     In the first half of the first epoch all ranks are as likely, in the second P follows the
     complexity so far; after each epoch alpha learns on the validation images.
     """
     probe = _like_a_step(Probe(params, self.optimizer.init(params)), view)
-    difficulty, evidence = self._difficulty(None, view), None
+    difficulty, evidence = difficulty_logits(self.config, None, view), None
     state = _like_a_step(self.selector.init({}, difficulty, method="probabilities"), view)
     for epoch in range(self.drs.epochs):
       unseen = []
       for step, batch, key in _steps(view, epoch):
         if step and step == view.steps_per_epoch // 2:
-          difficulty = self._difficulty(self._evidence(None, unseen, context, view), view)
+          difficulty = difficulty_logits(
+            self.config, self._evidence(None, unseen, context, view), view
+          )
           unseen = []
         probe, losses = self.train_drawn(
           probe, state, difficulty, context, *batch, key, augment=view.augment
         )
         unseen.append(losses)
-      evidence = self._evidence(self.stacked(probe.params), unseen, context, view)
-      difficulty = self._difficulty(evidence, view)
+      evidence = self._evidence(stacked(len(self.masks), probe.params), unseen, context, view)
+      difficulty = difficulty_logits(self.config, evidence, view)
       gains = rank_selector.significant_gains(jnp.asarray(evidence.losses), self.drs.deviations)
       state = self._learn(state, gains, jax.random.fold_in(view.key("drs alpha"), epoch))
-    assert evidence is not None  # epochs >= 1
     chances: Any = self.selector.apply(state, difficulty, method="probabilities")
-    return evidence, np.asarray(chances)
-
-  def _difficulty(self, evidence: Evidence | None, view: TaskView) -> Float[Array, " k"]:
-    """Returns the logits of a task's complexity, zeros before anything is known of it."""
-    candidates = self.drs.candidate_ranks
-    if evidence is None:
-      return _like_a_step(jnp.zeros(len(candidates)), view)
-    earlier = [fact["complexity"] for fact in view.earlier if fact.get("complexity") is not None]
-    complexity = evidence.complexity(view.num_classes)
-    share = rank_selector.rank_share(complexity, earlier, self.drs.reference)
-    logits = rank_selector.difficulty_logits(share, candidates, self.max_rank, self.drs.weight)
-    return _like_a_step(logits, view)
+    return cast(Evidence, evidence), chances  # epochs >= 1
 
   def _by_validation(self, params, context, view) -> tuple[Evidence, Float[np.ndarray, " k"]]:
     """Returns the evidence and the validation loss of each candidate, trained alone."""
-    stacked = self.stacked(params)
-    probes = _like_a_step(Probe(stacked, jax.vmap(self.optimizer.init)(stacked)), view)
+    each = stacked(len(self.masks), params)
+    probes = _like_a_step(Probe(each, jax.vmap(self.optimizer.init)(each)), view)
     unseen = []
     for epoch in range(self.drs.epochs):
       unseen = []
@@ -179,10 +170,6 @@ class RankSelection:
           unseen.append(losses)
     evidence = self._evidence(probes.params, unseen, context, view)
     return evidence, evidence.losses.mean(0)
-
-  def stacked(self, params: Params) -> Params:
-    """Returns the parameters once for each candidate."""
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.masks), axis=0), params)
 
   def _losses(self, params, mask, context, batch) -> Float[Array, " B"]:
     logits = self._logits(params, context.fixed, mask, batch.images)
@@ -236,6 +223,26 @@ class RankSelection:
       for batch in view.val_batches(0)
     ]
     return Evidence(losses=_valid(view.gather(parts)), unseen=_valid(view.gather(unseen)))
+
+
+def difficulty_logits(
+  config: Config, evidence: Evidence | None, view: TaskView
+) -> Float[Array, " k"]:
+  """Returns the logits of a task's complexity, zeros before anything is known of it."""
+  settings = cast(Settings, config.method)
+  drs, max_rank = settings.drs, settings.bases.max_rank
+  if evidence is None:
+    return view.replicate(jnp.zeros(len(drs.candidate_ranks)))
+  earlier = [fact["complexity"] for fact in view.earlier if fact.get("complexity") is not None]
+  complexity = evidence.complexity(view.num_classes)
+  share = rank_selector.rank_share(complexity, earlier, drs.reference)
+  logits = rank_selector.difficulty_logits(share, drs.candidate_ranks, max_rank, drs.weight)
+  return view.replicate(logits)
+
+
+def stacked(count: int, params: Params) -> Params:
+  """Returns the parameters once for each of the candidates."""
+  return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), params)
 
 
 def require_finite(evidence: Evidence, view: TaskView) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from fmlora_jax.models import heads, low_rank
 from fmlora_jax.types import Backbone, Params, TaskView
@@ -42,6 +43,20 @@ def make_gradient(backbone: Backbone, targets: Sequence[str]) -> Callable[..., P
     return sums
 
   return gradient
+
+
+def start(
+  backbone: Backbone, targets: Sequence[str], rank: int, sums: tuple[Array, Array], view: TaskView
+) -> Params:
+  """Returns the bases that task 1 starts from, under a head whose rows are class means.
+
+  Args:
+    sums: of features [C, D] and numbers of images [C] of the task's classes.
+  """
+  rows = {"kernel": jnp.zeros((view.num_classes, backbone.sizes.width))}
+  rows = heads.imprint(rows, *sums, view.arrays)
+  gradient = make_gradient(backbone, targets)(view.weights, rows, view)
+  return view.replicate(principal_bases(gradient, rank))
 
 
 def principal_bases(gradient: Params, rank: int) -> Params:
