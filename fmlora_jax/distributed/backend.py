@@ -17,7 +17,7 @@ def require_backend() -> None:
   To be called after the processes have joined.
 
   Raises:
-    ConfigError: if there is no such device, or XLA_FLAGS split the CPU into no whole number of them.
+    ConfigError: if there is no such device, or XLA_FLAGS have a number of devices that XLA refuses.
   """
   _require_devices_of_cpu()
   wanted = os.environ.get(PLATFORMS)
