@@ -61,6 +61,7 @@ def version_text() -> str:
 
 def help_text() -> str:
   """Returns the docstring above, and the commands with a line for each."""
+  program.require_docstrings()
   lines = [inspect.cleandoc(str(__doc__)), "", "Commands:"]
   for name, module in COMMANDS.items():
     summary = str(importlib.import_module(module).__doc__).splitlines()[0]

@@ -55,10 +55,10 @@ def explain(error: Exception, workdir: str | None = None) -> str | None:
       lines[MOST_LINES - 2 :] = [f"and {len(lines) - MOST_LINES + 2} more"]
     return "\n  ".join([f"{len(error.problems)} problems:", *lines])
   message = " ".join(str(error).split())
-  if isinstance(error, ConfigError):
-    return message
   if "invalid truth value" in message and "'JAX_" in message:  # at the import of jax
     return f"{message}: must be true or false; correct it or unset it"
+  if isinstance(error, ConfigError):
+    return message
   types = sys.modules.get("fmlora_jax.types")  # it imports jax, which may be what failed
   if types and isinstance(error, (types.FrozenError, types.NonFiniteError)):
     return message

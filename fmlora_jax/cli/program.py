@@ -80,13 +80,24 @@ def _end_output(*, is_all: bool) -> None:
     sys.stderr.write(f"warning: {line}\n")
 
 
+def require_docstrings() -> None:
+  """Raises ConfigError where Python runs without docstrings, which --help and --list print."""
+  if sys.flags.optimize > 1:
+    raise ConfigError(
+      f"Python's optimisation is {sys.flags.optimize}: must be 0 or 1 for --help and --list, which "
+      "print docstrings; unset PYTHONOPTIMIZE and leave out -OO"
+    )
+
+
 def print_help(doc: str, values: flags.FlagValues) -> None:
   """Prints usage and examples, which are a module's docstring, and the flags."""
+  require_docstrings()
   sys.stdout.write(f"{inspect.cleandoc(doc)}\n\nFlags:\n{flags_lib.describe(values)}\n")
 
 
 def print_listing() -> None:
   """Prints what --list asks for."""
+  require_docstrings()
   from fmlora_jax.cli import listing  # imports jax, as it reads every method's settings
 
   sys.stdout.write(listing.listing())

@@ -186,7 +186,8 @@ class OptimConfig:
     head_weight_decay: for the head.
     schedule: cosine (to 0, by steps, without warm-up), constant, steps (times `decay` at each epoch
       in `milestones`), coda_cosine or timm_cosine; see fmlora_jax/train/schedules.py.
-    milestones: epochs at which schedule steps multiplies the rate by `decay`, ascending.
+    milestones: epochs at which schedule steps multiplies the rate by `decay`, ascending and
+      below the `epochs` of a task.
     decay: factor of schedule steps.
     final_learning_rate: rate at the end of timm_cosine.
     later_lr_scale: factor on `learning_rate` and its schedule from the second task on, beside those
@@ -339,3 +340,6 @@ class Config:
     apart = self.head.loss == "seen" and self.tasks.scenario == "til"
     allowed = "task where tasks.scenario is til, whose tests compare the classes of one task"
     require(not apart, "head.loss", self.head.loss, allowed)
+    marks = self.optim.milestones
+    allowed = f"below config.epochs, {self.epochs}; lower them, raise it, or take another schedule"
+    require(not marks or marks[-1] < self.epochs, "optim.milestones", marks, allowed)

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 PHOTOS = {".heic", ".heif", ".hif"}  # images, whether the package that reads them is there or not
 PHOTO_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+PAGED = {"GIF", "PNG", "TIFF", "WEBP"}  # formats whose further frames are images of their own
 NEAR_BLACK = 16  # 4095 of 65535, in bytes
 MAX_ASPECT = 2  # longer images are cropped at the centre
 _PILLOW = threading.Lock()
@@ -99,10 +100,10 @@ def on_canvases(
   return canvases, sizes
 
 
-def read(path: str | os.PathLike) -> tuple[Image.Image, str]:
-  """Returns the image in RGB, decoded and upright, and the sha256 hex of its file.
+def read(path: str | os.PathLike) -> tuple[Image.Image, str, bool]:
+  """Returns (image in RGB, decoded and upright; sha256 hex of its file; whether it has pages).
 
-  Call within `pillow_limited`. Of several frames the first is taken.
+  Call within `pillow_limited`. Of several pages or frames the first is taken.
 
   Raises:
     BrokenImage: if it can't be decoded, or has too many pixels, before any is decoded.
@@ -110,10 +111,24 @@ def read(path: str | os.PathLike) -> tuple[Image.Image, str]:
   with _errors_named(), _open_file(path) as file:
     with _opened(file) as image:
       rgb = to_rgb(ImageOps.exif_transpose(image))
+      has_pages = _has_pages(image)
     # unbuffered: libtiff moves the position behind the buffer's back
     with open(file.fileno(), "rb", buffering=0, closefd=False) as content:
       content.seek(0)
-      return rgb, hashlib.file_digest(content, "sha256").hexdigest()
+      return rgb, hashlib.file_digest(content, "sha256").hexdigest(), has_pages
+
+
+def _has_pages(image: Image.Image) -> bool:
+  """Returns whether a file has a second frame; moves to it."""
+  if image.format not in PAGED:
+    return False
+  try:
+    image.seek(1)
+  except EOFError:
+    return False
+  except Exception:  # a second frame that is damaged, of which decoders raise nearly anything
+    return True
+  return True
 
 
 def decode(file: io.BytesIO) -> Image.Image:

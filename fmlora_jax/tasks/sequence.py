@@ -40,6 +40,7 @@ class DataSource:
     group: of each record; a split that is drawn never divides a group. Copies of one image are a
       group. None: each record is its own group, and copies are unknown.
     shown: record -> name of the record for people.
+    caveats: notes for a reader of results on these data, one line each.
   """
 
   name: str
@@ -55,6 +56,7 @@ class DataSource:
   domain_names: tuple[str, ...] = ()
   group: Int[np.ndarray, " n"] | None = None
   shown: Callable[[int], str] = "record {}".format
+  caveats: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,8 @@ class TaskSequence:
   @property
   def caveats(self) -> tuple[str, ...]:
     """Notes for a reader of results on these tasks, one line each."""
-    return tuple(text for text in (_one_class(self.spec), _drawn_test(self)) if text)
+    of_tasks = (_one_class(self.spec), _drawn_test(self))
+    return (*(text for text in of_tasks if text), *self.source.caveats)
 
 
 def task_name(class_names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from fmlora_jax import methods
 from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.train import metrics
 from fmlora_jax.workdir.files import jsonable, write_atomically
-from fmlora_jax.workdir.kinds import fits
+from fmlora_jax.workdir.kinds import AMOUNT, COUNT, fits
 
 RESULT = "result.json"
 SCHEMA = 2  # version; results of version 1 lack the field
@@ -74,29 +74,30 @@ _SETTING = (*_LEAF, [_LEAF])
 for _ in range(4):  # groups of settings in groups
   _SETTING = (*_LEAF, [_LEAF], {...: _SETTING})
 KINDS = {  # of each field's value, as of `kinds.fits`
-  **dict.fromkeys(("schema", "seed", "statistics_bytes", "epochs", "batch_size"), int),
+  **dict.fromkeys(("schema", "seed", "statistics_bytes", "epochs", "batch_size"), COUNT),
   **dict.fromkeys(("method", "benchmark", "scenario", "split_id", "manifest_sha256"), str),
   **dict.fromkeys(("normalisation", "augmentation", "params_sha256"), str),
-  **{name: [int] for name in ("class_order", "n_test")},
+  **{name: [COUNT] for name in ("class_order", "n_test")},
   **{name: [str] for name in ("task_names", "caveats", "devices")},
   **dict.fromkeys((*SCORES, "fwt"), (float, None)),
   "accuracy": [[(float, None)]],
   "class_names": (None, [str]),
-  "class_ranges": (None, [[int]]),
-  "params": {"trained": int, "stored_per_task": [int], "stored_total": int},
+  "class_ranges": (None, [[COUNT]]),
+  "params": {"trained": COUNT, "stored_per_task": [COUNT], "stored_total": COUNT},
   "protocol": (
     None,
     {
-      **dict.fromkeys(("old_image_bytes", "old_statistics_bytes", "validation_images"), int),
+      **dict.fromkeys(("old_image_bytes", "old_statistics_bytes", "validation_images"), COUNT),
       **dict.fromkeys(("task_identity_at_test", "validation_read_by_method"), bool),
       "measured_on": str,
-      "copies": (None, {**dict.fromkeys(COPIES, int), ...: _LEAF}),
+      "copies": (None, {**dict.fromkeys(COPIES, COUNT), ...: _LEAF}),
     },
   ),
-  "passes": {"train": int, "test": int, "between": int},
+  "passes": {"train": COUNT, "test": COUNT, "between": COUNT},
   "weights": {"tag": str, "sha256": (str, None)},
-  "input": (None, {"mode": str, "workers": int}),
-  "wall_seconds": {"total": float, ...: float},
+  "input": (None, {"mode": str, "workers": COUNT}),
+  # a change of the machine's clock can bring a kind of work, but not the total, below 0
+  "wall_seconds": {"total": AMOUNT, ...: float},
   "versions": {...: str},
   "environment": (None, {...: _LEAF}),
   "git_commit": (str, None),
@@ -177,7 +178,8 @@ def _require_valid(result: Mapping[str, Any]) -> None:
   if missing := [name for name in FIELDS if name not in result]:
     raise ValueError(f"lacks {', '.join(missing)}")
   for name, kind in KINDS.items():
-    _require(fits(result[name], kind), result, name, f"as runs write it ({FIELDS[name]})")
+    allowed = f"as runs write it, no count below 0 ({FIELDS[name]})"
+    _require(fits(result[name], kind), result, name, allowed)
   config = result["config"]
   methods.build_config(_known(config))
   there = {"seed": config.get("seed"), "epochs": config.get("epochs"), **config["method"]}

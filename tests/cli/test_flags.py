@@ -90,6 +90,18 @@ def test_help_is_shown_without_jax_and_ends_with_code_0():
     assert "Usage: " in done.stdout or done.stdout == f"fmlora_jax {__version__}\n"
 
 
+@pytest.mark.parametrize("command", ["--help", "main --help", "main --list", "--list"])
+def test_help_without_docstrings_is_one_line(command):
+  line = [sys.executable, "-B", "-OO", "-m", "fmlora_jax", *command.split()]
+  done = subprocess.run(line, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout, done.stderr) == (
+    2,
+    "",
+    "error: Python's optimisation is 2: must be 0 or 1 for --help and --list, which print "
+    "docstrings; unset PYTHONOPTIMIZE and leave out -OO\n",
+  )
+
+
 def test_the_list_names_methods_benchmarks_weights_and_every_setting():
   shown = listing.listing()
   for name in (*methods.names(), *tasks.benchmark_names(), *registry.WEIGHTS):

@@ -59,6 +59,10 @@ from fmlora_jax import config, methods
       {"optim": {"milestones": (4,)}},
       "config.optim.milestones is (4,): must be given with schedule=steps only",
     ),
+    (
+      {"epochs": 5, "optim": {"schedule": "steps", "milestones": (2, 5)}},
+      "config.optim.milestones is (2, 5): must be below config.epochs, 5; ",
+    ),
     ({"optim": {"learning_rate": True}}, "config.optim.learning_rate is True: must be of type fl"),
     ({"optim": 3}, "config.optim is 3: must be a group of fields"),
     ({"tasks": {"scenario": "online"}}, "config.tasks.scenario is 'online': must be one of cil, "),

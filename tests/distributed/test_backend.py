@@ -67,8 +67,34 @@ def test_the_fix_is_of_the_platform(monkeypatch, wanted, fix):
   assert str(refused.value) == f"JAX_PLATFORMS is {wanted!r}: no such device here; {fix}"
 
 
-@pytest.mark.parametrize("command", ["main --config=digits --dry_run", "bench"])
+@pytest.mark.parametrize("count", ["0", "-1", "two", "", "00"])
+def test_a_number_of_devices_that_ends_xla_is_refused(monkeypatch, count):
+  flags = f"--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count={count}"
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  with pytest.raises(ConfigError) as refused:
+    backend.require_backend()
+  assert str(refused.value) == (
+    f"XLA_FLAGS is {flags!r}: xla_force_host_platform_device_count must be a whole number >= 1; "
+    "correct it or leave it out"
+  )
+
+
+def test_a_number_of_devices_is_taken(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=10")
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  backend.require_backend()
+
+
+def test_no_device_is_one_line_of_the_program(tmp_path):
+  flags = "--xla_force_host_platform_device_count=0"
+  code, shown, errors = ended("main --config=digits --dry_run", tmp_path, XLA_FLAGS=flags)
+  assert (code, shown) == (2, "") and errors.startswith(f"error: XLA_FLAGS is {flags!r}: ")
+  assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["main --config=digits --dry_run", "bench", "report runs"])
 def test_a_switch_that_jax_refuses_at_its_import_is_one_line(tmp_path, command):
+  (tmp_path / "runs").mkdir()
   assert ended(command, tmp_path, JAX_ENABLE_X64="maybe") == (
     2,
     "",

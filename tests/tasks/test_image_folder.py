@@ -415,9 +415,68 @@ def test_different_depths_are_refused(tmp_path):
 
 
 def test_loops_of_links_are_refused(tmp_path):
+  root = fill(tmp_path / "data")
+  (root / "ant" / "up").symlink_to(root)
+  assert f"folder 'ant/up' links back to {str(root)!r}, in which it is" in refusal(root)
+  (root / "ant" / "up").unlink()
+  (root / "ant" / "up").symlink_to(tmp_path)
+  assert "folder 'ant/up/data' links back to " in refusal(root)
+  (root / "ant" / "up").unlink()
+  (root / "ant" / "bees").symlink_to("../bee")
+  (root / "bee" / "ants").symlink_to("../ant")
+  message = refusal(root)
+  loop = "folder '(ant/bees/ants|bee/ants/bees)' links back to .*; remove the link"
+  assert re.search(loop, message)
+  assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["dog", "ant/x.png"])
+def test_links_to_themselves_are_refused(tmp_path, name):
   fill(tmp_path)
-  (tmp_path / "ant" / "up").symlink_to(tmp_path)
-  assert re.search("folder 'ant/up/.*' is too deep, or links back", refusal(tmp_path))
+  (tmp_path / name).symlink_to(tmp_path / name)
+  message = refusal(tmp_path)
+  assert f"{name!r} is a symbolic link that leads to itself: must lead to" in message
+  assert "\n" not in message
+
+
+def test_folders_whose_names_are_one_in_two_unicode_forms_are_refused(tmp_path):
+  for name, value in (("caf\u00e9", 40), ("cafe\u0301", 140)):
+    save(tmp_path / name / "0.png", value)
+    names = {path.name for path in tmp_path.iterdir()}
+  if len(names) == 1:
+    pytest.skip("this file system has one form of a name")
+  message = refusal(tmp_path)
+  assert "folders 'cafe\\u0301' and 'caf\\xe9' have one name, 'caf\u00e9', in two" in message
+  assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "tif", "webp"])
+def test_images_of_several_pages_are_counted_and_give_their_first(tmp_path, kind):
+  fill(tmp_path)
+  for name in COLORS:
+    save(tmp_path / name / f"one.{kind}", 90)
+  assert make(tmp_path, num_tasks=1).caveats == ()
+  pages = [Image.new("RGB", (12, 8), (value, 0, 0)) for value in (80, 200)]
+  for name in ("bee", "cat"):
+    pages[0].save(tmp_path / name / f"two.{kind}", save_all=True, append_images=pages[1:])
+  made = make(tmp_path, num_tasks=1, order="natural")
+  assert made.caveats == (
+    f"2 image files have several pages or frames, such as 'bee/two.{kind}': the first is taken, "
+    "the others are left out",
+  )
+  (row,) = [i for i in range(20) if made.source.shown(i) == f"bee/two.{kind}"]
+  pixels, _ = made.source.decode(np.array([row]))
+  assert abs(int(pixels[0, 4, 4, 0]) - 80) < 5
+
+
+def test_a_damaged_second_page_does_no_harm(tmp_path):
+  pages = [Image.new("RGB", (12, 8), (value, 0, 0)) for value in (80, 200)]
+  pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+  content = (tmp_path / "x.tif").read_bytes()
+  (tmp_path / "x.tif").write_bytes(content[:-100])
+  with images.pillow_limited(10**6):
+    image, _, has_pages = images.read(tmp_path / "x.tif")
+  assert image.getpixel((0, 0)) == (80, 0, 0) and has_pages
 
 
 def test_an_empty_class_is_named(tmp_path):

@@ -163,3 +163,31 @@ def test_a_field_that_was_edited_beside_the_others_is_refused(tmp_path, name):
   path.write_text(json.dumps(result))
   with pytest.raises(ConfigError, match=f"result.json: {name} is .*: must be .*; put back a copy"):
     result_file.read_result(path)
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    ("n_test", 0),
+    ("params", "trained"),
+    ("params", "stored_per_task", 0),
+    ("params", "stored_total"),
+    ("passes", "train"),
+    ("statistics_bytes",),
+    ("batch_size",),
+    ("wall_seconds", "total"),
+  ],
+)
+def test_a_result_with_a_negative_count_is_left_out_with_its_line(tmp_path, path):
+  made_up.save(tmp_path / "good", whole())
+  made_up.save(tmp_path / "odd", whole(seed=7, params_sha256="0" * 24))
+  file = tmp_path / "odd" / "result.json"
+  changed = inner = json.loads(file.read_text())
+  for key in path[:-1]:
+    inner = inner[key]
+  inner[path[-1]] = -1
+  file.write_text(json.dumps(changed))
+  results, (note,) = load([tmp_path])
+  assert [result["seed"] for result in results] == [whole()["seed"]]
+  assert note.startswith(f"left out: {file}: {path[0]} is ") and "-1" in note
+  assert "must be as runs write it, no count below 0" in note and "\n" not in note

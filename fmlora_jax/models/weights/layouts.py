@@ -234,7 +234,7 @@ def convert(
 
   Raises:
     ValueError: naming together all tensors that are missing, unknown or of a wrong shape; or one
-      that holds NaN or infinity.
+      that holds NaN or infinity; or if all hold 0.
   """
   tensors = _unstack(tensors)
   leaves, ignored, unknown = {}, [], []  # leaf -> (name on disk, array)
@@ -254,6 +254,8 @@ def convert(
     leaves["position"] = name, resize_positions(position, sizes.grid, antialias=antialias)
   _check(leaves, unknown, layout, sizes, tensors)
   params = {leaf: np.ascontiguousarray(array) for leaf, (_, array) in leaves.items()}
+  if not any(array.any() for array in params.values()):
+    raise ValueError("all its tensors are 0: the file is damaged; get it again")
   return unflatten(params), tuple(ignored)
 
 

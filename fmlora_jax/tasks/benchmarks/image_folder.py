@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -9,6 +10,7 @@ import logging
 import os
 import pathlib
 import time
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,11 +69,10 @@ def make(config: TasksConfig, source_size: int) -> DataSource:
   files = list(checked)
   ids = {role: _ids(files, layout.index(role), names[role]) for role in layout}
   codes = np.asarray([SPLIT_NAMES[name.casefold()] for name in names.get("split", ())], np.int8)
-  sizes = np.asarray([found.size for found in checked.values()], np.int32)
   contents = [found.content for found in checked.values()]
   first: dict[str, int] = {}  # record of each content
   group = np.asarray([first.setdefault(sha, i) for i, sha in enumerate(contents)])
-  canvas = tuple(sizes.max(axis=0).tolist())
+  canvas = tuple(np.max([found.size for found in checked.values()], axis=0).tolist())
   return DataSource(
     name="image_folder",
     labels=ids["class"],
@@ -84,6 +85,7 @@ def make(config: TasksConfig, source_size: int) -> DataSource:
     domain_names=tuple(names.get("domain", ())),
     group=group,
     shown=functools.partial(_shown, files),
+    caveats=_caveats([path for path, found in checked.items() if found.has_pages]),
   )
 
 
@@ -163,13 +165,34 @@ def _entries(root: pathlib.Path, path: RelativePath) -> tuple[list[str], list[st
   """Returns the names of folders and of files in a folder, without hidden ones."""
   if len(path) > MAX_DEPTH:
     raise _refusal(root, f"folder {_listed([path])} is too deep, or links back; {_wanted()}")
+  _refuse_loop(root, path)
   try:
     with os.scandir(root.joinpath(*path)) as entries:
       visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
-      folders = [e.name for e in visible if e.is_dir()]
-      return folders, [e.name for e in visible if not e.is_dir()]
+      folders = [e.name for e in visible if _is_folder(root, path, e)]
+      return folders, sorted({e.name for e in visible} - {*folders})
   except OSError as error:
     raise _refusal(root, f"folder {_listed([path])} can't be read: {error.strerror}") from None
+
+
+def _is_folder(root: pathlib.Path, path: RelativePath, entry: os.DirEntry) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError as error:
+    if error.errno != errno.ELOOP:
+      raise
+    shown = _listed([(*path, entry.name)])
+    reason = f"{shown} is a symbolic link that leads to itself: must lead to an image or a folder"
+    raise _refusal(root, f"{reason}; remove it") from None
+
+
+def _refuse_loop(root: pathlib.Path, path: RelativePath) -> None:
+  """Refuses a folder that is, by a symbolic link, one of those that it is in."""
+  places = [os.path.realpath(root.joinpath(*path[:depth])) for depth in range(len(path) + 1)]
+  if places[-1] in places[:-1]:
+    shown, above = _listed([path]), places[-1]
+    reason = f"folder {shown} links back to {above!r}, in which it is: must hold images"
+    raise _refusal(root, f"{reason}; remove the link")
 
 
 def _wanted() -> str:
@@ -206,6 +229,8 @@ def _layout(root: pathlib.Path, files: Sequence[RelativePath]) -> tuple[str, ...
       f"where split is one of {', '.join(SPLIT_NAMES)}, and domain is none of these",
     )
   (roles,) = fitting
+  for names in levels:
+    _refuse_alike(root, names)
   if "split" in roles:
     _refuse_twice(root, splits[roles.index("split")])
   return roles
@@ -219,6 +244,19 @@ def _refuse_twice(root: pathlib.Path, names: set[str]) -> None:
         root,
         f"folders {_listed([(name,) for name in same])} mean the same split: must be one folder; "
         "merge or rename them",
+      )
+
+
+def _refuse_alike(root: pathlib.Path, names: set[str]) -> None:
+  """Refuses folders whose names differ in their Unicode form alone, as of two operating systems."""
+  first: dict[str, str] = {}
+  for name in sorted(names):
+    other = first.setdefault(unicodedata.normalize("NFC", name), name)
+    if other != name:
+      raise _refusal(
+        root,
+        f"folders {other!a} and {name!a} have one name, {name!r}, in two Unicode forms: must be "
+        "one folder; merge or rename them",
       )
 
 
@@ -243,6 +281,7 @@ class Checked:
   size: tuple[int, int]
   content: str
   is_near_black: bool
+  has_pages: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,16 +295,16 @@ class ImageReader:
   def check(self, path: RelativePath) -> Checked | images.BrokenImage:
     """Returns the facts about a file, or its fault."""
     try:
-      image, content = images.read(self.root.joinpath(*path))
+      image, content, has_pages = images.read(self.root.joinpath(*path))
       (width, height), _ = images.resized_size(image.size, self.side)
       dark = images.is_near_black(image)
-      return Checked(size=(height, width), content=content, is_near_black=dark)
+      return Checked(size=(height, width), content=content, is_near_black=dark, has_pages=has_pages)
     except images.BrokenImage as error:
       return error
 
   def pixels(self, path: RelativePath, content: str) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the resized image; refuses a file whose sha256 hex is not `content`."""
-    image, now = images.read(self.root.joinpath(*path))
+    image, now, _ = images.read(self.root.joinpath(*path))
     if now != content:
       raise images.BrokenImage("it holds something else than at the start of the run")
     return np.asarray(images.resize_shorter_side(image, self.side))
@@ -312,6 +351,14 @@ def _warn_of_black(root: pathlib.Path, paths: Sequence[RelativePath]) -> None:
       "10 or 12 bits in 16, multiply the values by 64 or 16",
       *(root, len(paths), images.NEAR_BLACK, _listed(paths[:1])),
     )
+
+
+def _caveats(paths: Sequence[RelativePath]) -> tuple[str, ...]:
+  """Returns what a reader must know of images of several pages, if there are any."""
+  if not paths:
+    return ()
+  count = f"{len(paths)} image files have several pages or frames, such as {_listed(paths[:1])}"
+  return (f"{count}: the first is taken, the others are left out",)
 
 
 def _digest(checked: dict[RelativePath, Checked]) -> str:

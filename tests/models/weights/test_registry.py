@@ -363,6 +363,15 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path, value):
   assert "tensor blocks.1.mlp.fc1.bias holds NaN or infinity" in message
 
 
+def test_a_file_of_zeros_is_refused(tmp_path):
+  disk = to_timm(random_params(TINY), TINY)
+  zeros = {name: np.zeros_like(tensor) for name, tensor in disk.items()}
+  message = refusal("tiny_timm", write(tmp_path / "x", zeros))
+  assert "x: all its tensors are 0: the file is damaged; get it again; is it a file of" in message
+  zeros["blocks.2.mlp.fc2.bias"][0] = 1e-3
+  registry.load(WeightsConfig(tag="tiny_timm", path=write(tmp_path / "y", zeros)))
+
+
 def test_missing_unknown_and_misshapen_tensors_are_reported_together(tmp_path):
   disk = to_timm(random_params(TINY), TINY)
   del disk["blocks.0.norm1.bias"]
