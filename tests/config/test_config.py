@@ -99,7 +99,11 @@ from fmlora_jax import config, methods
       "config.method.drs.candidate_ranks[1] is '8': must be of t",
     ),
     ({"drs": {"tau": 0.0}}, "config.method.drs.tau is 0.0: must be > 0"),
-    ({"drs": {"tolerance": 1.0}}, "config.method.drs.tolerance is 1.0: must be in [0, 1)"),
+    ({"drs": {"tolerance": -1.0}}, "config.method.drs.tolerance is -1.0: must be >= 0"),
+    ({"drs": {"reference": 0.0}}, "config.method.drs.reference is 0.0: must be > 0"),
+    ({"bases": {"b_lr_scale": 0.0}}, "config.method.bases.b_lr_scale is 0.0: must be > 0"),
+    ({"method": {"core": {"alpha": 0.0}}}, "config.method.core.alpha is 0.0: must be > 0"),
+    ({"drs": {"price": 0.5}}, "config.method.drs.price is not a field"),
     ({"bases": {"max_rank": 0}}, "config.method.bases.max_rank is 0: must be >= 1"),
     (
       {"bases": {"targets": ()}},

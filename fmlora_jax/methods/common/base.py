@@ -79,7 +79,7 @@ class AdaptedViT(Generic[Settings]):
   """A continual-learning method: adapters of the frozen ViT, and the head of `config.head`.
 
   A method overrides the hooks in which it differs, and calls `super()` in those with a part of the
-  head: init, begin_task, end_task, rules, stored. This class alone trains a head on frozen features.
+  head: init, begin_task, end_task, rules, stored. This class alone trains a head on the frozen ViT.
 
   Attributes:
     run: config of the run; `settings` is the method's part of it.
