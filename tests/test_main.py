@@ -360,7 +360,8 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_pa
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
   began = time.time()
   done = call(
-    command(*settings(PROBE), config=f"{ROOT}/configs/digits.py:method=linear_probe"), cwd=tmp_path
+    command(*settings(PROBE), config=f"{ROOT}/configs/digits.py:method=linear_probe,head=plain"),
+    cwd=tmp_path,
   )
   assert done.returncode == 0, done.stderr
   assert not done.stderr

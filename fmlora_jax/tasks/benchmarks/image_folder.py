@@ -183,7 +183,7 @@ def _is_folder(root: pathlib.Path, path: RelativePath, entry: os.DirEntry) -> bo
       raise
     shown = _listed([(*path, entry.name)])
     reason = f"{shown} is a symbolic link that leads to itself: must lead to an image or a folder"
-    raise _refusal(root, f"{reason}; remove it") from None
+    raise _refusal(root, f"{reason}; it must lead to a file or folder") from None
 
 
 def _refuse_loop(root: pathlib.Path, path: RelativePath) -> None:
@@ -192,7 +192,7 @@ def _refuse_loop(root: pathlib.Path, path: RelativePath) -> None:
   if places[-1] in places[:-1]:
     shown, above = _listed([path]), places[-1]
     reason = f"folder {shown} links back to {above!r}, in which it is: must hold images"
-    raise _refusal(root, f"{reason}; remove the link")
+    raise _refusal(root, f"{reason}; it must lead elsewhere")
 
 
 def _wanted() -> str:
