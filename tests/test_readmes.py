@@ -155,7 +155,8 @@ def check_program(module, arguments, folder):
 def short(module, arguments):
   """Returns a command of ours as it can be run here in seconds; None where it cannot."""
   if module == "fmlora_jax.main" and "image_folder" in value_of(arguments, "config", ""):
-    arguments = [*arguments, *OWN_IMAGES, f"--config.weights.path={MICRO}"]
+    others = [a for a in arguments if not a.startswith("--config.weights.")]
+    arguments = in_place(others, (*OWN_IMAGES, f"--config.weights.path={MICRO}"))
   benchmark = pathlib.Path(value_of(arguments, "config", "digits").partition(":")[0]).stem
   runs_here = benchmark in ("digits", "digits_dil", "image_folder", "config", "pretrain_letters")
   if not module.startswith("fmlora_jax.") or not runs_here:
@@ -168,7 +169,16 @@ def short(module, arguments):
     return [sys.executable, "-m", module, *arguments]
   if module in ("fmlora_jax.main", "fmlora_jax.compare") and not value_of(arguments, "workdir"):
     arguments = [*arguments, f"--workdir=runs/{zlib.crc32(' '.join(arguments).encode()):x}"]
-  return [sys.executable, "-m", module, *arguments, *SHORT.get(module, ())]
+  flags = SHORT.get(module, ())
+  if value_of(arguments, "config.drs.ranks"):  # there is one for each of the config's tasks
+    flags = [flag for flag in flags if not flag.startswith("--config.tasks.num_tasks=")]
+  return [sys.executable, "-m", module, *in_place(arguments, flags)]
+
+
+def in_place(arguments, flags):
+  """Returns arguments with `flags` in place of those of their names: a flag is given once."""
+  names = {flag.partition("=")[0] for flag in flags}
+  return [*(a for a in arguments if a.partition("=")[0] not in names), *flags]
 
 
 def make_photos(folder):

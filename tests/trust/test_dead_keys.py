@@ -63,7 +63,7 @@ LEARNED = {  # key that learning depends on -> (settings in which it does, anoth
   "drs.deviations": (GUMBEL | {"drs": {"strategy": "gumbel", "weight": 0.0}}, 500.0),
   "drs.ranks": ({}, (4, 1)),
   "drs.tau": (GUMBEL, 30.0),
-  "drs.tolerance": ({"drs": {"strategy": "validation"}}, 9.0),
+  "drs.tolerance": ({"drs": {"strategy": "validation", "tolerance": 0.0}}, 9.0),
   "drs.epochs": (GUMBEL, 3),
   "drs.selector_steps": (GUMBEL, 3),
   "drs.selector_learning_rate": (GUMBEL, 1e-4),
