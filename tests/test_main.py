@@ -229,7 +229,12 @@ def test_python_calls_with_wrong_values_are_refused(settings, workdir, message):
 
 
 @pytest.mark.parametrize(
-  "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nlong table"), MemoryError()]
+  "error",
+  [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nlong table"),
+    jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 9 bytes."),
+    MemoryError(),
+  ],
 )
 def test_without_memory_the_settings_that_take_it_are_named(error):
   with pytest.raises(config.ConfigError) as named, errors.out_of_memory_explained(512):

@@ -86,6 +86,12 @@ def _traceback_file(error: Exception, workdir: str | None) -> str:
   return "--debug prints the traceback"
 
 
+def _xla_out_of_memory(message: str) -> bool:
+  """Whether an error's text is XLA's for memory that ran out, on a device or on the host."""
+  of_files = "os_error_code" in message  # tensorstore's, of a full disk
+  return not of_files and ("RESOURCE_EXHAUSTED" in message or "Out of memory" in message)
+
+
 @contextlib.contextmanager
 def out_of_memory_explained(batch_size: int) -> Iterator[None]:
   """Turns the error of a host or device without memory into one that names what to lower.
@@ -96,9 +102,7 @@ def out_of_memory_explained(batch_size: int) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    # XLA's; tensorstore's are of files
-    of_xla = "RESOURCE_EXHAUSTED" in str(error) and "os_error_code" not in str(error)
-    if not isinstance(error, MemoryError) and not of_xla:
+    if not isinstance(error, MemoryError) and not _xla_out_of_memory(str(error)):
       raise
     from fmlora_jax.distributed import memory  # imports jax
 
