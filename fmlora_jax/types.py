@@ -356,7 +356,7 @@ class Passes:
   Attributes:
     train: for each image of a step.
     test: for each image.
-    between: over the task's training images, before and after its steps.
+    between: over a task's training images before and after its steps, at most.
   """
 
   train: int = 1

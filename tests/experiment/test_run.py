@@ -309,10 +309,10 @@ def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypa
     tasks={"benchmark": "digits_dil", "scenario": "dil"},
   )
   whole = tmp_path / "resident"
-  finished = settings, whole, run(settings, whole)
+  finished = settings, whole, run(settings, whole, cache=CACHE)
   assert "\ninput      resident, 0.00 GiB on the device\n" in capsys.readouterr().out
   monkeypatch.setattr(memory, "host_memory", lambda: 2000)
-  result = run(settings, tmp_path / "stream")
+  result = run(settings, tmp_path / "stream", cache=CACHE)
   assert_same_run(finished, tmp_path / "stream", result)
   assert result["complexity"] == finished[2]["complexity"] and result["complexity"][1] > 0
   assert result["input"]["mode"] == "stream"

@@ -104,6 +104,14 @@ def test_the_complexity_is_that_of_all_images_not_trained_on_yet(make_lab, view)
   np.testing.assert_allclose(evidence.complexities(8), [1.5 / np.log(8), 2.5 / np.log(8)], 1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["gumbel", "validation"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_only_images_of_the_first_epoch_join_the_validation_images(select, strategy, epochs):
+  facts = select(2, strategy=strategy, epochs=epochs)
+  of_validation = np.isclose(facts["complexity"], np.mean(facts["complexity_by_rank"]), rtol=1e-5)
+  assert of_validation == (epochs == 2)
+
+
 def test_selection_is_the_same_each_time(select):
   assert select(2, strategy="gumbel") == select(2, strategy="gumbel")
 
@@ -258,6 +266,7 @@ def test_other_validation_images_give_the_same_rank_in_nine_of_ten_cases(
   assert np.mean(same) >= 0.9
 
 
+@pytest.mark.tier(2)
 def test_a_task_from_an_old_distribution_gets_a_smaller_rank_than_a_distant_one(
   after_half_of_the_digits,
 ):

@@ -91,6 +91,15 @@ class FMLoRA(AdaptedViT[Config]):
     return drs.RankSelection(self.run, drs.make_logits(*parts))
 
   @property
+  def feature_epochs(self) -> int:
+    """Passes of the rank selection, and in task 1 those that start the bases from a gradient."""
+    selecting, each = self.settings.drs, 1
+    if selecting.strategy == "validation":  # trains every candidate
+      each = len(selecting.candidate_ranks)
+    selects = selecting.strategy != "fixed" and not selecting.ranks
+    return selects * each * selecting.epochs + 2 * (self.settings.bases.init == "gradient")
+
+  @property
   def groups(self) -> dict[str, OptimizerGroup]:
     return super().groups | optimizer_groups.groups(self.settings)
 

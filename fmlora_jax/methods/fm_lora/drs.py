@@ -54,23 +54,23 @@ class Evidence(NamedTuple):
 
   Attributes:
     losses: of each validation image with each candidate, in nats, float32.
-    unseen: the losses of training images before a step saw them, in the second half of an epoch.
+    unseen: the losses of training images before a step saw them, in the second half of the epoch;
+      none after several epochs, whose images were all seen in the first.
   """
 
   losses: Float[np.ndarray, "n k"]
   unseen: Float[np.ndarray, " m"]
 
-  def complexities(self, num_classes: int) -> Float[np.ndarray, " k"]:
+  def complexities(self, num_classes: int) -> list[float]:
     """Returns H on the validation images by candidate."""
-    return np.asarray(rank_selector.complexity(jnp.asarray(self.losses.mean(0)), num_classes))
+    return [complexity_of(losses, num_classes) for losses in self.losses.T]
 
   def complexity(self, num_classes: int) -> float:
     """Returns H_t over all images that were not trained on yet, the mean over the candidates.
 
     Validation images alone are few, and training images are as new before their first step.
     """
-    pooled = np.concatenate([self.losses.mean(1), self.unseen]).mean()
-    return float(rank_selector.complexity(jnp.asarray(pooled), num_classes))
+    return complexity_of(np.concatenate([self.losses.mean(1), self.unseen]), num_classes)
 
 
 class RankSelection:
@@ -123,7 +123,7 @@ class RankSelection:
     return {
       "rank": self.drs.candidate_ranks[int(best)],
       "complexity": evidence.complexity(view.num_classes),
-      "complexity_by_rank": evidence.complexities(view.num_classes).tolist(),
+      "complexity_by_rank": evidence.complexities(view.num_classes),
       "rank_scores": [float(score) for score in scores],
     }
 
@@ -134,22 +134,20 @@ class RankSelection:
     complexity so far; after each epoch alpha learns on the validation images.
     """
     probe = _like_a_step(Probe(params, self.optimizer.init(params)), view)
-    difficulty, evidence = difficulty_logits(self.config, None, view), None
+    difficulty, evidence = view.replicate(jnp.zeros(len(self.masks))), None
     state = _like_a_step(self.selector.init({}, difficulty, method="probabilities"), view)
     for epoch in range(self.drs.epochs):
       unseen = []
       for step, batch, key in _steps(view, epoch):
-        if step and step == view.steps_per_epoch // 2:
-          difficulty = difficulty_logits(
-            self.config, self._evidence(None, unseen, context, view), view
-          )
-          unseen = []
+        if epoch == 0 < step == view.steps_per_epoch // 2:
+          so_far = complexity_of(_valid(view.gather(unseen)), view.num_classes)
+          difficulty, unseen = difficulty_logits(self.config, so_far, view), []
         probe, losses = self.train_drawn(
           probe, state, difficulty, context, *batch, key, augment=view.augment
         )
-        unseen.append(losses)
+        unseen += [losses] if epoch == 0 else []
       evidence = self._evidence(stacked(len(self.masks), probe.params), unseen, context, view)
-      difficulty = difficulty_logits(self.config, evidence, view)
+      difficulty = difficulty_logits(self.config, evidence.complexity(view.num_classes), view)
       gains = rank_selector.significant_gains(jnp.asarray(evidence.losses), self.drs.deviations)
       state = self._learn(state, gains, jax.random.fold_in(view.key("drs alpha"), epoch))
     chances: Any = self.selector.apply(state, difficulty, method="probabilities")
@@ -159,15 +157,15 @@ class RankSelection:
     """Returns the evidence and the validation loss of each candidate, trained alone."""
     each = stacked(len(self.masks), params)
     probes = _like_a_step(Probe(each, jax.vmap(self.optimizer.init)(each)), view)
-    unseen = []
+    unseen: list = []
     for epoch in range(self.drs.epochs):
-      unseen = []
       for step, batch, key in _steps(view, epoch):
         probes, losses = self.train_all(
           probes, self.masks, context, *batch, key, augment=view.augment
         )
         if step >= view.steps_per_epoch // 2:
           unseen.append(losses)
+      unseen = unseen if epoch == 0 else []
     evidence = self._evidence(probes.params, unseen, context, view)
     return evidence, evidence.losses.mean(0)
 
@@ -214,10 +212,7 @@ class RankSelection:
     return losses(params, masks).T, batch.valid
 
   def _evidence(self, params, unseen, context, view) -> Evidence:
-    """Returns the losses of `unseen` batches and, with params, of all validation images."""
-    if params is None:
-      none = np.zeros((0, len(self.masks)), np.float32)
-      return Evidence(losses=none, unseen=_valid(view.gather(unseen)))
+    """Returns the losses of `unseen` batches and those of all validation images."""
     parts = [
       self.validate_all(params, self.masks, context, *batch, center=view.center)
       for batch in view.val_batches(0)
@@ -225,16 +220,16 @@ class RankSelection:
     return Evidence(losses=_valid(view.gather(parts)), unseen=_valid(view.gather(unseen)))
 
 
-def difficulty_logits(
-  config: Config, evidence: Evidence | None, view: TaskView
-) -> Float[Array, " k"]:
-  """Returns the logits of a task's complexity, zeros before anything is known of it."""
+def complexity_of(losses: Float[np.ndarray, " n"], num_classes: int) -> float:
+  """Returns H of the mean of losses in nats."""
+  return float(rank_selector.complexity(jnp.asarray(losses.mean()), num_classes))
+
+
+def difficulty_logits(config: Config, complexity: float, view: TaskView) -> Float[Array, " k"]:
+  """Returns what the complexity of a task adds to the logits of the candidate ranks."""
   settings = cast(Settings, config.method)
   drs, max_rank = settings.drs, settings.bases.max_rank
-  if evidence is None:
-    return view.replicate(jnp.zeros(len(drs.candidate_ranks)))
   earlier = [fact["complexity"] for fact in view.earlier if fact.get("complexity") is not None]
-  complexity = evidence.complexity(view.num_classes)
   share = rank_selector.rank_share(complexity, earlier, drs.reference)
   logits = rank_selector.difficulty_logits(share, drs.candidate_ranks, max_rank, drs.weight)
   return view.replicate(logits)
@@ -293,6 +288,8 @@ def first_within(losses: Float[np.ndarray, " k"], tolerance: float) -> int:
 
 def _valid(parts) -> np.ndarray:
   """Returns the losses of valid images, side by side, from (losses, valid) of each batch."""
+  if not parts:
+    return np.zeros(0, np.float32)
   losses, valid = map(np.concatenate, zip(*parts, strict=True))
   return np.asarray(losses, np.float32)[np.asarray(valid)]
 
