@@ -41,6 +41,15 @@ def probe(tmp_path_factory):
   return settings, cache, workdir, run(settings, workdir, cache=cache)
 
 
+@pytest.fixture
+def heeded():
+  """SIGHUP as a terminal starts a program; nohup, which tests may run under, has ignored it."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
   ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
