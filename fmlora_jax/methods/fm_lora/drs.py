@@ -50,7 +50,7 @@ class Context(flax.struct.PyTreeNode):
 
 
 class Evidence(NamedTuple):
-  """What the preliminary training of a task shows.
+  """The losses that the preliminary training of a task shows.
 
   Attributes:
     losses: of each validation image with each candidate, in nats, float32.
@@ -145,8 +145,9 @@ class RankSelection:
         probe, losses = self.train_drawn(
           probe, state, difficulty, context, *batch, key, augment=view.augment
         )
-        unseen += [losses] if epoch == 0 else []
-      evidence = self._evidence(stacked(len(self.masks), probe.params), unseen, context, view)
+        unseen.append(losses)
+      fresh = unseen if epoch == 0 else []
+      evidence = self._evidence(stacked(len(self.masks), probe.params), fresh, context, view)
       difficulty = difficulty_logits(self.config, evidence.complexity(view.num_classes), view)
       gains = rank_selector.significant_gains(jnp.asarray(evidence.losses), self.drs.deviations)
       state = self._learn(state, gains, jax.random.fold_in(view.key("drs alpha"), epoch))
@@ -157,15 +158,14 @@ class RankSelection:
     """Returns the evidence and the validation loss of each candidate, trained alone."""
     each = stacked(len(self.masks), params)
     probes = _like_a_step(Probe(each, jax.vmap(self.optimizer.init)(each)), view)
-    unseen: list = []
+    unseen = []
     for epoch in range(self.drs.epochs):
       for step, batch, key in _steps(view, epoch):
         probes, losses = self.train_all(
           probes, self.masks, context, *batch, key, augment=view.augment
         )
-        if step >= view.steps_per_epoch // 2:
+        if self.drs.epochs == 1 and step >= view.steps_per_epoch // 2:
           unseen.append(losses)
-      unseen = unseen if epoch == 0 else []
     evidence = self._evidence(probes.params, unseen, context, view)
     return evidence, evidence.losses.mean(0)
 
