@@ -32,6 +32,7 @@ PROBE = {  # a small run of linear_probe
   "weights": {"tag": "random", "architecture": "micro", "depth": 1},
   "input": {"normalisation": "half", "image_size": 16, "steps_per_dispatch": 1},
   "tasks": {"num_tasks": 2},
+  "head": {"alignment": {"epochs": 1}},
   "checkpoint": {"every_steps": 4},
 }
 SMALL = PROBE | {"drs": {"strategy": "fixed", "rank": 8}}  # of fm_lora
@@ -365,7 +366,10 @@ def test_a_killed_run_resumes_and_ends_bit_equal(uninterrupted, run_main, tmp_pa
 def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp_path):
   began = time.time()
   done = call(
-    command(*settings(PROBE), config=f"{ROOT}/configs/digits.py:method=linear_probe,head=plain"),
+    command(
+      *settings(PROBE | {"head": {}}),
+      config=f"{ROOT}/configs/digits.py:method=linear_probe,head=plain",
+    ),
     cwd=tmp_path,
   )
   assert done.returncode == 0, done.stderr
@@ -438,6 +442,7 @@ def test_a_folder_of_images_is_described_before_it_is_checked(
   assert "finished before" in capsys.readouterr().out
 
 
+@pytest.mark.tier(2)  # distributed/test_hosts.py has what two processes tell each other
 def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_path, capsys):
   """The numbers are those of one device, whatever decoded, trained and stored what."""
   whole, expected = uninterrupted

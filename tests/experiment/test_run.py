@@ -299,6 +299,7 @@ def test_a_streamed_run_resumes_within_a_task_whatever_it_was_before(finished, t
   assert_same_run(finished, workdir, run(streamed(settings), workdir, cache=CACHE))
 
 
+@pytest.mark.tier(2)  # the test above streams a run of lora
 def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypatch, capsys):
   """The rank selector, and both ways to look at class means; in a domain-incremental run."""
   settings = small(
@@ -306,7 +307,7 @@ def test_what_does_not_fit_is_streamed_and_hooks_see_the_same(tmp_path, monkeypa
     batch_size=256,
     drs={"strategy": "gumbel", "candidate_ranks": (1, 2), "selector_steps": 3},
     head={"start": "class_mean", "kind": "class_mean"},
-    tasks={"benchmark": "digits_dil", "scenario": "dil"},
+    tasks={"benchmark": "digits_dil", "scenario": "dil", "num_tasks": 2},
   )
   whole = tmp_path / "resident"
   finished = settings, whole, run(settings, whole, cache=CACHE)

@@ -25,15 +25,18 @@ from fmlora_jax.train.step import TrainStep
 from fmlora_jax.types import Adapters, SequenceSpec, Sizes, Variables
 from fmlora_jax.workdir import checkpoint
 
-CASES = [pytest.param(case.name, case.changes, id=str(case)) for case in cases.ALL]
-every_method = pytest.mark.parametrize(("name", "changes"), CASES)
-
 
 def cases_where(trait):
   """Returns the mark of tests that only methods with `trait`, a field of Case, must pass."""
-  found = [pytest.param(c.name, c.changes, id=str(c)) for c in cases.ALL if getattr(c, trait)]
+  found = [
+    pytest.param(c.name, c.changes, id=str(c), marks=pytest.mark.tier(c.tier))
+    for c in cases.ALL
+    if getattr(c, trait)
+  ]
   return pytest.mark.parametrize(("name", "changes"), found)
 
+
+every_method = cases_where("name")
 
 CASE_BY_CASE = True  # conftest.py puts the tests of a method together
 MET: list[str] = []  # methods that were learned so far

@@ -227,18 +227,15 @@ def second_view(setup, family, level, seed, first):
   return setup.with_sequence(difficulty.halves(family, level, seed)).views.view(1, [first])
 
 
-ALL_SEEDS = [pytest.param(f, (1, 2, 3), marks=pytest.mark.tier(2)) for f in FAMILIES]
-
-
-@pytest.mark.parametrize(("family", "seeds"), [("rotation", (1,)), *ALL_SEEDS])
-def test_ranks_rise_with_difficulty_on_real_digits(after_half_of_the_digits, family, seeds):
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.tier(2)) for f in FAMILIES])
+def test_ranks_rise_with_difficulty_on_real_digits(after_half_of_the_digits, family):
   """Five levels of each seed: Spearman's correlation of rank and complexity.
 
   Where the complexity only lowered a price of rank, it was 0.72 for rotation, 0.48 for overlap and
   0.33 for wrong labels.
   """
   selected = []
-  for seed in seeds:
+  for seed in (1, 2, 3):
     setup, variables, first = after_half_of_the_digits(seed)
     for level in difficulty.FAMILIES[family]:
       view = second_view(setup, family, level, seed, first)

@@ -21,7 +21,7 @@ def features_of(made, variables, task):
   ("method", "kind"),
   [
     ("lora", "sdc"),
-    ("finetune", "linear"),
+    pytest.param("finetune", "linear", marks=pytest.mark.tier(2)),
     pytest.param("lora", "linear", marks=pytest.mark.tier(2)),
     pytest.param("finetune", "sdc", marks=pytest.mark.tier(2)),
   ],
@@ -99,8 +99,8 @@ def test_class_means_follow_too_and_domains_share_them(make_lab):
 @pytest.mark.parametrize(
   ("method", "kind"),
   [
-    ("fm_lora", "linear"),
     ("finetune", "cosine"),
+    pytest.param("fm_lora", "linear", marks=pytest.mark.tier(2)),
     pytest.param("fm_lora", "cosine", marks=pytest.mark.tier(2)),
     pytest.param("finetune", "linear", marks=pytest.mark.tier(2)),
   ],
