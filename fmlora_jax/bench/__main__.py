@@ -90,7 +90,7 @@ def main(arguments: Arguments) -> None:
   arguments.refuse_words()
   python = options.peers_python or sys.executable
   if options.json is not None:
-    outputs.require_file("--json", options.json)
+    outputs.require_file("--json", options.json, mark=b'"setting"')
   _refuse_unused(arguments)
   if options.peers:
     peer.check_python(python)

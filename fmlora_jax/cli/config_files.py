@@ -121,7 +121,8 @@ def parse_variant(text: str | None, *known: str) -> dict[str, str]:
   """Returns {key: value} of a config file's argument such as "method=lora,tasks=10".
 
   Raises:
-    ConfigError: if a part has no value, or a key that is not `known` or was there before.
+    ConfigError: if a part has no value, or a key that is not `known` or was there before, or if
+      its number of tasks is none.
   """
   chosen = {}
   for part in (text or "").split(","):
@@ -130,6 +131,9 @@ def parse_variant(text: str | None, *known: str) -> dict[str, str]:
       raise ConfigError(f"config variant {part!r}: must be key=value, as in method=lora,tasks=10")
     if part and key not in known:
       raise ConfigError(f"config variant {part!r}: the key must be one of {', '.join(known)}")
+    if key == "tasks" and not value.isdecimal():
+      example = "as in method=lora,tasks=10"
+      raise ConfigError(f"config variant {part!r}: tasks must be a whole number, {example}")
     if key in chosen:
       raise ConfigError(f"config variant {part!r}: {key} must be given once, is {chosen[key]} too")
     if part:

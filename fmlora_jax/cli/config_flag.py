@@ -89,7 +89,10 @@ def _run_file(path: pathlib.Path, shown: str, arguments: list[str]) -> ml_collec
   module = types.ModuleType(f"config_{path.stem}")
   module.__file__ = str(path)
   try:
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    text = path.read_bytes()
+    if b"\0" in text:
+      raise ConfigError(f"{path} is no UTF-8 text, such as a file in UTF-16; save it as UTF-8")
+    exec(compile(text, str(path), "exec"), module.__dict__)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise ConfigError(f"{path} has no function get_config, which must return the config")

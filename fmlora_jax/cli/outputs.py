@@ -32,13 +32,16 @@ def require_folder(what: str, given: str | pathlib.Path) -> pathlib.Path:
   return path
 
 
-def require_file(what: str, given: str | pathlib.Path, ending: str = "") -> pathlib.Path:
+def require_file(
+  what: str, given: str | pathlib.Path, ending: str = "", mark: bytes = b""
+) -> pathlib.Path:
   """Refuses a file that can't be written, in a folder that exists; touches nothing.
 
   Args:
     what: the file in words, such as "--plot".
     given: the file; ~ is the user's folder.
     ending: that its name must have.
+    mark: in the first KiB of the files of this program; another one is not overwritten.
 
   Returns:
     Its path.
@@ -54,8 +57,27 @@ def require_file(what: str, given: str | pathlib.Path, ending: str = "") -> path
     raise _refusal(what, path, f"in a folder that exists, {_short(path.parent)} does not")
   if path.exists() and not path.is_file():
     raise _refusal(what, path, "a file or new, it is a folder or device; choose another")
+  if mark and path.exists() and not _has(path, mark):
+    raise _refusal(what, path, "new or of this program, it is another file; name another")
   if reason := _write_error(path.parent):
     raise _refusal(what, path, f"writable, {reason}; choose another or mend that")
+  return path
+
+
+def _has(path: pathlib.Path, mark: bytes) -> bool:
+  with open(path, "rb") as file:
+    return mark in file.read(1024)
+
+
+def require_new_file(what: str, given: str | pathlib.Path, ending: str) -> pathlib.Path:
+  """Refuses a file that can't be written or exists; see `require_file`.
+
+  Raises:
+    ConfigError: in one line.
+  """
+  path = require_file(what, given, ending)
+  if path.exists():
+    raise _refusal(what, path, "a new file; name another")
   return path
 
 

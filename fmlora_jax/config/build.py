@@ -101,5 +101,5 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
   if kind is float and not math.isfinite(value):
     raise ConfigError(f"{path} is {value!r}: must be finite")
   if kind is int and abs(value) > 2**32:  # also of fields that a method declares
-    raise ConfigError(f"{path} is {value!r}: must be at most 2**32")
+    raise ConfigError(f"{path} is {value!r}: must be below 2**32")
   return value

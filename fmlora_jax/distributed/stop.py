@@ -1,10 +1,10 @@
-"""SIGTERM, SIGINT, SIGHUP: a run stops where it can be saved, and the same command resumes it.
+"""On SIGTERM, SIGINT, SIGHUP or SIGUSR1 a run stops where it can be saved, to be resumed.
 
-A batch system sends SIGTERM before it takes the machine back; Ctrl-C is SIGINT, a terminal that is
-closed SIGHUP, which nohup has ignored. Within `awaited` a signal takes effect at the next call of
-`check`; outside of training `Stopped` is raised immediately, but not while a module is imported: C
-code loses it or turns it into an ImportError, and half a module stays. A second signal exits
-without saving.
+A batch system sends SIGTERM before it takes the machine back, or SIGUSR1 where `sbatch --signal`
+says so; Ctrl-C is SIGINT, a terminal that is closed SIGHUP, which nohup has ignored. Within
+`awaited` a signal takes effect at the next call of `check`; outside of training `Stopped` is raised
+immediately, but not while a module is imported: C code loses it or turns it into an ImportError,
+and half a module stays. A second signal exits without saving.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 
 from fmlora_jax.distributed import hosts
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 IMPORT_S = 0.02  # a signal during an import is looked at again after this time
 
 _log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from fmlora_jax.cli.config_flag import Changes
 from fmlora_jax.cli.methods_flag import Choice
 from fmlora_jax.cli.text import duration
 from fmlora_jax.config import Config, ConfigError, moved_field
+from fmlora_jax.experiment import preflight
 from fmlora_jax.experiment import run as experiment
 from fmlora_jax.experiment.plan import is_only_read, state
 from fmlora_jax.experiment.setup import SetupCache
@@ -118,7 +119,9 @@ def listing(planned: Sequence[PlannedRun], folder: pathlib.Path) -> list[str]:
     problem = next((run.problem for run in runs if run.problem), None)
     seeds = ", ".join(f"{run.seed} {run.state}".strip() for run in runs)
     lines.append(f"  {label:{width}}  {f'left out: {problem}' if problem else seeds}")
-  return lines
+  configs = [run.config for run in planned if run.config and run.state != "finished"]
+  missing = dict.fromkeys(line for config in configs for line in preflight.missing_files(config))
+  return lines + [f"missing    {line}" for line in missing]
 
 
 def require_outputs(planned: Sequence[PlannedRun], folder: pathlib.Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from fmlora_jax.cli import outputs
 from fmlora_jax.config import Config
@@ -44,14 +44,18 @@ def describe(config: Config, workdir: pathlib.Path) -> Iterator[str]:
   yield f"method     {config.method.name}, {config.epochs} epochs, batches of {config.batch_size}"
   source = f" from {weights.path}" if weights.path else ""
   yield f"weights    {weights.tag or weights.architecture}{source}"
+  missing = preflight.missing_files(config)
+  yield from (f"missing    {problem}" for problem in missing)
   for seed in config.seeds or (config.seed,):
     folder = workdir / str(seed) if config.seeds else workdir
     one = dataclasses.replace(config, seed=seed, seeds=())
-    yield f"seed       {seed}, workdir {folder}: {_action(one, folder)}"
+    yield f"seed       {seed}, workdir {folder}: {_action(one, folder, missing)}"
 
 
-def _action(config: Config, workdir: pathlib.Path) -> str:
+def _action(config: Config, workdir: pathlib.Path, missing: Sequence[str]) -> str:
   check_folder(workdir)
+  if missing:
+    return "would be refused, for what is missing"
   if not state(workdir):
     return "would start"
   now = {"config": dataclasses.asdict(config), ENVIRONMENT: provenance.environment()}

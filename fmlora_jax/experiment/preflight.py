@@ -36,10 +36,17 @@ def check(config: Config, memory: int) -> None:
 def check_files(config: Config) -> None:
   """Refuses a config whose data or weights are missing, with all that is and what gets it.
 
-  Weights that are the only thing that is missing may be downloaded.
-
   Raises:
     ConfigError: with a line for each.
+  """
+  if problems := missing_files(config):
+    raise_problems(problems)
+
+
+def missing_files(config: Config) -> list[str]:
+  """Returns what is missing of a config's data and weights, a line each, with what gets it.
+
+  Weights that are the only thing that is missing may be downloaded.
   """
   data, weights = tasks.missing_data(config.tasks), registry.missing(config.weights)
   if data or (weights and (config.weights.path is not None or not download.has_hub())):
@@ -47,7 +54,8 @@ def check_files(config: Config) -> None:
       root = f" --data_dir={config.tasks.data_dir}" if config.tasks.data_dir else ""
       both = f"fmlora_jax prepare {config.tasks.benchmark}{root} --with_weights"
       weights[0] += f"; {both} gets them with the data"
-    raise_problems([*data, *weights])
+    return [*data, *weights]
+  return []
 
 
 def _is_prepared(config: Config) -> bool:

@@ -42,11 +42,7 @@ def main(arguments: Arguments) -> None:
     raise config_lib.ConfigError(
       "--output is missing: name a file to write, such as my.safetensors"
     )
-  output = outputs.require_file("--output", options.output, ".safetensors")
-  if output.exists():
-    raise config_lib.ConfigError(
-      f"--output is {options.output!r}: must be a new file; name another"
-    )
+  output = outputs.require_new_file("--output", options.output, ".safetensors")
   values = config_flag.load_values(options.config)
   from fmlora_jax.models import vit  # imports jax
   from fmlora_jax.pretrain import training

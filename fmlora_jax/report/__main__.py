@@ -61,13 +61,13 @@ def report(paths: Sequence[str], options: types.SimpleNamespace) -> None:
   if not paths:
     raise ValueError("no RUN given: name a run's folder, as in fmlora_jax report runs")
   if options.plot is not None:
-    outputs.require_file("--plot", options.plot, ".png")
+    outputs.require_file("--plot", options.plot, ".png", mark=b"Matplotlib")
   if options.html is not None and not options.paper:
     raise ValueError(f"--html is {options.html!r}: needs --paper; no other report has a page")
   if options.html is not None:
     outputs.require_file("--html", options.html, ".html")
   if options.share is not None:
-    outputs.require_file("--share", options.share, ".zip")
+    outputs.require_new_file("--share", options.share, ".zip")
   from rich.console import Console
 
   from fmlora_jax.report import share, tables

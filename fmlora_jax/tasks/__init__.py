@@ -87,6 +87,12 @@ def check(config: TasksConfig) -> None:
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
   if getattr(find(config.benchmark), "SPLITS", ()):
     check_test_from(config, {TRAIN, VAL, TEST})  # each of these splits has test images
+  if config.data_dir is not None and not _reads_folder(config.benchmark):
+    raise ConfigError(
+      f"config.tasks.data_dir is {config.data_dir!r}: must be None, the images of "
+      f"{config.benchmark} are not in a folder; leave it out, or set config.tasks.benchmark to "
+      "image_folder for images of your own"
+    )
   count = num_classes(config.benchmark)
   if count and config.scenario != "dil":
     check_divides(config.num_tasks, count, config.benchmark)
@@ -112,6 +118,12 @@ def missing_data(config: TasksConfig) -> list[str]:
   return []
 
 
+def _reads_folder(benchmark: str) -> bool:
+  module = find(benchmark)
+  is_tfds = benchmark.startswith("tfds:") or hasattr(module, "BUILDERS")
+  return is_tfds or hasattr(module, "check_folder")
+
+
 def _is_wanted(builder: str, domains: Sequence[str]) -> bool:
   return not domains or builder.rpartition("/")[2] in domains
 
@@ -126,8 +138,8 @@ def val_splits(benchmark: str) -> tuple[str, ...]:
   return splits.with_val(getattr(find(benchmark), "SPLITS", {}))
 
 
-def find(name: str) -> types.ModuleType:
-  """Returns the module in benchmarks/ for a value of config.tasks.benchmark.
+def find(name: str, shown: str = "config.tasks.benchmark") -> types.ModuleType:
+  """Returns the module in benchmarks/ for the value of a field or flag, `shown` in messages.
 
   Raises:
     ConfigError: if there is none.
@@ -135,10 +147,10 @@ def find(name: str) -> types.ModuleType:
   names = benchmark_names()
   file = "tfds" if name.startswith("tfds:") else name
   if file not in names or name == "tfds":
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     names = ", ".join("tfds:NAME" if each == "tfds" else each for each in names)
-    raise ConfigError(f"config.tasks.benchmark is {name!r}: must be one of {names}{hint}")
+    raise ConfigError(f"{shown} is {name!r}: must be one of {names}{hint}")
   return importlib.import_module(f"fmlora_jax.tasks.benchmarks.{file}")
 
 

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import pathlib
+import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from fmlora_jax.config import ConfigError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -29,7 +30,7 @@ def require_free_space(folder: pathlib.Path, num_bytes: int, purpose: str) -> No
 
 @contextlib.contextmanager
 def explain_failure(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
-  """Turns the error of a full or read-only disk, while `path` is written, into a ConfigError."""
+  """Turns the error of a disk that takes no more, while `path` is written, into a ConfigError."""
   try:
     yield
   except ConfigError:
@@ -46,6 +47,12 @@ def explain_failure(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
     reason = f"the disk is full, {num_bytes:,} bytes needed, {free:,} free"
     if code == errno.EDQUOT:
       reason = f"your quota of this disk is used up, {num_bytes:,} bytes needed"
+    elif code == errno.EFBIG:
+      most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+      raise ConfigError(
+        f"{path}: a file of this process may have at most {most:,} bytes (ulimit -f): raise that "
+        "limit, and the same command resumes from the last checkpoint"
+      ) from None
     elif (disk := os.statvfs(path.parent)).f_files and not disk.f_favail:
       reason = f"the disk takes no more files, though {free:,} bytes are free"
     raise ConfigError(

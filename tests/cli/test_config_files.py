@@ -181,6 +181,9 @@ def test_a_variant_is_read_as_pairs():
     config_files.parse_variant("tasks=", "tasks")
   with pytest.raises(config.ConfigError, match="'tasks=5': tasks must be given once, is 2 too"):
     config_files.parse_variant("tasks=2,tasks=5", "tasks")
+  for count in ("2;method=lora", "two", "-1", "2.5"):
+    with pytest.raises(config.ConfigError, match="tasks must be a whole number, as in method=lora"):
+      config_files.parse_variant(f"tasks={count}", "tasks")
   with pytest.raises(config.ConfigError, match="the key must be one of method"):
     config_files.parse_variant("metod=lora", "method")
 

@@ -71,6 +71,7 @@ WRONG = [  # command and flag, the value, the reason
   ("pretrain --output", "no/x.safetensors", "in a folder that exists, no does not"),
   ("pretrain --output", "old.safetensors", "must be a new file; name another"),
   ("bench --json", "folder", "a file or new, it is a folder"),
+  ("bench --json", "file", "new or of this program, it is another file; name another"),
   ("bench --json", "no/x.json", "in a folder that exists, no does not"),
   ("bench --json", "", "a file or new, it is a folder"),
   ("bench --peers --peers_python", "/no/python", "must be a Python with torch, .*can't be started"),
@@ -87,10 +88,12 @@ WRONG = [  # command and flag, the value, the reason
   ("bench.gpu --out", "file/x", "a folder, .*/file is none"),
   ("bench.gpu --out=x --batches", "a", "must be whole numbers"),
   ("report x --plot", "x.jpg", "must end in .png"),
+  ("report x --plot", "old.png", "new or of this program, it is another file; name another"),
   ("report x --plot", "no/x.png", "in a folder that exists, no does not"),
   ("report x --plot", "", "must end in .png"),
   ("report --paper x --html", "no/x.html", "in a folder that exists, no does not"),
   ("report --paper x --html", "folder", "must end in .html"),
+  ("report x --share", "old.zip", "must be a new file; name another"),
   ("prepare cifar100 --data_dir", "file", "a folder, this is none"),
 ]
 
@@ -101,7 +104,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(
 ):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "folder").mkdir()
-  for mine in ("file", "old.safetensors"):
+  own = ["file", "old.png", "old.safetensors", "old.zip"]
+  for mine in own:
     (tmp_path / mine).write_text("mine")
   name, *words, flag = command.split()
   module = importlib.import_module(top.COMMANDS[name])
@@ -109,5 +113,5 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(
   flags.define_shared(values)
   with pytest.raises(ConfigError, match=f"^{flag} is .*{reason}"):
     module.main(flags.parse(values, [name, *words, f"{flag}={value}"]))
-  assert sorted(os.listdir()) == ["file", "folder", "old.safetensors"] and not os.listdir("folder")
-  assert all((tmp_path / mine).read_text() == "mine" for mine in ("file", "old.safetensors"))
+  assert sorted(os.listdir()) == sorted(["folder", *own]) and not os.listdir("folder")
+  assert all((tmp_path / mine).read_text() == "mine" for mine in own)

@@ -117,6 +117,17 @@ def test_the_listing_says_what_an_earlier_session_left(tmp_path):
   ]
 
 
+def test_the_listing_says_what_is_missing_once_for_all_runs(tmp_path):
+  runs = planned(
+    "lora,fm_lora",
+    file="image_folder",
+    tasks__data_dir=tmp_path / "no",
+    weights__tag="micro_letters",
+  )
+  *_, line = lines = comparison.listing(runs, tmp_path)
+  assert len(lines) == 4 and line.startswith(f"missing    config.tasks.data_dir is '{tmp_path}/no'")
+
+
 def answers(**by_label):
   """Returns a stand-in for a run: what a label has is raised or returned."""
 

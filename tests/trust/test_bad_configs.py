@@ -7,7 +7,7 @@ import pytest
 from fmlora_jax import config, methods, tasks
 from fmlora_jax.cli import config_flag, errors
 from fmlora_jax.config import ConfigError
-from fmlora_jax.experiment import preflight, setup
+from fmlora_jax.experiment import plan, preflight, setup
 from fmlora_jax.models.weights import registry
 from fmlora_jax.train import mesh
 from fmlora_jax.workdir import identity
@@ -38,14 +38,14 @@ BAD = [  # (values, the key that the message begins with, what is allowed)
   ({"seeds": (1, 1)}, "config.seeds", "must be distinct"),
   ({"tasks": {"order_seed": -1}}, "config.tasks.order_seed", ">= 0 and <= 4294967295"),
   ({"epochs": 0}, "config.epochs", ">= 1 and <= 1000000"),
-  ({"epochs": HUGE}, "config.epochs", "must be at most 2**32"),
-  ({"batch_size": 10**12}, "config.batch_size", "must be at most 2**32"),
+  ({"epochs": HUGE}, "config.epochs", "must be below 2**32"),
+  ({"batch_size": 10**12}, "config.batch_size", "must be below 2**32"),
   ({"batch_size": 10**9}, "config.batch_size", ">= 1 and <= 1048576"),
   ({"eval_batch_size": 10**9}, "config.eval_batch_size", ">= 1 and <= 1048576"),
   ({"bases": {"max_rank": 10**9}}, "config.method.bases.max_rank", ">= 1 and <= 16384"),
   ({"input": {"image_size": 10**6}}, "config.input.image_size", ">= 1 and <= 16384"),
-  ({"input": {"steps_per_dispatch": HUGE}}, "config.input.steps_per_dispatch", "at most 2**32"),
-  ({"checkpoint": {"every_steps": HUGE}}, "config.checkpoint.every_steps", "at most 2**32"),
+  ({"input": {"steps_per_dispatch": HUGE}}, "config.input.steps_per_dispatch", "below 2**32"),
+  ({"checkpoint": {"every_steps": HUGE}}, "config.checkpoint.every_steps", "below 2**32"),
   ({"prompt": {"num_tokens": 10**6}}, "config.method.prompt.num_tokens", ">= 0 and <= 16384"),
   ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp", ">= 1"),
   (
@@ -176,3 +176,16 @@ def test_all_data_and_weights_that_are_missing_are_said_at_once(tmp_path):
     "config.weights.path",
   ]
   preflight.check_files(config_flag.read_config("digits"))
+  lines = list(plan.describe(folder, tmp_path / "run"))
+  assert [line.split(" is ")[0] for line in lines[3:5]] == [
+    "missing    config.tasks.data_dir",
+    "missing    config.weights.path",
+  ]
+  assert lines[5].endswith("/run: would be refused, for what is missing")
+
+
+@pytest.mark.parametrize("benchmark", ["digits", "digits_dil", "random_images"])
+def test_a_folder_that_a_benchmark_does_not_read_is_refused(benchmark, tmp_path):
+  chosen = config.TasksConfig(benchmark=benchmark, data_dir=str(tmp_path))
+  with pytest.raises(ConfigError, match=f"data_dir is '{tmp_path}': must be None, the images of"):
+    tasks.check(chosen)

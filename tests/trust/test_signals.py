@@ -51,7 +51,13 @@ def heeded():
 
 @pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
-  ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+  ("signum", "code"),
+  [
+    (signal.SIGTERM, 143),
+    (signal.SIGINT, 130),
+    (signal.SIGHUP, 129),
+    (signal.SIGUSR1, 138),
+  ],
 )
 def test_a_signal_in_training_loses_no_chunk(capsys, probe, tmp_path, signum, code):
   settings, cache, whole, expected = probe

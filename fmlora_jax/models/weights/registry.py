@@ -96,7 +96,7 @@ def _convert(
     )
   else:
     source = _describe(config, layout, metadata, shown)
-    hint = f"is it a {source.architecture}? --config.weights.architecture=NAME"
+    hint = f"if it is no {source.architecture}, pass --config.weights.architecture=NAME"
   file = next((file for file in source.files if file.layout == layout), source.files[0])
   if file.sha256 not in (None, digest):
     raise ConfigError(f"{shown} has sha256 {digest}: must be {file.sha256}; {hint}")

@@ -62,7 +62,7 @@ def builder_names(benchmark: str, domains: Sequence[str] = ()) -> list[str]:
   Raises:
     ConfigError: if the benchmark is unknown, needs no building, or has no such domain.
   """
-  module = tasks.find(benchmark)
+  module = tasks.find(benchmark, "NAME")
   tasks.check_names(benchmark, "DOMAINS", domains, "--domains has")
   if benchmark.startswith("tfds:"):
     return [benchmark.removeprefix("tfds:")]
