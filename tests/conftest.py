@@ -24,6 +24,7 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,8 @@ import pytest
 import type_checks
 
 type_checks.install()
+hypothesis.settings.register_profile("shared", deadline=None)  # other programs may run too
+hypothesis.settings.load_profile("shared")
 
 from fmlora_jax import methods
 from fmlora_jax.cli import config_files

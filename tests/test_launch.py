@@ -192,6 +192,17 @@ def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
   missing = subprocess.run(command, capture_output=True, text=True, check=False)
   assert missing.returncode == 1 and "none/train-images-idx3-ubyte.gz: no such" in missing.stderr
   subprocess.run([*script, tmp_path, tmp_path / "out", "2", "1"], check=True)
+  for arguments, said in (
+    ([tmp_path, tmp_path / "out"], "out: must be a new folder"),
+    ([tmp_path, tmp_path / "new", "2,1"], "the counts are ['2,1']: must be whole numbers"),
+    ([tmp_path / "cut", tmp_path / "new"], "no whole IDX file in gzip; get it with"),
+  ):
+    whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
+    (tmp_path / "cut").mkdir(exist_ok=True)
+    (tmp_path / "cut" / "train-images-idx3-ubyte.gz").write_bytes(whole[:-9])
+    refused = subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and said in refused.stderr
+    assert refused.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
   found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*/*"))
   assert len(found) == 30 and {"train/bag/00008.png", "train/bag/00018.png"} < set(found)
   bag = np.asarray(Image.open(tmp_path / "out" / "test" / "bag" / "00008.png"))

@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from fmlora_jax.bench import peer
-from fmlora_jax.cli import outputs, program
+from fmlora_jax.cli import errors, outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 from fmlora_jax.distributed import backend
@@ -99,10 +99,11 @@ def main(arguments: Arguments) -> None:
   from rich.console import Console
 
   from fmlora_jax.bench import counts, speed
-  from fmlora_jax.bench.workload import BenchSettings
+  from fmlora_jax.bench.workload import BenchSettings, require_architecture
   from fmlora_jax.cli import methods_flag
 
   backend.require_backend()
+  require_architecture(options.architecture)
   console = Console(width=None if sys.stdout.isatty() else 140)
   fields = [field.name for field in dataclasses.fields(BenchSettings)]
   setting = BenchSettings(**{name: getattr(options, name) for name in fields})
@@ -116,6 +117,8 @@ def main(arguments: Arguments) -> None:
     result |= {"programs_of_10_tasks": counts.count_programs()}
     table = speed.speed_table(result)
   console.print(table)
+  if options.methods and not result["methods"]:
+    errors.fail("all methods are left out")
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

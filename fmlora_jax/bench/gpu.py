@@ -67,7 +67,9 @@ def main(arguments: Arguments) -> None:
   import jax
 
   from fmlora_jax.bench import gpu_report
+  from fmlora_jax.bench.workload import require_architecture
 
+  require_architecture(options.architecture)
   plan = gpu_report.Plan(
     out=pathlib.Path(options.out),
     batches=tuple(batches),

@@ -9,7 +9,7 @@ import optax
 
 from fmlora_jax.cli import config_files, config_flag
 from fmlora_jax.cli.methods_flag import Choice
-from fmlora_jax.config import Config
+from fmlora_jax.config import Config, ConfigError
 from fmlora_jax.experiment import noise
 from fmlora_jax.experiment.costs import Program
 from fmlora_jax.experiment.noise import TASK_CLASSES
@@ -19,6 +19,14 @@ from fmlora_jax.train.step import StepContext, TrainState, TrainStep
 from fmlora_jax.types import Batch, Params, Sizes, TaskView, Variables
 
 FM_LORA = Choice("fm_lora")
+
+
+def require_architecture(name: str) -> None:
+  """Raises ConfigError if --architecture is not one of models/vit.py."""
+  try:
+    vit.architecture(name)
+  except ValueError as error:
+    raise ConfigError(f"--{error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

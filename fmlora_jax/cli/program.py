@@ -53,12 +53,21 @@ def running(
     arguments = flags_lib.parse(values, argv)
   except ConfigError as error:
     errors.fail(str(error))
+  if not _has_folder():
+    errors.fail("the current folder was removed: cd to one that exists")
   options = arguments.options
   workdir = getattr(options, "workdir", None)
   with stop.caught(), errors.guard(debug=options.debug, workdir=workdir):
     yield arguments
     asks = any(getattr(options, name, False) for name in ("dry_run", "estimate", "list"))
     _end_output(is_all=asks or not hasattr(options, "workdir"))
+
+
+def _has_folder() -> bool:
+  try:
+    return bool(os.getcwd())
+  except FileNotFoundError:
+    return False
 
 
 @contextlib.contextmanager

@@ -228,6 +228,14 @@ class OptimConfig:
       marks,
       "given with schedule=steps only",
     )
+    for name, setting, value in (
+      ("momentum", "name", "sgd"),
+      ("decay", "schedule", "steps"),
+      ("final_learning_rate", "schedule", "timm_cosine"),
+    ):  # else it would have no effect
+      own, default = getattr(self, name), getattr(OptimConfig, name)
+      is_used = own == default or getattr(self, setting) == value
+      require(is_used, name, own, f"left out, or given with {setting}={value}")
     require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
 
 

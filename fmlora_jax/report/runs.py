@@ -36,7 +36,10 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
   """
   results, notes, errors, seen = {}, [], [], set()
   for path in map(Path, paths):
-    files = sorted(path.rglob(RESULT)) if os.path.isdir(path) else [path]
+    files, unreadable = _find(path, RESULT) if os.path.isdir(path) else ([path], [])
+    notes += unreadable
+    if not files and unreadable:
+      raise ValueError(unreadable[0].removeprefix("left out: "))
     if not files:
       raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
     for file in (f for f in files if f.resolve() not in seen):
@@ -61,9 +64,17 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
   return [result for _, result in results.values()], notes
 
 
+def _find(top: Path, name: str) -> tuple[list[Path], list[str]]:
+  """Returns what has a name in a folder or below, and a line for each folder that is unreadable."""
+  errors: list[OSError] = []
+  tree = os.walk(top, onerror=errors.append)
+  found = sorted(Path(folder, name) for folder, dirs, files in tree if name in {*dirs, *files})
+  return found, [f"left out: {e.filename} can't be read ({e.strerror})" for e in errors]
+
+
 def _unfinished(path: Path) -> list[str]:
   """Returns a line for every unfinished run below `path`."""
-  logs = sorted(path.rglob(METRICS)) if os.path.isdir(path) else []
+  logs, _ = _find(path, METRICS)
   folders = [log.parent for log in logs if not (log.parent / RESULT).exists()]
   return [f"left out: {run} is not finished; the same command resumes it" for run in folders]
 

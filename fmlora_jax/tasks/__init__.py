@@ -93,6 +93,8 @@ def check(config: TasksConfig) -> None:
       f"{config.benchmark} are not in a folder; leave it out, or set config.tasks.benchmark to "
       "image_folder for images of your own"
     )
+  if not _reads_folder(config.benchmark):
+    check_test_from(config, ())  # a split is drawn from all images
   count = num_classes(config.benchmark)
   if count and config.scenario != "dil":
     check_divides(config.num_tasks, count, config.benchmark)

@@ -20,6 +20,11 @@ from fmlora_jax.workdir.result_file import RESULT
 
 IDENTITY, ENVIRONMENT = "config.json", "environment"
 FILES = (IDENTITY, RESULT, METRICS, task_file.FILE)
+HASHED = {
+  "weights_sha256": " (of the weights)",
+  "manifest_sha256": " (of the images)",
+  "task_file_sha256": " (of the tasks)",
+}
 FOLDERS = ("checkpoints", EVENTS, "plots")
 
 
@@ -164,7 +169,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   before = upgrade(before, now)
   there, defaults = dict(leaves(before)), dict(leaves(_defaults(now)))
   return [
-    f"{field}: {old!r} there, {new!r} now"
+    f"{field}{HASHED.get(field, '')}: {old!r} there, {new!r} now"
     for field, old, new in differences(before, now)
     if field.removeprefix("config.") not in FREE_FIELDS
     and (field in there or field not in defaults or defaults[field] != new)

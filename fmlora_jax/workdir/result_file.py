@@ -141,6 +141,8 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.exists(path):
       raise ConfigError(f"{path}: no such file or folder") from None
     raise ConfigError(f"{path}: no {RESULT}; a run writes it at its very end") from None
+  except PermissionError as error:
+    raise ConfigError(f"{file}: can't be read ({error.strerror}); allow that") from None
   except (OSError, ValueError, RecursionError) as error:  # json and unicode errors are ValueErrors
     raise ConfigError(f"{file}: can't be read as a result ({error}); {_fix(file)}") from None
   if not isinstance(result, dict) or result.get("finished") is not True:

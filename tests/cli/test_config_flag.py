@@ -218,7 +218,7 @@ def test_the_default_workdir_is_named_after_what_differs_from_the_file(
 
 
 def test_a_long_name_is_hashed_and_a_config_json_always(tmp_path):
-  changes = [(f"optim.{name}", "0.5") for name in ("learning_rate", "weight_decay", "momentum")]
+  changes = [(f"optim.{name}", "0.5") for name in ("learning_rate", "weight_decay", "clip_norm")]
   names = [config_flag.workdir_name("digits", read("digits", changes[:n])) for n in (1, 2, 3)]
   assert names[0] == "digits-fm_lora-1993-optim.learning_rate=0.5"
   assert len({*names}) == 3 and all(len(name) < 82 for name in names)

@@ -117,3 +117,13 @@ def test_what_can_be_shown_is_and_lone_surrogates_are_not():
   shown.flush()
   assert stream.buffer.getvalue().decode() == "a ± b?" and shown.lost is None
   assert shown.encoding == "utf-8"
+
+
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
+  gone = tmp_path / "gone"
+  gone.mkdir()
+  line = f"cd '{gone}'; rmdir '{gone}'; exec '{sys.executable}' -m fmlora_jax report runs"
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=60)
+  assert done.returncode != 0 and not done.stdout
+  assert done.stderr == "error: the current folder was removed: cd to one that exists\n"

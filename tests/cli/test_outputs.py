@@ -82,6 +82,8 @@ WRONG = [  # command and flag, the value, the reason
   ("bench --variants", "peft", "needs --peers"),
   ("bench.gpu --out=x --batches", "64,64", "must be whole numbers, each once"),
   ("bench.gpu --out=x --batches", "64,064", "must be whole numbers, each once"),
+  ("bench --architecture", "VIT", "must be one of"),
+  ("bench.gpu --out=x --architecture", "VIT", "must be one of"),
   ("bench.gpu --out=x --seconds", "nan", "must be a number"),
   ("bench.gpu --out=x --seconds", "inf", "must be a number"),
   ("bench.gpu --out", "file", "a folder, this is none"),

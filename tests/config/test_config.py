@@ -48,6 +48,18 @@ from fmlora_jax import config, methods
       "config.optim.milestones is (4, 2): must be ascending epochs >= 1",
     ),
     (
+      {"optim": {"momentum": 0.5}},
+      "config.optim.momentum is 0.5: must be left out, or given with name=sgd",
+    ),
+    (
+      {"optim": {"decay": 0.3}},
+      "config.optim.decay is 0.3: must be left out, or given with schedule=steps",
+    ),
+    (
+      {"optim": {"final_learning_rate": 1e-4}},
+      "config.optim.final_learning_rate is 0.0001: must be left out, or given with schedule=timm",
+    ),
+    (
       {"optim": {"schedule": "steps", "milestones": (0, 2)}},
       "config.optim.milestones is (0, 2): must be ascending epochs >= 1",
     ),

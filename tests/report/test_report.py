@@ -1,8 +1,11 @@
 """The comparison of runs and the pictures, from made-up results."""
 
+import errno
 import functools
 import io
 import json
+import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -301,6 +304,35 @@ def test_a_folder_is_searched_and_what_is_left_out_is_said(tmp_path):
   assert [note.split(": ")[0] for note in left_out] == ["left out"] * 2
   assert "broken/result.json: not the result of a finished run" in left_out[0]
   assert "wip is not finished" in left_out[1]
+
+
+def test_a_folder_that_can_not_be_read_is_said(tmp_path, monkeypatch):
+  for name in ("open", "closed"):
+    save(tmp_path / name, result(seed=len(name)))
+  scan = os.scandir
+
+  def guarded(path):
+    if str(path).endswith("closed"):
+      raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return scan(path)
+
+  monkeypatch.setattr(os, "scandir", guarded)
+  results, notes = load([tmp_path])
+  assert [run["seed"] for run in results] == [4]
+  assert notes == [f"left out: {tmp_path / 'closed'} can't be read (Permission denied)"]
+  with pytest.raises(ValueError, match="closed can't be read"):
+    load([tmp_path / "closed"])
+
+
+def test_a_result_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+  save(tmp_path / "run", result())
+
+  def refuse(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+  with pytest.raises(ValueError, match=r"result\.json: can't be read \(Permission denied\); allow"):
+    load([tmp_path])
 
 
 def test_paths_without_a_result_are_refused(tmp_path):

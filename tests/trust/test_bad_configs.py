@@ -189,3 +189,5 @@ def test_a_folder_that_a_benchmark_does_not_read_is_refused(benchmark, tmp_path)
   chosen = config.TasksConfig(benchmark=benchmark, data_dir=str(tmp_path))
   with pytest.raises(ConfigError, match=f"data_dir is '{tmp_path}': must be None, the images of"):
     tasks.check(chosen)
+  with pytest.raises(ConfigError, match="test_from is 'val': must be 'train'"):
+    tasks.check(config.TasksConfig(benchmark=benchmark, test_from="val"))

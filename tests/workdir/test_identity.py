@@ -47,7 +47,7 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
     "config.seed: 1 there, 2 now",
     "config.optim.learning_rate: 0.1 there, 0.2 now",
     "config.optim.clip_norm: None there, 1.0 now",
-    "weights_sha256: 'ab' there, None now",
+    "weights_sha256 (of the weights): 'ab' there, None now",
   ):
     assert difference in str(error.value)
   assert (workdir / "config.json").read_text() == before
@@ -145,7 +145,9 @@ def test_a_folder_of_an_earlier_version_is_its_runs_still(tmp_path):
 
 @pytest.mark.parametrize("files_read", [("a", "a"), (None, "a"), ("a", None)], ids=str)
 def test_tasks_from_a_file_are_not_taken_for_those_of_an_earlier_version(files_read):
-  assert identity.changes(*old_and_new(*files_read)) == ["task_file_sha256: '12' there, '34' now"]
+  assert identity.changes(*old_and_new(*files_read)) == [
+    "task_file_sha256 (of the tasks): '12' there, '34' now"
+  ]
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "plots/x.png", "checkpoints/20/state", "events/a"])
