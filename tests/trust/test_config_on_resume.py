@@ -41,7 +41,8 @@ def test_every_setting_is_free_or_of_the_identity(tmp_path, method):
       place = place[group]
     other_method = "finetune" if value != "finetune" else "lora"
     place[name] = other_method if field == "config.method.name" else flipped(value)
-    expected = f"({field}: {value!r} there, {place[name]!r} now)"
+    named = field + identity_lib.HASHED.get(field, "")
+    expected = f"({named}: {value!r} there, {place[name]!r} now)"
     try:
       identity_lib.claim_workdir(tmp_path / "run", other)
       taken, said = True, ""
