@@ -108,7 +108,7 @@ REFUSED = {
   ),
   "a variant that is no number": (
     ["--config=configs/digits.py:tasks=x"],
-    "--config=configs/digits.py:tasks=x: ValueError in configs/digits.py, line ",
+    "--config=configs/digits.py:tasks=x: config variant 'tasks=x': tasks must be a whole number",
   ),
   "a bucket for a workdir": (
     ["--config=configs/digits.py", "--workdir=gs://bucket/run"],
