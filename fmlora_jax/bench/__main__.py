@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from fmlora_jax.bench import peer
-from fmlora_jax.cli import errors, outputs, program
+from fmlora_jax.cli import outputs, program
 from fmlora_jax.cli.flags import Arguments
 from fmlora_jax.config import ConfigError
 from fmlora_jax.distributed import backend
@@ -117,10 +117,10 @@ def main(arguments: Arguments) -> None:
     result |= {"programs_of_10_tasks": counts.count_programs()}
     table = speed.speed_table(result)
   console.print(table)
-  if options.methods and not result["methods"]:
-    errors.fail("all methods are left out")
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+  if options.methods and not result["methods"]:
+    raise ConfigError("all methods are left out")
 
 
 if __name__ == "__main__":

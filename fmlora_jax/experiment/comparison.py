@@ -120,7 +120,8 @@ def listing(planned: Sequence[PlannedRun], folder: pathlib.Path) -> list[str]:
     seeds = ", ".join(f"{run.seed} {run.state}".strip() for run in runs)
     lines.append(f"  {label:{width}}  {f'left out: {problem}' if problem else seeds}")
   configs = [run.config for run in planned if run.config and run.state != "finished"]
-  missing = dict.fromkeys(line for config in configs for line in preflight.missing_files(config))
+  distinct = {(config.tasks, config.weights): config for config in configs}.values()
+  missing = dict.fromkeys(line for config in distinct for line in preflight.missing_files(config))
   return lines + [f"missing    {line}" for line in missing]
 
 

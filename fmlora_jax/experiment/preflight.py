@@ -50,18 +50,13 @@ def missing_files(config: Config) -> list[str]:
   """
   data, weights = tasks.missing_data(config.tasks), registry.missing(config.weights)
   if data or (weights and (config.weights.path is not None or not download.has_hub())):
-    if data and weights and config.weights.path is None and _is_prepared(config):
+    is_prepared = tasks.is_prepared(config.tasks.benchmark)
+    if data and weights and config.weights.path is None and is_prepared:
       root = f" --data_dir={config.tasks.data_dir}" if config.tasks.data_dir else ""
       both = f"fmlora_jax prepare {config.tasks.benchmark}{root} --with_weights"
       weights[0] += f"; {both} gets them with the data"
     return [*data, *weights]
   return []
-
-
-def _is_prepared(config: Config) -> bool:
-  """Returns whether the command `prepare` makes the benchmark."""
-  is_tfds = config.tasks.benchmark.startswith("tfds:")
-  return is_tfds or hasattr(tasks.find(config.tasks.benchmark), "BUILDERS")
 
 
 def _check_method(config: Config, sizes: Sizes, memory: int) -> None:

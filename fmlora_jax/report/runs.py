@@ -37,9 +37,9 @@ def load(paths: Iterable[str | os.PathLike]) -> tuple[list[RunResult], list[str]
   results, notes, errors, seen = {}, [], [], set()
   for path in map(Path, paths):
     files, unreadable = _find(path, RESULT) if os.path.isdir(path) else ([path], [])
-    notes += unreadable
+    notes += [f"left out: {problem}" for problem in unreadable]
     if not files and unreadable:
-      raise ValueError(unreadable[0].removeprefix("left out: "))
+      raise ValueError(unreadable[0])
     if not files:
       raise ValueError(f"{path}: no {RESULT} in this folder or below; only finished runs have one")
     for file in (f for f in files if f.resolve() not in seen):
@@ -69,7 +69,7 @@ def _find(top: Path, name: str) -> tuple[list[Path], list[str]]:
   errors: list[OSError] = []
   tree = os.walk(top, onerror=errors.append)
   found = sorted(Path(folder, name) for folder, dirs, files in tree if name in {*dirs, *files})
-  return found, [f"left out: {e.filename} can't be read ({e.strerror})" for e in errors]
+  return found, [f"{e.filename} can't be read ({e.strerror})" for e in errors]
 
 
 def _unfinished(path: Path) -> list[str]:

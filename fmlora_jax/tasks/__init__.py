@@ -28,6 +28,7 @@ __all__ = [
   "TaskSequence",
   "benchmark_names",
   "check",
+  "is_prepared",
   "make",
   "missing_data",
   "num_classes",
@@ -87,13 +88,13 @@ def check(config: TasksConfig) -> None:
   check_names(config.benchmark, "DOMAINS", config.domains, "config.tasks.domains is")
   if getattr(find(config.benchmark), "SPLITS", ()):
     check_test_from(config, {TRAIN, VAL, TEST})  # each of these splits has test images
-  if config.data_dir is not None and not _reads_folder(config.benchmark):
-    raise ConfigError(
-      f"config.tasks.data_dir is {config.data_dir!r}: must be None, the images of "
-      f"{config.benchmark} are not in a folder; leave it out, or set config.tasks.benchmark to "
-      "image_folder for images of your own"
-    )
-  if not _reads_folder(config.benchmark):
+  if not is_prepared(config.benchmark) and not hasattr(find(config.benchmark), "check_folder"):
+    if config.data_dir is not None:
+      raise ConfigError(
+        f"config.tasks.data_dir is {config.data_dir!r}: must be None, the images of "
+        f"{config.benchmark} are not in a folder; leave it out, or set config.tasks.benchmark to "
+        "image_folder for images of your own"
+      )
     check_test_from(config, ())  # a split is drawn from all images
   count = num_classes(config.benchmark)
   if count and config.scenario != "dil":
@@ -120,10 +121,9 @@ def missing_data(config: TasksConfig) -> list[str]:
   return []
 
 
-def _reads_folder(benchmark: str) -> bool:
-  module = find(benchmark)
-  is_tfds = benchmark.startswith("tfds:") or hasattr(module, "BUILDERS")
-  return is_tfds or hasattr(module, "check_folder")
+def is_prepared(benchmark: str) -> bool:
+  """Returns whether the command `prepare` makes the benchmark."""
+  return benchmark.startswith("tfds:") or hasattr(find(benchmark), "BUILDERS")
 
 
 def _is_wanted(builder: str, domains: Sequence[str]) -> bool:

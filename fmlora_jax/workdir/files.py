@@ -43,20 +43,17 @@ def explain_failure(path: pathlib.Path, num_bytes: int) -> Iterator[None]:
       ) from None
     if not (code := _code(error, FULL)):
       raise
-    free = shutil.disk_usage(path.parent).free
+    free, fix = shutil.disk_usage(path.parent).free, "make room"
     reason = f"the disk is full, {num_bytes:,} bytes needed, {free:,} free"
     if code == errno.EDQUOT:
       reason = f"your quota of this disk is used up, {num_bytes:,} bytes needed"
     elif code == errno.EFBIG:
-      most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-      raise ConfigError(
-        f"{path}: a file of this process may have at most {most:,} bytes (ulimit -f): raise that "
-        "limit, and the same command resumes from the last checkpoint"
-      ) from None
+      most, fix = resource.getrlimit(resource.RLIMIT_FSIZE)[0], "raise that limit"
+      reason = f"a file of this process may have at most {most:,} bytes (ulimit -f)"
     elif (disk := os.statvfs(path.parent)).f_files and not disk.f_favail:
       reason = f"the disk takes no more files, though {free:,} bytes are free"
     raise ConfigError(
-      f"{path}: {reason}: make room, and the same command resumes from the last checkpoint"
+      f"{path}: {reason}: {fix}, and the same command resumes from the last checkpoint"
     ) from None
 
 
