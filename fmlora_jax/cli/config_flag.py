@@ -122,6 +122,8 @@ def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     values = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
     if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
       raise ConfigError("it has no group 'config'")
+    if misplaced := sorted(values.keys() & {field.name for field in dataclasses.fields(Config)}):
+      raise ConfigError(f"{misplaced[0]!r} stands beside the group 'config': move it into it")
     return config_files.to_config_dict(methods.build_config(values["config"]))
   except ConfigError as error:
     raise ConfigError(f"{path} is not the config.json of a run: {error}") from None
@@ -281,6 +283,8 @@ def _field_hint(part: str, known: list[str], paths: list[str], *, in_method: boo
     paths: of all fields.
     in_method: whether the group is the method's.
   """
+  if part in methods.names():
+    return f"; settings of a method are --config.method.FIELD, with --config=FILE:method={part}"
   elsewhere = paths_to(part, paths)
   if elsewhere and not in_method:
     return f"; did you mean --config.{' or --config.'.join(elsewhere)}?"

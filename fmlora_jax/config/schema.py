@@ -222,13 +222,10 @@ class OptimConfig:
     marks = self.milestones
     ascending = all(a < b for a, b in itertools.pairwise((0, *marks)))
     require(ascending, "milestones", marks, "ascending epochs >= 1")
-    require(
-      bool(marks) == (self.schedule == "steps"),
-      "milestones",
-      marks,
-      "given with schedule=steps only",
-    )
+    steps = self.schedule == "steps"
+    require(bool(marks) or not steps, "milestones", marks, "epochs, such as (8, 12)")
     for name, setting, value in (
+      ("milestones", "schedule", "steps"),
       ("momentum", "name", "sgd"),
       ("decay", "schedule", "steps"),
       ("final_learning_rate", "schedule", "timm_cosine"),

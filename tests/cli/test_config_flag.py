@@ -139,6 +139,7 @@ def test_what_is_no_number_in_a_tuple_is_named(text, said):
     ([("method.name", "lora")], "--config.method.name: a method is named by .*FILE:method=NAME"),
     ([("learning_rate", "1")], r"did you mean --config.optim.learning_rate\?"),
     ([("weight_decay", "1")], r"did you mean --config.optim.weight_decay\?"),
+    ([("lora.rank", "1")], r"are --config.method.FIELD, with --config=FILE:method=lora"),
     ([("optim.epochs", "1")], r"'epochs' is not a field; did you mean --config.epochs\?"),
   ],
 )
@@ -170,6 +171,7 @@ def test_the_config_of_a_run_of_any_version_is_a_config_file(tmp_path):
   wrong = {
     "{}": "is not the config.json of a run",
     '{"config": {"a": 1}}': "config.a is not a field",
+    '{"seed": 7, "config": {}}': "'seed' stands beside the group 'config': move it into it",
   }
   for text, message in wrong.items():
     file.write_text(text)

@@ -65,11 +65,11 @@ from fmlora_jax import config, methods
     ),
     (
       {"optim": {"schedule": "steps"}},
-      "config.optim.milestones is (): must be given with schedule=steps only",
+      "config.optim.milestones is (): must be epochs, such as (8, 12)",
     ),
     (
       {"optim": {"milestones": (4,)}},
-      "config.optim.milestones is (4,): must be given with schedule=steps only",
+      "config.optim.milestones is (4,): must be left out, or given with schedule=steps",
     ),
     (
       {"epochs": 5, "optim": {"schedule": "steps", "milestones": (2, 5)}},
