@@ -5,6 +5,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 extras=$1
 stamp=$venv/installed-${extras:-core}
+for extra in ${extras//,/ }; do
+  if ! grep -q "^$extra = \[" "$root/pyproject.toml"; then
+    echo "error: EXTRAS is '$extras': must be such as cuda, tpu or photos, which pyproject.toml has" >&2
+    exit 2
+  fi
+done
 
 is_new_enough() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -21,6 +27,6 @@ if ! is_new_enough "$venv/bin/python" || ! cmp -s "$root/pyproject.toml" "$stamp
   fi
   echo "installing into $venv (once) ..." >&2
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -e "$root${extras:+[$extras]}" >&2
+    --config-settings editable_mode=compat -e "$root${extras:+[$extras]}" >&2
   cp "$root/pyproject.toml" "$stamp"
 fi

@@ -5,11 +5,11 @@
 #   launch/processes.sh 2 --config=configs/digits.py
 # One process can drive all GPUs of a machine too: launch/local.sh is the simpler choice.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "${EXTRAS:-}"
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "error: the first argument is '${1:-}': must be the number of processes, as in $0 2 ..." >&2
   exit 2
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "${EXTRAS:-}"
 port=$("$venv/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$1
 shift

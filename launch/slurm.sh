@@ -15,6 +15,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
+if [[ -z ${SLURM_SUBMIT_DIR:-} ]]; then
+  echo "error: SLURM_SUBMIT_DIR is not set: start this with sbatch launch/slurm.sh ..." >&2
+  exit 2
+fi
 # Slurm runs a copy of this file, so BASH_SOURCE does not help. On GPUs: EXTRAS=cuda sbatch ...
 source "$SLURM_SUBMIT_DIR/launch/environment.sh" "${EXTRAS:-}"
 code=0

@@ -6,8 +6,10 @@
 #   TPU=my-v5e-32 ZONE=us-west4-a launch/tpu_pod.sh --config=configs/imagenet_r.py --workdir=/mnt/runs/a
 # The same command again resumes, also on a slice of another size.
 set -euo pipefail
-: "${TPU:?error: TPU is not set: must be the name of the pod slice}"
-: "${ZONE:?error: ZONE is not set: must be its zone, such as us-west4-a}"
+if [[ -z ${TPU:-} || -z ${ZONE:-} ]]; then
+  echo "error: TPU is '${TPU:-}', ZONE is '${ZONE:-}': must be the pod slice's name and its zone, such as us-west4-a" >&2
+  exit 2
+fi
 # each host learns its number and the total from its metadata server
 printf -v command 'cd %q && FMLORA_JAX_CLUSTER=auto EXTRAS=tpu launch/local.sh' "${REPOSITORY:-fmlora_jax}"
 (($# == 0)) || printf -v command '%s%s' "$command" "$(printf ' %q' "$@")"

@@ -38,12 +38,12 @@ def launch(tmp_path):
   shutil.copy(ROOT / "pyproject.toml", root)
   stand_in(tmp_path / "python")
 
-  def run(*arguments, python=tmp_path / "python"):
+  def run(*arguments, python=tmp_path / "python", script="local.sh", extras=""):
     log = tmp_path / "log"
     log.write_text("")
-    env = os.environ | {"PYTHON": str(python), "LOG": str(log), "EXTRAS": ""}
+    env = os.environ | {"PYTHON": str(python), "LOG": str(log), "EXTRAS": extras}
     done = subprocess.run(
-      [root / "launch" / "local.sh", *arguments],
+      ["bash", root / "launch" / script, *arguments],
       cwd=tmp_path,
       env=env,
       capture_output=True,
@@ -106,6 +106,23 @@ def test_an_old_python_is_refused_in_one_line(launch, python):
   assert not launch.venv.exists()
 
 
+@pytest.mark.parametrize(
+  ("script", "extras", "said"),
+  [
+    ("local.sh", "cuda,gpu", "error: EXTRAS is 'cuda,gpu': must be such as cuda, tpu or photos"),
+    ("processes.sh", "", "error: the first argument is '': must be the number of processes"),
+    ("slurm.sh", "", "error: SLURM_SUBMIT_DIR is not set: start this with sbatch"),
+  ],
+)
+def test_a_wrong_start_is_refused_in_one_line_before_anything_is_installed(
+  launch, monkeypatch, script, extras, said
+):
+  monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
+  done, asked = launch(script=script, extras=extras)
+  assert (done.returncode, asked, len(done.stderr.splitlines())) == (2, [], 1)
+  assert done.stderr.startswith(said) and not launch.venv.exists()
+
+
 # runs --command in a shell and prints the other arguments
 GCLOUD = """#!/bin/sh
 for word in "$@"; do
@@ -136,7 +153,7 @@ def test_every_host_of_a_tpu_pod_gets_the_arguments_as_they_are(launch, tmp_path
   last = log.read_text().splitlines()[-1]
   assert last == "-m fmlora_jax.main --config=a b.py --config.drs.candidate_ranks=(4,8)"
   unnamed = subprocess.run(arguments, env=env | {"TPU": ""}, capture_output=True, text=True)
-  assert unnamed.returncode and "TPU is not set" in unnamed.stderr
+  assert unnamed.returncode and unnamed.stderr.startswith("error: TPU is '', ZONE is 'here'")
 
 
 def test_local_processes_meet_and_the_worst_exit_code_is_theirs(launch, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -113,6 +114,10 @@ REFUSED = {
   "a bucket for a workdir": (
     ["--config=configs/digits.py", "--workdir=gs://bucket/run"],
     "--workdir is 'gs://bucket/run': must be a local or mounted folder, buckets are not supported",
+  ),
+  "an empty workdir": (
+    ["--config=configs/digits.py", "--workdir="],
+    "--workdir is '': must be a folder, or be left out for one in runs/",
   ),
   "a seed beside seeds": (
     ["--config=configs/digits.py", "--config.seed=3", "--config.seeds=3,4"],
@@ -476,3 +481,15 @@ def test_two_processes_of_which_one_is_killed_resume_as_one(uninterrupted, tmp_p
     logged = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     losses.append([line["value"] for line in logged if line["name"] == "train/loss"])
   np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_cache_that_can_not_be_made_is_one_line(tmp_path, monkeypatch, caplog):
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  updates = []
+  values = {"jax_compilation_cache_dir": None}
+  stand_in = types.SimpleNamespace(values=values, update=lambda *change: updates.append(change))
+  monkeypatch.setattr(jax, "config", stand_in)
+  program.enable_compilation_cache()
+  assert f"{tmp_path / 'file' / 'fmlora_jax' / 'xla'} can't be made (Not a dir" in caplog.text
+  assert not updates

@@ -6,7 +6,9 @@ prints the traceback instead.
 """
 
 import contextlib
+import errno
 import os
+import resource
 import sys
 import tempfile
 import traceback
@@ -62,6 +64,12 @@ def explain(error: Exception, workdir: str | None = None) -> str | None:
   types = sys.modules.get("fmlora_jax.types")  # it imports jax, which may be what failed
   if types and isinstance(error, (types.FrozenError, types.NonFiniteError)):
     return message
+  if os.strerror(errno.EMFILE) in message:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+      f"this process may have at most {most} files open (ulimit -n): raise that limit, and the "
+      "same command goes on"
+    )
   if isinstance(error, (ValueError, OSError)):
     return f"{message} ({_traceback_file(error, workdir)})"
   return None

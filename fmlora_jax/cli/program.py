@@ -126,6 +126,8 @@ def resolve_workdir(given: str | None, name: Callable[[], str]) -> pathlib.Path:
   Raises:
     ConfigError: if it is given as a bucket, or there can be no such folder.
   """
+  if given == "":
+    raise ConfigError("--workdir is '': must be a folder, or be left out for one in runs/")
   if not (given or "").isprintable():
     raise ConfigError(f"--workdir is {given!r}: must be of printable characters")
   if "://" in (given or ""):
@@ -152,11 +154,21 @@ def join_hosts() -> None:
 
 
 def enable_compilation_cache() -> None:
-  """Has XLA store what it compiles in the user's cache folder."""
+  """Has XLA store what it compiles in the user's cache folder; one line warns if it can't."""
   import jax  # takes a second, which --help does without
 
   cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   if not jax.config.values["jax_compilation_cache_dir"]:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache, "fmlora_jax", "xla")))
+    folder = pathlib.Path(cache, "fmlora_jax", "xla")
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      logging.getLogger(__name__).warning(
+        "warning    no programs are kept for later runs: %s can't be made (%s); set XDG_CACHE_HOME",
+        folder,
+        error.strerror,
+      )
+      return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
   # small programs too: between tasks a run has hundreds
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -91,7 +91,7 @@ def _from_environment() -> dict[str, Any] | None:
   given = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
   if COUNT in given or INDEX in given:
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in given]:
-      raise ConfigError(f"{' and '.join(missing)} is not set: must be set with {', '.join(given)}")
+      raise ConfigError(f"{', '.join(given)} needs {' and '.join(missing)}: must be set too")
     count = _number(COUNT, at_least=1)
     index = _number(INDEX, at_least=0)
     if index >= count:

@@ -96,10 +96,13 @@ def plot_accuracy_over_tasks(panels: Mapping[str, Groups], path: Target) -> None
     path: of the PNG file, or an open binary file.
 
   Raises:
-    ValueError: if there is no panel.
+    ValueError: if there is no panel, or a group without a run.
   """
   if not panels:
     raise ValueError("panels is {}: must have a title with groups of runs")
+  for heading, groups in panels.items():
+    if empty := [label for label, runs in groups.items() if not runs]:
+      raise ValueError(f"panels[{heading!r}][{empty[0]!r}] is []: must have a run")
   figure = Figure(figsize=(6.4 * len(panels), 4.4), dpi=150, layout="constrained")
   for axes, (heading, groups) in zip(
     figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True

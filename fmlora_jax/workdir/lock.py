@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def hold_lock(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
-  """Holds the lock of a folder; makes the folder, and removes it if nothing was written into it.
+  """Holds the lock of a folder; what it made is removed if nothing else was written there.
 
   On a file system without locks one line warns, and nothing is held.
 
@@ -41,6 +41,7 @@ def hold_lock(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
       is a link, a folder or can't be written.
   """
   is_new, path = not folder.exists(), folder / FILE
+  before = set() if is_new else {each.name for each in folder.iterdir()}
   with explain_failure(path, 100):
     folder.mkdir(parents=True, exist_ok=True)
     lock = _acquire(folder, path)
@@ -50,7 +51,8 @@ def hold_lock(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
   try:
     yield functools.partial(_require_held, path, held)
   finally:
-    if _file(path) == held and [each.name for each in folder.iterdir()] == [FILE]:
+    after = {each.name for each in folder.iterdir()} if _file(path) == held else set()
+    if after == {FILE} or (FILE not in before and after == {*before, FILE}):
       path.unlink()
       if is_new:
         folder.rmdir()

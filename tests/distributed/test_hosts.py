@@ -129,7 +129,10 @@ THREE = {
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is not set: must be set with JAX_COORDINATOR_"),
+    (
+      {"JAX_PROCESS_ID": None},
+      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES needs JAX_PROCESS_ID: must be set too",
+    ),
     ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2: must be below JAX_NUM_PROCESSES, 2"),
     ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1': must be a whole number >= 0"),
     ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two': must be a whole number >= 1"),

@@ -403,7 +403,7 @@ def test_stored_parameters_are_those_of_the_formula(case):
   )
   method = methods.make_method(config, vit.make_vit(Sizes()), spec)
   found = method.stored(cases.FACTS)
-  advice = f"tests/cases.py has no entry: add Case(name={case.name!r}, stored=...), and work out "
+  advice = f"tests/cases.py has no entry: add Case(name={case.name!r}, stored=...), and work out"
   assert case.stored is not None, (
     f"{advice} by hand what three tasks store; the method says {found}"
   )

@@ -379,6 +379,8 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
 
 
 def test_a_picture_of_nothing_is_refused():
+  with pytest.raises(ValueError, match=r"panels\['digits'\]\['lora'\] is \[\]: must have a run"):
+    plots.plot_accuracy_over_tasks({"digits": {"lora": []}}, "none.png")
   with pytest.raises(ValueError, match="panels is {}"):
     plots.plot_accuracy_over_tasks({}, "x.png")
 

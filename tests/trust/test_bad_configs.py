@@ -1,5 +1,8 @@
 """Invalid configs are refused at once, before any file or device is touched."""
 
+import errno
+import os
+import re
 import time
 
 import pytest
@@ -154,6 +157,8 @@ def test_all_that_is_wrong_is_said_at_once_in_at_most_twenty_lines():
     "config.nonsense is not a field",
   ):
     assert sum(line.startswith(f"  {start}") for line in lines) == 1, lines
+  limit = errors.explain(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"))
+  assert re.fullmatch(r"this process may have at most \d+ files open \(ulimit -n\): .*", limit)
   many = errors.explain(config.ConfigErrors([f"problem {i}" for i in range(30)])).splitlines()
   assert len(many) == 20 and many[-1] == "  and 12 more"
 

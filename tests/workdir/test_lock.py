@@ -61,6 +61,10 @@ def test_where_nothing_was_written_nothing_is_left(tmp_path):
     with pytest.raises(KeyError), lock.hold_lock(folder):
       raise KeyError
     assert not list(tmp_path.iterdir())
+  (tmp_path / "of_another_program").touch()
+  with pytest.raises(KeyError), lock.hold_lock(tmp_path):
+    raise KeyError
+  assert [path.name for path in tmp_path.iterdir()] == ["of_another_program"]
 
 
 def test_a_lock_that_its_holder_deletes_meanwhile_is_made_again(tmp_path, monkeypatch):
