@@ -29,15 +29,16 @@ PLAIN = {"start": "class_mean"}
 HEADS = {
   "plain": PLAIN,
   "aligned": PLAIN | {"alignment": {"epochs": 100, "learning_rate": 2e-2}},
+  "lda": PLAIN | {"kind": "lda"},
   "hide_prompt": PLAIN,
 }
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, tasks=N, head=plain|aligned."""
+  """Returns the config; variants: method=NAME, tasks=N, head=plain|aligned|lda."""
   chosen = config_files.parse_variant(variant, "method", "tasks", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
-  first = 1.0 if "alignment" in head else 0.1  # of task 1: features may move more if aligned
+  first = 0.1 if head == PLAIN else 1.0  # of task 1: features may move, if statistics are stored
   fm_lora = {
     "bases": {"targets": vit.PROJECTIONS, "lr_scale": first},
     "core": {"first_lr_scale": first},

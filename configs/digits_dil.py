@@ -29,17 +29,18 @@ SETTINGS = {
 HEADS = {  # hide_prompt includes an alignment
   "plain": {},
   "aligned": {"alignment": {"epochs": 100, "learning_rate": 2e-2}},
+  "lda": {"kind": "lda"},
   "hide_prompt": {},
 }
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, head=plain|aligned."""
+  """Returns the config; variants: method=NAME, head=plain|aligned|lda."""
   chosen = config_files.parse_variant(variant, "method", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   rate, factor = LEARNING_RATES.get(method, 1e-3), 1.0
-  if method == "fm_lora" and "alignment" in head:
-    # with an aligned head the first domain may move the features more, the others less
+  if method == "fm_lora" and head:
+    # where statistics are stored the first domain may move the features more, the others less
     rate, factor = 3e-4, 6.0
   fm_lora = {
     "bases": {"targets": vit.PROJECTIONS, "lr_scale": factor},

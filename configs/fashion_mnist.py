@@ -28,6 +28,7 @@ LEARNING_RATES = {
 HEADS = {
   "plain": {"kind": "class_mean", "start": "class_mean"},
   "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
+  "lda": {"kind": "lda", "start": "class_mean"},
   "hide_prompt": {"start": "class_mean"},  # needs a trained head
 }
 
@@ -36,7 +37,7 @@ SETTINGS = {"fm_lora": {"prompt": {"num_tokens": 0}}}
 
 
 def get_config(variant: str | None = None):
-  """Returns the config; variants: method=NAME, head=plain|aligned."""
+  """Returns the config; variants: method=NAME, head=plain|aligned|lda."""
   chosen = config_files.parse_variant(variant, "method", "head")
   method, head = chosen.get("method", "fm_lora"), config_files.head_settings(chosen, HEADS)
   return config_files.defaults(

@@ -9,6 +9,7 @@ from fmlora_jax.cli import config_files
 HEADS = {  # hide_prompt includes an alignment
   "plain": {"start": "class_mean"},
   "aligned": {"start": "class_mean", "alignment": {"epochs": 30}},
+  "lda": {"kind": "lda", "start": "class_mean"},
   "hide_prompt": {"start": "class_mean"},
 }
 

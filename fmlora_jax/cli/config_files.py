@@ -12,6 +12,7 @@ from fmlora_jax import methods
 from fmlora_jax.config import Config, ConfigError, require
 
 RECIPES = ("unified", "official")
+KINDS_OF_HEADS = ("plain", "aligned", "lda")
 
 
 def defaults(*, recipe: str = "unified", **groups: Any) -> ml_collections.ConfigDict:
@@ -104,8 +105,8 @@ def head_settings(
   """Returns the settings of the head that a variant names.
 
   Args:
-    chosen: the variant: method=NAME, head=plain|aligned.
-    heads: settings by head, plain and aligned; and by method, for methods that have neither.
+    chosen: the variant: method=NAME, head=plain|aligned|lda.
+    heads: settings by head; and by method, for methods that have none of them.
     default: the head of all methods if the variant names none.
 
   Raises:
@@ -113,7 +114,7 @@ def head_settings(
   """
   method = chosen.get("method", "fm_lora")
   name = chosen.get("head", default)
-  require(name in ("plain", "aligned"), "head", name, "plain or aligned")
+  require(name in KINDS_OF_HEADS, "head", name, "plain, aligned or lda")
   return heads.get(method, heads[name])
 
 

@@ -30,11 +30,14 @@ class AlignmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-  """The classifier; linear is the paper's, the other two are not.
+  """The classifier; linear is the paper's, the others are not.
 
   Attributes:
-    kind: linear, cosine (normalised features and rows, learned scale per task), or class_mean
-      (nearest mean of the adapted features; trained as linear, means stored at each task end).
+    kind: linear, cosine (normalised features and rows, learned scale per task), class_mean (nearest
+      mean of the adapted features), or lda (linear discriminant analysis of the adapted features,
+      with one covariance of all classes; Deep SLDA, arXiv:1909.01520). The last two train as linear
+      and predict by statistics that are stored at each task's end. lda costs one feature pass per
+      task.
     start: initial value of new rows. zero; class_mean: the nearest-mean classifier of the task's
       training images, which separates its classes from those of other tasks before cross-entropy
       within the task separates them from each other, and costs one feature pass per task; or a
@@ -57,7 +60,7 @@ class HeadConfig:
       of the features and the number of images.
   """
 
-  kind: Literal["linear", "cosine", "class_mean"] = "linear"
+  kind: Literal["linear", "cosine", "class_mean", "lda"] = "linear"
   start: Literal["zero", "class_mean", "torch_linear", "kaiming_uniform", "truncated_normal"] = (
     "zero"
   )
@@ -69,12 +72,14 @@ class HeadConfig:
   drift_ridge: float = 1.0
 
   def __post_init__(self):
+    by_statistics = self.kind in ("class_mean", "lda")
     fits = self.start == "zero" or self.kind != "cosine"
-    require(fits, "kind", self.kind, "linear or class_mean, or head.start zero")
-    fits = not self.alignment.epochs or self.kind != "class_mean"
+    require(fits, "kind", self.kind, "linear, class_mean or lda, or head.start zero")
+    fits = not self.alignment.epochs or not by_statistics
     require(fits, "kind", self.kind, "linear or cosine, or head.alignment.epochs 0")
-    fits = self.drift == "none" or self.alignment.epochs or self.kind == "class_mean"
-    allowed = "none, or something must be stored: head.alignment.epochs > 0 or head.kind class_mean"
+    fits = self.drift == "none" or self.alignment.epochs or by_statistics
+    stored = "head.alignment.epochs > 0, or head.kind class_mean or lda"
+    allowed = f"none, or statistics must be stored: {stored}"
     require(bool(fits), "drift", self.drift, allowed)
     require_within(self, 1, MOST_WIDE, "num_centroids")
     for name in ("drift_bandwidth", "drift_ridge"):

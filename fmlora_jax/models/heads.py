@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from fmlora_jax.types import Params, SequenceSpec, TaskArrays
 
 EPS = 1e-12
+NEVER = -1e9  # a logit of what can't be; finite, as -inf would make NaN gradients
 DEVIATION = 0.02  # of `truncated_normal`
 
 
@@ -80,14 +81,17 @@ STARTS = {  # values of `config.head.start` that are drawn; class_mean starts fr
 }
 
 
-def make_head(kind: str, num_classes: int, width: int, *, rows: str = "zero") -> Head:
-  """Returns the head named `kind`: linear, cosine or class_mean. Source: ours but for linear.
+def make_head(
+  kind: str, num_classes: int, width: int, *, rows: str = "zero", per_class: int = 1
+) -> Head:
+  """Returns the head named `kind`: linear, cosine, class_mean or lda. Source: ours but for linear.
 
   Args:
     kind: as `config.head.kind`.
     num_classes: C.
     width: D.
     rows: a name in `STARTS`, the start of rows that are not cosine.
+    per_class: Gaussians of a class with lda.
   """
 
   def plain(key):
@@ -101,10 +105,17 @@ def make_head(kind: str, num_classes: int, width: int, *, rows: str = "zero") ->
     means = {"mean": jnp.zeros((num_classes, width)), "count": jnp.zeros(num_classes)}
     return plain(key) | means
 
+  def with_gaussians(key):
+    num = per_class * num_classes
+    rows = {"kernel": jnp.zeros((num, width)), "bias": jnp.full(num, NEVER)}
+    return plain(key) | {"discriminant": rows}
+
   if kind == "linear":
     return Head(init=plain, logits=linear, predict=linear)
   if kind == "cosine":
     return Head(init=random_directions, logits=cosine, predict=cosine_similarity)
+  if kind == "lda":
+    return Head(init=with_gaussians, logits=linear, predict=discriminant)
   return Head(init=with_means, logits=linear, predict=nearest_mean, needs_means=True)
 
 
@@ -129,6 +140,17 @@ def cosine(rows: Params, features: Float[Array, "B D"]) -> Float[Array, "B K"]:
 def nearest_mean(mem: Params, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
   """Returns minus half the squared distance to each class mean, up to a term without a class."""
   return features @ mem["mean"].T - 0.5 * jnp.sum(mem["mean"] ** 2, axis=-1)
+
+
+@jax.default_matmul_precision("highest")
+def discriminant(mem: Params, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
+  """Returns the log density of each class, up to a term without a class.
+
+  A class has one Gaussian for each task that has it, and is their mixture with equal weights.
+  Source: linear discriminant analysis; mixtures, ours.
+  """
+  scores = linear(mem["discriminant"], features)
+  return jax.nn.logsumexp(scores.reshape(len(scores), -1, len(mem["kernel"])), axis=1)
 
 
 def old_logits(
@@ -158,12 +180,10 @@ def local_losses(
     old: logits whose columns of earlier tasks' classes join the cross-entropy; none where None.
   """
   slots = jnp.arange(logits.shape[-1]) < task.hi - task.lo
-  masked = jnp.where(
-    slots, logits.astype(jnp.float32), -1e9
-  )  # finite: -inf would make NaN gradients
+  masked = jnp.where(slots, logits.astype(jnp.float32), NEVER)
   if old is not None:
     earlier = jnp.arange(old.shape[-1]) < task.lo
-    masked = jnp.concatenate([masked, jnp.where(earlier, old.astype(jnp.float32), -1e9)], axis=-1)
+    masked = jnp.concatenate([masked, jnp.where(earlier, old.astype(jnp.float32), NEVER)], axis=-1)
   targets = jnp.clip(labels - task.lo, 0, logits.shape[-1] - 1)
   return optax.softmax_cross_entropy_with_integer_labels(masked, targets)
 
@@ -185,7 +205,7 @@ def start(head: Head, mem: Params, spec: SequenceSpec, task: int, key) -> Params
   return {
     name: jnp.pad(leaf[lo:hi], ((0, padding), *[(0, 0)] * (leaf.ndim - 1)))
     for name, leaf in source.items()
-    if name not in ("mean", "count")
+    if name not in ("mean", "count", "discriminant")
   }
 
 

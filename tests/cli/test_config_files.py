@@ -137,7 +137,7 @@ def test_all_methods_have_the_aligned_head_unless_a_variant_names_one():
   assert named(head="plain") == named("plain") == named("plain", method="lora") == "plain"
   assert named("plain", head="aligned") == "aligned"
   assert named(method="hide_prompt", head="aligned") == "hide_prompt"
-  with pytest.raises(config.ConfigError, match="head is 'flat': must be plain or aligned"):
+  with pytest.raises(config.ConfigError, match="head is 'flat': must be plain, aligned or lda"):
     config_files.head_settings({"head": "flat"}, heads)
 
 

@@ -130,19 +130,23 @@ from fmlora_jax import config, methods
     ({"head": {"kind": "tree"}}, "config.head.kind is 'tree': must be one of linear, cosine, cl"),
     (
       {"head": {"kind": "cosine", "start": "class_mean"}},
-      "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
+      "config.head.kind is 'cosine': must be linear, class_mean or lda, or head.start zero",
     ),
     (
       {"head": {"kind": "cosine", "start": "torch_linear"}},
-      "config.head.kind is 'cosine': must be linear or class_mean, or head.start zero",
+      "config.head.kind is 'cosine': must be linear, class_mean or lda, or head.start zero",
     ),
     (
       {"head": {"kind": "class_mean", "alignment": {"epochs": 1}}},
       "config.head.kind is 'class_mean': must be linear or cosine, or head.alignment.epochs 0",
     ),
     (
+      {"head": {"kind": "lda", "alignment": {"epochs": 1}}},
+      "config.head.kind is 'lda': must be linear or cosine, or head.alignment.epochs 0",
+    ),
+    (
       {"head": {"drift": "sdc"}},
-      "config.head.drift is 'sdc': must be none, or something must be stored: head.alignment",
+      "config.head.drift is 'sdc': must be none, or statistics must be stored: head.alignment",
     ),
     ({"head": {"drift": "affine"}}, "config.head.drift is 'affine': must be one of none, sdc, lin"),
     ({"head": {"drift_bandwidth": 0}}, "config.head.drift_bandwidth is 0.0: must be > 0"),

@@ -534,13 +534,16 @@ def test_own_photos_are_named_wherever_a_run_shows_them(tmp_path):
   assert "images in two classes 1" in notes.protocols({"own": [result]})[0]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("cosine", marks=pytest.mark.tier(2)), "class_mean"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("cosine", marks=pytest.mark.tier(2)), "class_mean", "lda"]
+)
 def test_other_heads_learn_and_say_what_they_keep(tmp_path, kind):
   """The cosine head in tier 2: methods/common/test_base.py trains it."""
   result = run(small("linear_probe", head={"kind": kind}), tmp_path / "run")
   assert result["accuracy"][0][0] > 0.25  # five classes
-  statistics = 4 * 10 * 17 if kind == "class_mean" else 0  # means and counts, float32
-  assert result["statistics_bytes"] == statistics
+  means = 10 * 17  # and counts
+  statistics = {"class_mean": means, "lda": means + 16 * 16 + 1}.get(kind, 0)
+  assert result["statistics_bytes"] == 4 * statistics
 
 
 def test_hyper_parameters_are_chosen_on_validation_images(tmp_path, monkeypatch):

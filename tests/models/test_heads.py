@@ -10,7 +10,7 @@ WIDTH = 8
 RANGES = ((0, 2), (2, 5), (5, 6))
 CIL = SequenceSpec(scenario="cil", num_tasks=3, num_classes=6, class_ranges=RANGES)
 DIL = SequenceSpec(scenario="dil", num_tasks=3, num_classes=4, class_ranges=((0, 4),) * 3)
-KINDS = ("linear", "cosine", "class_mean")
+KINDS = ("linear", "cosine", "class_mean", "lda")
 
 
 def draw(*shape, seed=0):
@@ -274,4 +274,9 @@ def test_rows_beyond_a_task_are_no_copy_of_the_next_class():
 
 
 def test_only_the_class_mean_head_asks_for_means():
-  assert [heads.make_head(kind, 6, WIDTH).needs_means for kind in KINDS] == [False, False, True]
+  assert [heads.make_head(kind, 6, WIDTH).needs_means for kind in KINDS] == [
+    False,
+    False,
+    True,
+    False,
+  ]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fmlora_jax.config import AlignmentConfig, ConfigError
 from fmlora_jax.methods.common import class_statistics
+from fmlora_jax.models import heads
 from fmlora_jax.types import (
   Facts,
   Features,
@@ -110,7 +111,7 @@ def masked_loss(
   logits: Float[Array, "B O"], targets: Int[Array, " B"], seen: Bool[Array, " O"]
 ) -> Float[Array, ""]:
   """Returns the mean cross-entropy over the outputs seen so far, in nats."""
-  masked = jnp.where(seen, logits, -1e9)  # finite: -inf would make NaN gradients
+  masked = jnp.where(seen, logits, heads.NEVER)
   return optax.softmax_cross_entropy_with_integer_labels(masked, targets).mean()
 
 

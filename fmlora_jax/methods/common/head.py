@@ -1,4 +1,4 @@
-"""The head of a method from task to task: rows, class means, drift, alignment with old classes."""
+"""The head of a method from task to task: rows, statistics of classes, drift, alignment."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from fmlora_jax.config import AlignmentConfig, HeadConfig
 from fmlora_jax.methods.common import class_statistics
 from fmlora_jax.methods.common.alignment import HeadAlignment
+from fmlora_jax.methods.common.discriminant import Discriminant
 from fmlora_jax.methods.common.drift import Drift
 from fmlora_jax.models import heads
 from fmlora_jax.types import (
@@ -47,7 +48,9 @@ class TrainedHead:
   def layer(self) -> heads.Head:
     """The classifier on features."""
     rows = "zero" if self._starts_at_means else self.config.start
-    return heads.make_head(self.config.kind, self.spec.num_classes, self.width, rows=rows)
+    per_class = self.spec.num_tasks if self.spec.shares_classes else 1
+    num_classes, kind = self.spec.num_classes, self.config.kind
+    return heads.make_head(kind, num_classes, self.width, rows=rows, per_class=per_class)
 
   @functools.cached_property
   def alignment(self) -> HeadAlignment | None:
@@ -57,6 +60,17 @@ class TrainedHead:
       return None
     field = "head.alignment"
     return self.make_alignment(config.alignment, field, config.num_centroids, self.features)
+
+  @functools.cached_property
+  def discriminant(self) -> Discriminant | None:
+    """The statistics of a head of kind lda; mem["head_statistics"]."""
+    return Discriminant(self.spec, self.width) if self.config.kind == "lda" else None
+
+  @property
+  def num_statistics(self) -> int:
+    """Numbers in mem["head_statistics"]."""
+    stored = self.alignment or self.discriminant
+    return stored.num_stored if stored else 0
 
   def make_alignment(
     self,
@@ -102,7 +116,8 @@ class TrainedHead:
   def init(self, key: PRNGKeyArray) -> Params:
     """Returns the entries of `mem` before the first task."""
     mem = {"head": self.layer.init(_fold_in(key, 0))}
-    return mem | ({"head_statistics": self.alignment.empty()} if self.alignment else {})
+    stored = self.alignment or self.discriminant
+    return mem | ({"head_statistics": stored.empty()} if stored else {})
 
   def starts_at_means(self, task: int) -> bool:
     """Whether the rows of a task, from 0, start at the means of its features."""
@@ -115,7 +130,7 @@ class TrainedHead:
   @property
   def reads_features(self) -> bool:
     """Whether a task's end needs the features of its images."""
-    return self.layer.needs_means or self.alignment is not None
+    return self.layer.needs_means or self.num_statistics > 0
 
   def begin_task(self, variables: Variables, view: TaskView, model: Params | None) -> Variables:
     """Returns the variables with the rows that the task trains.
@@ -153,14 +168,18 @@ class TrainedHead:
     mem, facts = dict(variables.mem), {}
     before = mem.pop("between", None)
     mem["head"] = heads.commit(mem["head"], variables.cur["head"], self.spec, view.index)
-    if before is None and self.alignment is None:
+    if before is None and not self.num_statistics:
       if self.layer.needs_means:
         mem["head"] = heads.add_means(mem["head"], *self.class_sums(model, view))
       return variables.replace(mem=mem), facts
     features, labels = self.collect(model, view)
     if before is not None:
       mem, facts = follow(mem, Drift(self.config, np.asarray(before), features))
-    if self.alignment is None:
+    if self.discriminant:
+      known = self.discriminant.add(mem["head_statistics"], view.index, features, labels)
+      mem["head_statistics"] = view.replicate(known)
+      mem["head"] |= {"discriminant": view.replicate(self.discriminant.classifier(known))}
+    elif self.alignment is None:
       sums = class_statistics.sums_of(features, labels, self.spec.num_classes)
       mem["head"] = heads.add_means(mem["head"], *sums)
     else:
@@ -175,7 +194,7 @@ def follow(mem: Params, drift: Drift) -> tuple[Params, Facts]:
   """Returns `mem` with the statistics or class means of earlier tasks moved, and facts of it."""
   group = "head_statistics" if "head_statistics" in mem else "head"
   stored = mem[group]
-  exists = np.asarray(stored["exists"] if group == "head_statistics" else stored["count"] > 0)
+  exists = np.asarray(stored["exists"] if "exists" in stored else stored["count"] > 0)
   new = {name: np.array(stored[name]) for name in ("mean", "variance") if name in stored}
   means = new["mean"][exists]
   variances = new["variance"][exists] if "variance" in new else np.zeros_like(means)

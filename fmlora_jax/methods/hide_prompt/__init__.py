@@ -101,9 +101,9 @@ class HiDePrompt(AdaptedViT[Config]):
   def __post_init__(self):
     base.check_layers(self.settings.layers, "method.layers", self.backbone)
     head = self.run.head
-    if head.kind == "class_mean":
+    if head.kind not in ("linear", "cosine"):
       raise ConfigError(
-        "config.head.kind is 'class_mean': must be linear or cosine, which hide_prompt can train "
+        f"config.head.kind is {head.kind!r}: must be linear or cosine, which hide_prompt can train "
         "on features drawn at a task's end"
       )
     if epochs := head.alignment.epochs:
@@ -258,7 +258,7 @@ def repulsion(
   Vectors are not normalised: one that is long beside its products with others is left alone.
   Source: HD/engines/hide_promtp_wtp_and_tap_engine.py:528-546.
   """
-  products = jnp.where(exists, vectors @ vectors.T / temperature, -1e9)
+  products = jnp.where(exists, vectors @ vectors.T / temperature, heads.NEVER)
   losses = jax.nn.logsumexp(products, axis=-1) - jnp.diagonal(products)
   return heads.weighted_mean(losses, exists)
 

@@ -111,7 +111,7 @@ def local_loss(
 ) -> Scalar:
   """Returns the mean cross-entropy of a batch over the outputs of one task, in nats."""
   outputs = logits(identity, features, epsilon)
-  masked = jnp.where(jnp.asarray(rows.task) == task.index, outputs, -1e9)
+  masked = jnp.where(jnp.asarray(rows.task) == task.index, outputs, heads.NEVER)
   targets = batch.labels - task.lo + jnp.asarray(rows.first)[task.index]
   # the target of a padding row is arbitrary; its weight is 0
   losses = optax.softmax_cross_entropy_with_integer_labels(
