@@ -18,7 +18,7 @@ def get_config(variant: str | None = None):
   """Returns the config; variants: method=NAME, tasks=N, scenario=cil|dil|til, head=KIND."""
   chosen = config_files.parse_variant(variant, "method", "scenario", "tasks", "head")
   scenario = chosen.get("scenario", "cil")
-  default = "plain" if scenario == "til" else "aligned"  # given tasks need not be told apart
+  default = "plain" if scenario == "til" else "lda"  # given tasks need not be told apart
   return config_files.defaults(
     method={"name": chosen.get("method", "fm_lora")},
     tasks={

@@ -29,7 +29,6 @@ SMALL = (
   "--config.weights.tag=random",
   "--config.weights.architecture=micro",
   "--config.weights.depth=1",
-  "--config.head.alignment.epochs=1",
   "--config.input.image_size=16",
   "--config.input.normalisation=half",
   "--seeds=1,2",

@@ -33,7 +33,6 @@ PROBE = {  # a small run of linear_probe
   "weights": {"tag": "random", "architecture": "micro", "depth": 1},
   "input": {"normalisation": "half", "image_size": 16, "steps_per_dispatch": 1},
   "tasks": {"num_tasks": 2},
-  "head": {"alignment": {"epochs": 1}},
   "checkpoint": {"every_steps": 4},
 }
 SMALL = PROBE | {"drs": {"strategy": "fixed", "rank": 8}}  # of fm_lora

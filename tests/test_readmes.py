@@ -35,7 +35,7 @@ WORDS = {  # what a reader puts in place of a word in capitals
   "DIR": "data",
   "FILE": str(MICRO),
   "FOLDER_OF_IDX_GZ": "idx",
-  "HEAD": "aligned",
+  "HEAD": "lda",
   "METHOD": "lora",
   "NAME": "name",
   "SEED": "1993",

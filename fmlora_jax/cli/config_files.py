@@ -100,7 +100,7 @@ def to_config_dict(record: Any) -> ml_collections.ConfigDict:
 
 
 def head_settings(
-  chosen: dict[str, str], heads: dict[str, dict], default: str = "aligned"
+  chosen: dict[str, str], heads: dict[str, dict], default: str = "lda"
 ) -> dict[str, Any]:
   """Returns the settings of the head that a variant names.
 

@@ -126,14 +126,15 @@ def test_a_method_of_a_config_file_has_its_own_fields():
   assert tree.method.rank == 3 and tree.method.mode == "incremental"
 
 
-def test_all_methods_have_the_aligned_head_unless_a_variant_names_one():
-  heads = {"plain": {"start": "zero"}, "aligned": {"alignment": {"epochs": 9}}, "hide_prompt": {}}
+def test_all_methods_have_the_head_lda_unless_a_variant_names_one():
+  aligned, lda = {"alignment": {"epochs": 9}}, {"kind": "lda"}
+  heads = {"plain": {"start": "zero"}, "aligned": aligned, "lda": lda, "hide_prompt": {}}
 
   def named(*default, **chosen):
     found = config_files.head_settings(chosen, heads, *default)
     return next(name for name, head in heads.items() if head is found)
 
-  assert named() == named(method="fm_lora") == named(method="lora") == "aligned"
+  assert named() == named(method="fm_lora") == named(method="lora") == "lda"
   assert named(head="plain") == named("plain") == named("plain", method="lora") == "plain"
   assert named("plain", head="aligned") == "aligned"
   assert named(method="hide_prompt", head="aligned") == "hide_prompt"
@@ -151,7 +152,7 @@ def test_the_methods_of_a_config_have_one_head(name):
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_dil", "fashion_mnist", "image_folder"])
-@pytest.mark.parametrize("head", ["plain", "aligned"])
+@pytest.mark.parametrize("head", ["plain", "aligned", "lda"])
 def test_a_head_is_aligned_where_it_is_asked_for_and_never_twice(name, head):
   """hide_prompt, which has an alignment of its own, refuses another beside it."""
   (path,) = (path for path in CONFIGS if path.stem == name)
@@ -162,11 +163,12 @@ def test_a_head_is_aligned_where_it_is_asked_for_and_never_twice(name, head):
     assert bool(built.head.alignment.epochs) == aligned
 
 
-def test_a_folder_of_images_is_learned_with_an_aligned_head_unless_tasks_are_given():
+def test_a_folder_of_images_is_learned_with_the_head_lda_unless_tasks_are_given():
   (path,) = (path for path in CONFIGS if path.stem == "image_folder")
   variants = ("", "method=lora", "scenario=dil", "scenario=til", "scenario=til,head=aligned")
-  epochs = [load(path).get_config(variant).head.alignment.epochs for variant in variants]
-  assert epochs == [30, 30, 30, 0, 30]
+  chosen = [load(path).get_config(variant).head for variant in variants]
+  assert [head.kind for head in chosen] == ["lda", "lda", "lda", "linear", "linear"]
+  assert [head.alignment.epochs for head in chosen] == [0, 0, 0, 0, 30]
 
 
 def test_a_variant_is_read_as_pairs():
