@@ -184,7 +184,10 @@ class FMLoRA(AdaptedViT[Config]):
     return (*optimizer_groups.rules(self.settings, task), *super().rules(task))
 
   def stored(self, facts: list[Facts]) -> dict[str, Any]:
-    """Counts the bases and the prompt once, M and N of each task at its rank."""
+    """Counts the bases and the prompt once, M and N of each task at its rank.
+
+    `mem` pads M·Nᵀ to r_max with zeros, which checkpoints compress.
+    """
     bases, sizes = self.settings.bases, self.backbone.sizes
     shared = low_rank.num_parameters(sizes, bases.targets, bases.max_rank)
     shared += self.settings.prompt.num_tokens * sizes.width
