@@ -9,6 +9,7 @@ import numpy as np
 
 from fmlora_jax import methods
 from fmlora_jax.cli.text import duration
+from fmlora_jax.report import paired
 from fmlora_jax.report.runs import Group, Groups, mean, mean_std
 from fmlora_jax.types import Reported
 
@@ -46,6 +47,7 @@ def columns(groups: Groups) -> list[Column]:
     Column("seeds", lambda runs: str(len(runs))),
     _score("Acc", "acc", ranked=True),
     _score("AAA", "aaa", ranked=True),
+    *_differences(groups),
     _score("forgetting", "forgetting"),
     _score("learning", "learning_accuracy"),
     Column("stored", lambda runs: count_text(mean([r["params"]["stored_total"] for r in runs]))),
@@ -57,6 +59,22 @@ def columns(groups: Groups) -> list[Column]:
   ]
 
 
+def _differences(groups: Groups) -> list[Column]:
+  """Returns the columns of differences to one row, where other rows have runs of the same seeds."""
+  label = paired.reference(groups)
+  if label is None:
+    return []
+  others = groups[label]
+
+  def column(name: str, field: str) -> Column:
+    def text(runs: Group) -> str:
+      return "-" if runs is others else paired.difference(runs, others, field)
+
+    return Column(f"{name} - {label}", text)
+
+  return [column("Acc", "acc"), column("AAA", "aaa")]
+
+
 def declared(groups: Groups) -> list[Reported]:
   """Returns the facts with a column that the methods of some runs declare, one for each header."""
   names = dict.fromkeys(run["method"] for runs in groups.values() for run in runs)
@@ -66,7 +84,8 @@ def declared(groups: Groups) -> list[Reported]:
 
 LEGEND = (
   "Acc, AAA: % of the test images (or as headed) of all tasks so far, at the end and on average.\n"
-  "learning: accuracy right after each task. ±: standard deviation over seeds (ddof 1).\n"
+  "Acc - NAME: less the Acc of NAME's run of the same seed. learning: accuracy right after each\n"
+  "task. ±: standard deviation over seeds (ddof 1).\n"
   "stored, trained: numbers of parameters. statistics: bytes stored that were computed from the\n"
   "data, such as means of features; no image is stored. passes: forward passes for an image in\n"
   "training/at test time, +n over a task's images between tasks. Further columns: the value of\n"
