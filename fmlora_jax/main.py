@@ -79,7 +79,9 @@ def main(arguments: Arguments) -> None:
     else:
       results = [run(config, workdir, began=BEGAN)]
   if hosts.is_first():
-    tables.show(results, Console())
+    console = Console()
+    tables.show(results, console)
+    tables.line(console, f"\nin {workdir}")
 
 
 if __name__ == "__main__":

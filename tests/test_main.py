@@ -388,6 +388,7 @@ def test_a_run_from_the_command_line_says_what_it_does_and_writes_its_result(tmp
   result = json.loads((workdir / "result.json").read_text())
   assert set(result_file.FIELDS) == set(result)
   assert f"{result['acc']:.2f}" in done.stdout
+  assert done.stdout.endswith(f"\nin {workdir}\n")
   seconds = result["wall_seconds"]
   took = (workdir / "result.json").stat().st_mtime - began
   assert seconds["total"] == pytest.approx(took, rel=0.03, abs=0.3)  # Python's own start is outside
