@@ -96,8 +96,7 @@ class FMLoRA(AdaptedViT[Config]):
     selecting, each = self.settings.drs, 1
     if selecting.strategy == "validation":  # trains every candidate
       each = len(selecting.candidate_ranks)
-    selects = selecting.strategy != "fixed" and not selecting.ranks
-    return selects * each * selecting.epochs + 2 * (self.settings.bases.init == "gradient")
+    return selecting.selects * each * selecting.epochs + 2 * (self.settings.bases.init == "gradient")
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:

@@ -19,7 +19,7 @@ def check(config: Config, spec: SequenceSpec) -> None:
   bases, drs = settings.bases, settings.drs
   if drs.ranks:
     _check_given(drs.ranks, bases, spec.num_tasks)
-  elif drs.strategy == "fixed":
+  elif not drs.selects:
     _check_largest(drs, "rank", drs.rank, bases)
   else:
     if spec.num_tasks > 1 and not spec.has_val:

@@ -130,6 +130,11 @@ class DrsConfig:
     lr = self.selector_learning_rate
     require(lr > 0, "selector_learning_rate", lr, "> 0")
 
+  @property
+  def selects(self) -> bool:
+    """Whether ranks are selected, from validation images, rather than given."""
+    return self.strategy != "fixed" and not self.ranks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig:
