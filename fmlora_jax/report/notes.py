@@ -81,6 +81,7 @@ def _protocol(run: RunResult) -> tuple[str, ...]:
     f"stored of old tasks {bytes_text(card['old_image_bytes'])} of images, "
     f"{bytes_text(card['old_statistics_bytes'])} of statistics",
     f"task {'given' if card['task_identity_at_test'] else 'not given'} at test time",
+    f"head {_head(run)}",
     f"measured on {card['measured_on']} images of {run['split_id']}, copies across its splits "
     f"{num_copies}",
     f"{card['validation_images']} validation images {read} by the method",

@@ -212,9 +212,11 @@ def test_what_all_rows_share_of_the_protocol_is_said_once():
   card |= {"measured_on": "test", "copies": None}
   one, two = (result(protocol=card | {"old_statistics_bytes": n}) for n in (0, 8))
   of_all, of_one, of_two = notes.protocols({"one": [one, one], "two": [two]})
-  assert of_all.startswith("protocol of all rows: task not given at test time; ")
+  assert of_all.startswith("protocol of all rows: task not given at test time; head linear ")
   assert of_one == "protocol one: stored of old tasks 0 B of images, 0 B of statistics"
   assert of_two == "protocol two: stored of old tasks 0 B of images, 8 B of statistics"
+  other = result(protocol=card, config={"head": {"kind": "lda", "start": "class_mean"}})
+  assert notes.protocols({"one": [one], "other": [other]})[2].endswith("head lda from class_mean")
   (alone,) = notes.protocols({"one": [one]})
   assert alone.startswith("protocol one: stored of old tasks 0 B of images, ")
   assert notes.protocols({"old": [result(protocol=None)]}) == []
