@@ -93,10 +93,9 @@ class FMLoRA(AdaptedViT[Config]):
   @property
   def feature_epochs(self) -> int:
     """Passes of the rank selection, and in task 1 those that start the bases from a gradient."""
-    selecting, each = self.settings.drs, 1
-    if selecting.strategy == "validation":  # trains every candidate
-      each = len(selecting.candidate_ranks)
-    return selecting.selects * each * selecting.epochs + 2 * (self.settings.bases.init == "gradient")
+    drs, starts = self.settings.drs, self.settings.bases.init == "gradient"
+    each = len(drs.candidate_ranks) if drs.strategy == "validation" else 1  # trains each candidate
+    return drs.selects * each * drs.epochs + 2 * starts
 
   @property
   def groups(self) -> dict[str, OptimizerGroup]:
