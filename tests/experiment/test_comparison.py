@@ -21,14 +21,9 @@ def planned(methods_text, seeds=(1,), folder=pathlib.Path("runs"), file="digits"
 
 def test_the_config_file_is_read_anew_for_each_method():
   """In configs/digits.py the learning rates depend on it."""
-  fm_lora, lora, finetune = planned("fm_lora,lora,finetune")
-  assert [run.config.method.name for run in (fm_lora, lora, finetune)] == [
-    "fm_lora",
-    "lora",
-    "finetune",
-  ]
-  rates = [run.config.optim.learning_rate for run in (fm_lora, lora, finetune)]
-  assert rates == [1e-3, 3e-4, 3e-5]
+  runs = planned("fm_lora,c_lora,finetune")
+  assert [run.config.method.name for run in runs] == ["fm_lora", "c_lora", "finetune"]
+  assert [run.config.optim.learning_rate for run in runs] == [1e-3, 3e-4, 3e-5]
 
 
 def test_settings_are_a_method_s_own_or_of_the_whole_config_and_win_over_those_for_all():

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from fmlora_jax.methods.common import class_statistics
 from fmlora_jax.models import heads
-from fmlora_jax.types import Params, SequenceSpec
+from fmlora_jax.types import NonFiniteError, Params, SequenceSpec
 
 LEAST = 1e-4  # shrinkage of Deep SLDA; Ledoit and Wolf's may be 0
 
@@ -54,7 +54,16 @@ class Discriminant:
     features: Float[np.ndarray, "n D"],
     labels: Int[np.ndarray, " n"],
   ) -> Params:
-    """Returns `statistics` with the classes of `task`, from the features of its images."""
+    """Returns `statistics` with the classes of `task`, from the features of its images.
+
+    Raises:
+      NonFiniteError: if a feature is NaN or infinite.
+    """
+    if not np.isfinite(features).all():
+      raise NonFiniteError(
+        f"features of task {task + 1} are NaN or infinite at its end: must be finite; lower "
+        "config.optim.learning_rate"
+      )
     new = {name: np.array(leaf, np.float64) for name, leaf in statistics.items()}
     for row in np.flatnonzero(self._rows.task == task):
       of_class = features[labels == self._rows.label[row]].astype(np.float64)

@@ -9,7 +9,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from fmlora_jax.methods.common.discriminant import LEAST, Discriminant, shrunk
 from fmlora_jax.models import heads
-from fmlora_jax.types import SequenceSpec
+from fmlora_jax.types import NonFiniteError, SequenceSpec
 
 WIDTH = 12
 
@@ -126,6 +126,13 @@ def test_without_any_spread_the_nearest_mean_is_predicted(copies):
   got = predictions(spec, *learned(spec, tasks), queries).argmax(1)
   nearest = ((queries[:, None] - points) ** 2).sum(-1).argmin(1)
   np.testing.assert_array_equal(got, nearest)
+
+
+def test_features_that_are_not_finite_are_refused():
+  features, labels = drawn(3)
+  features[2, 1] = np.inf
+  with pytest.raises(NonFiniteError, match=r"features of task 1 are NaN or infinite at its end: mu"):
+    learned(spec_of("cil", (0, 6)), [(features, labels)])
 
 
 @pytest.mark.parametrize("count", [2, 3])
