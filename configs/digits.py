@@ -4,8 +4,8 @@ from fmlora_jax.cli import config_files
 from fmlora_jax.models import vit
 
 # the best of three on validation images (--config.tasks.evaluate_on=val) with the head lda, by the
-# mean of Acc and AAA over seeds 1993 and 1994; lora's was chosen for mode=incremental, adapter's for
-# kind=houlsby; linear_probe trains the head only
+# mean of Acc and AAA over seeds 1993 and 1994; lora's was chosen for mode=incremental, adapter's
+# for kind=houlsby; linear_probe trains the head only
 LEARNING_RATES = {
   "adapter": 1e-4,
   "c_lora": 3e-4,
