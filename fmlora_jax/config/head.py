@@ -50,10 +50,11 @@ class HeadConfig:
       drawn from statistics of each class. It separates tasks, which cross-entropy within a task
       never trains. Off with 0 epochs, as in the paper. Costs one feature pass per task.
     num_centroids: stored of each class at most, with variances, if there is an alignment.
-    drift: how stored statistics and class means follow the features at a task's end. none; sdc, by
-      the drift of the task's images near a mean (semantic drift compensation, arXiv:2004.00440); or
-      linear, by an affine map fitted to the images' features before and after the task (ours).
-      Costs one feature pass per task before its steps, the same as that of start.
+    drift: how stored statistics and class means follow the features at a task's end; of lda the
+      means alone. none; sdc, by the drift of the task's images near a mean (semantic drift
+      compensation, arXiv:2004.00440); or linear, by an affine map fitted to the images' features
+      before and after the task (ours). Costs one feature pass per task before its steps, the same
+      as that of start.
     drift_bandwidth: of sdc, the width of its Gaussian weights over the median distance between a
       mean and the task's images. The source has 0.3 for features of length 1.
     drift_ridge: of linear, the weight that pulls the map to a translation, over the mean variance

@@ -223,8 +223,8 @@ class AdaptedViT(Generic[Settings]):
 
     {"shared": n, "per_task": [n, ...]}, and "statistics": n of numbers computed from the data.
     """
-    counts, statistics = {"shared": 0, "per_task": [0] * len(facts)}, self.head.num_statistics
-    return counts | ({"statistics": statistics} if statistics else {})
+    counts, statistics = {"shared": 0, "per_task": [0] * len(facts)}, self.head.statistics
+    return counts | ({"statistics": statistics.num_stored} if statistics else {})
 
 
 def cast_kernels(backbone: Params, dtype: DTypeLike) -> Params:

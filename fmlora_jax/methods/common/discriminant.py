@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from fmlora_jax.methods.common import class_statistics
 from fmlora_jax.models import heads
-from fmlora_jax.types import NonFiniteError, Params, SequenceSpec
+from fmlora_jax.types import Facts, NonFiniteError, Params, SequenceSpec, TaskView
 
 LEAST = 1e-4  # shrinkage of Deep SLDA; Ledoit and Wolf's may be 0
 
@@ -46,6 +46,27 @@ class Discriminant:
       "scatter": jnp.zeros((width, width)),
       "fourth": jnp.float32(0),
     }
+
+  def after(
+    self,
+    head: Params,
+    statistics: Params,
+    images: tuple[Float[np.ndarray, "n D"], Int[np.ndarray, " n"]],
+    view: TaskView,
+  ) -> tuple[Params, Params, Facts]:
+    """Returns the head with the new classifier, the statistics with the task of `view`, no facts.
+
+    Args:
+      head: rows of all classes.
+      statistics: of the tasks before.
+      images: features and labels at the task's end.
+
+    Raises:
+      NonFiniteError: if a feature is NaN or infinite.
+    """
+    statistics = self.add(statistics, view.index, *images)
+    classifier = view.replicate(self.classifier(statistics))
+    return head | {"discriminant": classifier}, view.replicate(statistics), {}
 
   def add(
     self,

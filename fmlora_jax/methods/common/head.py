@@ -67,10 +67,9 @@ class TrainedHead:
     return Discriminant(self.spec, self.width) if self.config.kind == "lda" else None
 
   @property
-  def num_statistics(self) -> int:
-    """Numbers in mem["head_statistics"]."""
-    stored = self.alignment or self.discriminant
-    return stored.num_stored if stored else 0
+  def statistics(self) -> HeadAlignment | Discriminant | None:
+    """What keeps mem["head_statistics"], and makes the head of them after each task."""
+    return self.alignment or self.discriminant
 
   def make_alignment(
     self,
@@ -116,8 +115,7 @@ class TrainedHead:
   def init(self, key: PRNGKeyArray) -> Params:
     """Returns the entries of `mem` before the first task."""
     mem = {"head": self.layer.init(_fold_in(key, 0))}
-    stored = self.alignment or self.discriminant
-    return mem | ({"head_statistics": stored.empty()} if stored else {})
+    return mem | ({"head_statistics": self.statistics.empty()} if self.statistics else {})
 
   def starts_at_means(self, task: int) -> bool:
     """Whether the rows of a task, from 0, start at the means of its features."""
@@ -130,7 +128,7 @@ class TrainedHead:
   @property
   def reads_features(self) -> bool:
     """Whether a task's end needs the features of its images."""
-    return self.layer.needs_means or self.num_statistics > 0
+    return self.layer.needs_means or self.statistics is not None
 
   def begin_task(self, variables: Variables, view: TaskView, model: Params | None) -> Variables:
     """Returns the variables with the rows that the task trains.
@@ -168,25 +166,21 @@ class TrainedHead:
     mem, facts = dict(variables.mem), {}
     before = mem.pop("between", None)
     mem["head"] = heads.commit(mem["head"], variables.cur["head"], self.spec, view.index)
-    if before is None and not self.num_statistics:
+    if before is None and self.statistics is None:
       if self.layer.needs_means:
         mem["head"] = heads.add_means(mem["head"], *self.class_sums(model, view))
       return variables.replace(mem=mem), facts
     features, labels = self.collect(model, view)
     if before is not None:
       mem, facts = follow(mem, Drift(self.config, np.asarray(before), features))
-    if self.discriminant:
-      known = self.discriminant.add(mem["head_statistics"], view.index, features, labels)
-      mem["head_statistics"] = view.replicate(known)
-      mem["head"] |= {"discriminant": view.replicate(self.discriminant.classifier(known))}
-    elif self.alignment is None:
+    if self.statistics is None:
       sums = class_statistics.sums_of(features, labels, self.spec.num_classes)
       mem["head"] = heads.add_means(mem["head"], *sums)
     else:
-      mem["head"], mem["head_statistics"], aligned = self.alignment.after(
+      mem["head"], mem["head_statistics"], found = self.statistics.after(
         mem["head"], mem["head_statistics"], (features, labels), view
       )
-      facts |= aligned
+      facts |= found
     return variables.replace(mem=mem), facts
 
 
